@@ -1,0 +1,47 @@
+# make demo     set up, then train on real digits: demo/report.html
+# make test     set up, then every check and every test
+# make clean    remove what was built (not .venv, whose downloads take minutes)
+#
+# The set-up goes to .venv and is skipped while nothing that it depends on has changed. Variables:
+#   PYTHON   the Python to start from (3.10 or newer)
+#   TORCH    the version of PyTorch. The usual one brings CUDA (gigabytes); the small one for a machine without a GPU:
+#            make demo TORCH=2.13.0+cpu PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   INFOVAE_FAST_BUILD   what to build: see setup.py
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test clean
+
+demo: .venv/.built
+	$(BIN)/python -m infovae_fast.reproduce.small_data --out demo
+
+test: .venv/.built
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/python -m pytest
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "PYTHON=$(PYTHON) is not a Python 3.10 or newer. Give one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make a virtual environment. Install its venv module (Debian: apt install python3-venv)."; exit 1; }
+	@echo "Installing PyTorch $(TORCH) and the versions of requirements.txt into .venv (minutes, the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch==$(TORCH)
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/.built: .venv/.installed setup.py pyproject.toml $(NATIVE)
+	@echo "Building infovae_fast"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+	@$(BIN)/python -m infovae_fast
+
+clean:
+	rm -rf build dist demo *.egg-info infovae_fast/_C.*.so infovae_fast/_build.json .venv/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,55 @@
+"""Which backend can run an operator here, and if not, why.
+
+Every operator page holds a small table of `Backend` rows, fastest first. One predicate per row says why the row
+cannot run the inputs at hand (a sentence) or that it can (`None`); the same predicate chooses, explains and raises:
+
+* ``backend="auto"`` takes the first row that can run; it may fall back.
+* a backend given by name never falls back: it runs or raises `RuntimeError` with the reason.
+
+The environment variable ``INFOVAE_FAST_BACKEND``, read once at import, says which backend ``"auto"`` means; empty is
+unset.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
+AUTO = os.environ.get("INFOVAE_FAST_BACKEND") or "auto"
+
+
+class Backend(NamedTuple):
+    """One row of an operator's table: `reason(*inputs)` is `None` where `run(*inputs)` works, else why it does not."""
+
+    name: str
+    reason: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def explain(operator: str, table: Sequence[Backend], *inputs: Any) -> dict[str, str | None]:
+    """Why each backend cannot run these inputs; `None` for those that can. In the order in which auto tries them."""
+    rows = {row.name: row for row in table}
+    return {
+        name: rows[name].reason(*inputs) if name in rows else f"{operator} has no {name} kernels in this version"
+        for name in NAMES
+    }
+
+
+def choose(operator: str, table: Sequence[Backend], backend: str, *inputs: Any) -> Callable[..., Any]:
+    """The `run` of the backend that serves these inputs.
+
+    Raises:
+        ValueError: `backend` is neither ``"auto"`` nor one of `NAMES`.
+        RuntimeError: the named backend cannot run these inputs; the message says why and names those that can.
+    """
+    name = AUTO if backend == "auto" else backend
+    if name != "auto" and name not in NAMES:
+        source = "INFOVAE_FAST_BACKEND" if backend == "auto" else "backend"
+        raise ValueError(f"{source}={name!r} is unknown; accepted: 'auto', " + ", ".join(map(repr, NAMES)))
+    for row in table:
+        if name in ("auto", row.name) and row.reason(*inputs) is None:
+            return row.run
+    reasons = explain(operator, table, *inputs)
+    available = ", ".join(other for other, reason in reasons.items() if reason is None) or "none"
+    why = reasons[name] if name != "auto" else "; ".join(f"{k}: {v}" for k, v in reasons.items())
+    raise RuntimeError(f"backend={name!r} cannot run {operator}: {why}. Available here: {available}.")

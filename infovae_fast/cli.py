@@ -1,0 +1,102 @@
+"""The command line: train, evaluate, sample, report. `infovae-fast COMMAND --help` lists the options of each."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MISSING = "the command line needs more packages ({}): pip install 'infovae_fast[train]'"
+
+
+def evaluate(run: str, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]:
+    """Compute every metric of a finished run on its training and test set, and write RUN/metrics.json.
+
+    Args:
+        run: folder of the run.
+        n_samples: importance samples for the log-likelihood of each test image.
+        seed: of the draws.
+    """
+    from infovae_fast.evaluation import summarize
+    from infovae_fast.training import read_run, run_data, write_json
+
+    metrics = summarize(load_model(run), run_data(read_run(run)), n_samples=n_samples, seed=seed)
+    write_json(Path(run) / "metrics.json", metrics)
+    print(json.dumps(metrics, indent=1))
+    return metrics
+
+
+def sample(run: str, n: int = 64, *, out: str | None = None, seed: int = 0, mean: bool = True) -> Path:
+    """Draw images from the model of a finished run and write them as one PNG.
+
+    Args:
+        run: folder of the run.
+        n: number of images.
+        out: the PNG; default RUN/samples.png.
+        seed: of the draws.
+        mean: show the mean of p(x|z); false draws from it.
+    """
+    import torch
+
+    from infovae_fast.report import image_grid, save_png
+
+    if n < 1:
+        raise ValueError(f"n: got {n}; accepted: 1 or more")
+    model = load_model(run)
+    torch.manual_seed(seed)
+    path = Path(out or Path(run) / "samples.png")
+    save_png(path, image_grid(model.sample(n, mean=mean)))
+    print(path)
+    return path
+
+
+def report(runs: Sequence[str], *, out: str = "report") -> Path:
+    """Write a self-contained report.html with its pictures and metrics.json, comparing finished runs.
+
+    Args:
+        runs: folders of the runs.
+        out: folder of the report.
+    """
+    from infovae_fast.report import write_report
+
+    path = write_report(runs, out)
+    print(path)
+    return path
+
+
+def load_model(run: str) -> Any:
+    """The trained model of a run.
+
+    Raises:
+        FileNotFoundError: no such run, or its training is not finished.
+    """
+    from infovae_fast.models import InfoVAE
+    from infovae_fast.training import read_run
+
+    read_run(run)
+    folder = Path(run) / "model"
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} is missing: the run has not finished; continue it with train --resume {run}")
+    return InfoVAE.from_pretrained(folder)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point: errors a user can mend end with one line and exit code 2 (bad options) or 1."""
+    try:
+        from jsonargparse import auto_cli
+
+        from infovae_fast.training import train
+    except ImportError as error:
+        sys.exit(MISSING.format(error.name))
+    try:
+        auto_cli(
+            [train, evaluate, sample, report], args=args, prog="infovae-fast", description=__doc__, as_positional=True
+        )
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(str(stop) or "interrupted")
+
+
+if __name__ == "__main__":
+    main()

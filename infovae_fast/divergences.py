@@ -1,0 +1,399 @@
+"""Divergences between two samples, or a sample and a density: MMD, Stein, adversarial, Gaussian KL.
+
+Each is a function and an `nn.Module`. With x ~ q [N, D], y ~ p [M, D] and a radial kernel k (see `radial`):
+
+    MMD^2(q, p) = E k(x, x') - 2 E k(x, y) + E k(y, y')                                    `mmd`, `MMDLoss`
+    phi*(z) = E_{z'~q} [ k(z', z) score(z') + grad_{z'} k(z', z) ], score = grad log p  `stein_direction`, `SteinLoss`
+    KL(N(mu, diag e^logvar) || N(0, I)) = 1/2 sum_d (mu_d^2 + e^logvar_d - 1 - logvar_d)   `gaussian_kl`
+    Jensen-Shannon and Wasserstein-1 through a critic network                              `AdversarialLoss`
+
+`mmd` returns MMD squared (not MMD, not half of it). Everything returns float32 for half-precision inputs.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from infovae_fast.pairwise import as_cloud, at_least_float32, energy, force
+from infovae_fast.radial import PRESETS, RBF, Kernel
+
+Estimator = Literal["unbiased", "biased", "linear", "block"]
+KernelLike = Kernel | Callable[[Tensor, Tensor], Kernel] | str | None
+Score = Callable[[Tensor], Tensor] | Tensor | None
+
+ESTIMATORS = ("unbiased", "biased", "linear", "block")
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    kernel: KernelLike = None,
+    estimator: Estimator = "unbiased",
+    *,
+    block_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Squared maximum mean discrepancy (Gretton et al., JMLR 13, 2012), a scalar.
+
+        unbiased   sum_{i != i'} k(x_i, x_i') / (N (N-1)) + sum_{j != j'} k(y_j, y_j') / (M (M-1))
+                   - 2 sum_ij k(x_i, y_j) / (N M)
+        biased     the same with i = i' and j = j' kept and 1/N^2, 1/M^2: never negative, MMD^2(x, x) = 0
+        linear     mean over t of k(x_2t, x_2t+1) + k(y_2t, y_2t+1) - k(x_2t, y_2t+1) - k(x_2t+1, y_2t): O(N), unbiased
+        block      mean of the unbiased estimate over consecutive blocks of `block_size` points (Zaremba et al., 2013)
+
+    Args:
+        x: [N, D], floating point. y: [M, D], same dtype and device.
+        kernel: a `Kernel`; a function of (x, y) that returns one; a name of `radial.PRESETS`; default `RBF()`, whose
+            bandwidth is sqrt(D).
+        estimator: see above. "linear" and "block" need N = M and leave out the points of an incomplete pair or block.
+        block_size: points a block, default floor(sqrt(N)), at least 2.
+        backend: "auto" or one of `infovae_fast.backends.NAMES`.
+
+    Returns:
+        MMD^2 in x's dtype (float32 for half precision), differentiable to x, y and a tensor bandwidth.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, dtypes, devices; unknown names; too few points for the estimator; on
+        the CPU, outside `torch.compile`, also NaN or infinity in x or y (elsewhere the result is NaN).
+        RuntimeError: the named backend cannot run these inputs.
+    """
+    x, y = _samples(x=x, y=y)
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
+    if block_size is not None and estimator != "block":
+        raise ValueError(f"block_size is for estimator='block', not {estimator!r}")
+    _refuse_non_finite(x=x, y=y)
+    kernel = _kernel(kernel, x, y)
+    n, m = len(x), len(y)
+    if estimator in ("linear", "block") and n != m:
+        raise ValueError(f"estimator={estimator!r} pairs the samples up: got N={n} and M={m}; accepted: N = M")
+    if estimator != "biased" and min(n, m) < 2:
+        raise ValueError(f"estimator={estimator!r} needs two points of each sample: got N={n}, M={m}; or use 'biased'")
+    if estimator == "biased":
+        weights = (1 / n**2, -1 / (n * m), 1 / m**2)
+        value = energy(x, y, kernel=kernel, weights=weights, backend=backend) + kernel.phi0 * (1 / n + 1 / m)
+    elif estimator == "unbiased":
+        weights = (1 / (n * (n - 1)), -1 / (n * m), 1 / (m * (m - 1)))
+        value = energy(x, y, kernel=kernel, weights=weights, backend=backend)
+    elif estimator == "linear":
+        x0, x1, y0, y1 = (s[start : n // 2 * 2 : 2] for s in (x, y) for start in (0, 1))  # [N // 2, D]
+        within = _mean_phi(kernel, x0, x1) + _mean_phi(kernel, y0, y1)
+        value = within - _mean_phi(kernel, x0, y1) - _mean_phi(kernel, x1, y0)
+    else:
+        value = _block_mmd(x, y, kernel, block_size, backend)
+    _refuse_overflow(value)
+    return value.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mean_phi(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:  # [T, D], [T, D] -> []
+    return kernel.phi((at_least_float32(a) - at_least_float32(b)).square().sum(-1)).mean(dtype=torch.float64)
+
+
+def _block_mmd(x: Tensor, y: Tensor, kernel: Kernel, block_size: int | None, backend: str) -> Tensor:
+    n = len(x)
+    size = max(2, int(n**0.5)) if block_size is None else block_size
+    if not isinstance(size, int) or not 2 <= size <= n:
+        raise ValueError(f"block_size: got {size!r}; accepted: an integer from 2 to N={n}")
+    blocks = n // size
+    x, y = (s[: blocks * size].unflatten(0, (blocks, size)) for s in (x, y))  # [blocks, size, D]
+    within = 1 / (size * (size - 1))
+    return energy(x, y, kernel=kernel, weights=(within, -1 / size**2, within), backend=backend).mean()
+
+
+def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *, backend: str = "auto") -> Tensor:
+    """The Stein variational direction, along which the points move towards p (Liu & Wang, NeurIPS 2016):
+
+        phi*_i = 1/N sum_j [ k(z_j, z_i) score_j + grad_{z_j} k(z_j, z_i) ]
+
+    Args:
+        z: [N, D], floating point.
+        score: grad log p at the points: None (standard normal, -z), a tensor [N, D], or a function of z that gives one.
+        kernel, backend: as in `mmd`; a function of (x, y) gets (z, z).
+
+    Returns:
+        [N, D] in z's dtype (float32 for half precision), without a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `mmd`, and for a score of another shape or device.
+    """
+    (z,) = _samples(z=z)
+    with torch.no_grad():
+        z = at_least_float32(z.detach())
+        s = -z if score is None else score(z) if callable(score) else score
+        if not isinstance(s, Tensor) or s.shape != z.shape or s.device != z.device:
+            got = f"shape {tuple(s.shape)} on {s.device}" if isinstance(s, Tensor) else type(s).__name__
+            accepted = f"a tensor {tuple(z.shape)} on {z.device}, or a function of z that gives one"
+            raise ValueError(f"score: got {got}; accepted: {accepted}")
+        s = s.detach().to(z.dtype)
+        _refuse_non_finite(z=z, score=s)
+        kernel = _kernel(kernel, z, z)
+        F_ = force(z, v=-s, kernel=kernel, weights=(1.0, 0.0, 0.0), backend=backend)  # [N, D]
+        direction = (kernel.phi0 * s - F_) / len(z)
+    _refuse_overflow(direction)
+    return direction
+
+
+def stein_loss(
+    z: Tensor,
+    score: Score = None,
+    kernel: KernelLike = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """A surrogate whose gradient descent moves z along `stein_direction`:
+
+        loss = -1/N sum_i z_i . stop_gradient(phi*_i)          d loss / d z_i = -phi*_i / N
+
+    The **minus** matters: appendix B of the InfoVAE paper prints plus, which moves away from p; its authors' code has
+    the minus. The value is not a divergence and its size means nothing; only the gradient does.
+
+    Args:
+        reduction: "mean" over the points, as every other term of the objective is, or "sum" (the authors' code, whose
+            weight is therefore N times larger).
+        z, score, kernel, backend: as in `stein_direction`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `stein_direction`, and for an unknown reduction.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum'")
+    direction = stein_direction(z, score, kernel, backend=backend)
+    total = -(z.to(direction.dtype) * direction).sum()
+    return total / len(z) if reduction == "mean" else total
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
+    """KL(N(mu, diag e^logvar) || N(0, I)) = 1/2 sum_d (mu_d^2 + e^logvar_d - 1 - logvar_d), in nats.
+
+    Args:
+        mu, logvar: [N, D], floating point. logvar is the logarithm of the variance, not of the standard deviation.
+        reduction: "mean" over the N examples, "sum", or "none".
+
+    Returns:
+        a scalar, or [N] for "none". Accurate for small values (expm1), never negative but for rounding.
+
+    Raises:
+        TypeError, ValueError: wrong types, different shapes, an unknown reduction.
+    """
+    mu, logvar = _samples(mu=mu, logvar=logvar)
+    if mu.shape != logvar.shape:
+        raise ValueError(f"mu and logvar: got shapes {tuple(mu.shape)} and {tuple(logvar.shape)}; accepted: the same")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum', 'none'")
+    mu, logvar = at_least_float32(mu), at_least_float32(logvar)
+    kl = 0.5 * (mu.square() + (logvar.expm1() - logvar)).sum(-1)  # [N]
+    return kl.mean() if reduction == "mean" else kl.sum() if reduction == "sum" else kl
+
+
+class MMDLoss(nn.Module):
+    """`mmd` as a module: ``MMDLoss(RBF(1.0))(x, y)``. A bandwidth that is an `nn.Parameter` is learned with it."""
+
+    report_name = "mmd"
+
+    def __init__(
+        self,
+        kernel: KernelLike = None,
+        estimator: Estimator = "unbiased",
+        *,
+        block_size: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
+        self.kernel, self.estimator, self.block_size, self.backend = (
+            _check_kernel(kernel),
+            estimator,
+            block_size,
+            backend,
+        )
+        _register_bandwidth(self, self.kernel)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """MMD^2 of x [N, D] and y [M, D]: a scalar."""
+        return mmd(x, y, self.kernel, self.estimator, block_size=self.block_size, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel}, estimator={self.estimator!r}"
+
+
+class SteinLoss(nn.Module):
+    """`stein_loss` as a module: ``SteinLoss()(z)``, or ``SteinLoss()(z, score)`` for another density than N(0, I)."""
+
+    report_name = "stein_surrogate"
+
+    def __init__(
+        self, kernel: KernelLike = None, *, reduction: Literal["mean", "sum"] = "mean", backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum'")
+        self.kernel, self.reduction, self.backend = _check_kernel(kernel), reduction, backend
+
+    def forward(self, z: Tensor, score: Score = None) -> Tensor:
+        """The surrogate of z [N, D]: a scalar."""
+        return stein_loss(z, score, self.kernel, reduction=self.reduction, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel}, reduction={self.reduction!r}"
+
+
+class AdversarialLoss(nn.Module):
+    """A divergence by a critic c that is trained alongside, x ~ q [N, D] against y ~ p [M, D].
+
+        kind        critic minimises (`critic_loss`)                                encoder minimises (`forward`)
+        "js"        E softplus(-c(y)) + E softplus(c(x))                            E softplus(-c(x))
+        "wgan-gp"   E c(x) - E c(y) + penalty E (|grad c(u y + (1-u) x)| - 1)^2     E c(y) - E c(x)         u ~ U(0, 1)
+
+    "js" is the adversarial autoencoder (Makhzani et al., arXiv 1511.05644) with the non-saturating encoder loss; at the
+    optimal critic, log 2 - critic_loss / 2 is the Jensen-Shannon divergence. "wgan-gp" is Gulrajani et al. (arXiv
+    1704.00028), what the InfoVAE authors' code runs; its encoder loss estimates the Wasserstein-1 distance.
+
+    `forward` gives no gradient to the critic, `critic_loss` none to x and y. Training alternates:
+
+        critic_optimizer = loss.critic_optimizer()
+        critic_optimizer.zero_grad(); loss.critic_loss(z, prior_sample).backward(); critic_optimizer.step()
+        (reconstruction + weight * loss(z, prior_sample)).backward(); ...
+
+    Args:
+        dim: D; checked against the samples. May be left out if `critic` is given.
+        kind: "js" or "wgan-gp".
+        critic: a module [N, D] -> [N] or [N, 1]; default an MLP with two hidden layers of 512 and leaky ReLU 0.1.
+        penalty: the weight of the gradient penalty. Each pair of points draws its own u.
+        critic_lr, critic_betas: of the Adam optimiser that `critic_optimizer` makes.
+        critic_steps: critic updates for each encoder update, for the training loop.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, dtypes, devices, an unknown kind, neither dim nor critic.
+    """
+
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        kind: Literal["js", "wgan-gp"] = "js",
+        critic: nn.Module | None = None,
+        penalty: float = 10.0,
+        critic_lr: float = 1e-4,
+        critic_betas: tuple[float, float] = (0.5, 0.9),
+        critic_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        if kind not in ("js", "wgan-gp"):
+            raise ValueError(f"kind: got {kind!r}; accepted: 'js', 'wgan-gp'")
+        if critic is None:
+            if dim is None:
+                raise ValueError("AdversarialLoss needs dim (the dimension of the samples) or a critic of your own")
+            critic = nn.Sequential(
+                nn.Linear(dim, 512),
+                nn.LeakyReLU(0.1),
+                nn.Linear(512, 512),
+                nn.LeakyReLU(0.1),
+                nn.Linear(512, 1),
+            )
+        if critic_steps < 1:
+            raise ValueError(f"critic_steps: got {critic_steps}; accepted: 1 or more")
+        self.dim, self.kind, self.critic, self.penalty = dim, kind, critic, penalty
+        self.critic_lr, self.critic_betas, self.critic_steps = critic_lr, critic_betas, critic_steps
+
+    @property
+    def report_name(self) -> str:
+        return "adversarial_js" if self.kind == "js" else "wasserstein"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The encoder's loss: a scalar, with a gradient to x but none to the critic."""
+        x, y = self._samples(x, y)
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+        on_x = at_least_float32(functional_call(self.critic, frozen, (x,)))
+        if self.kind == "js":
+            return F.softplus(-on_x).mean()
+        return at_least_float32(functional_call(self.critic, frozen, (y,))).mean() - on_x.mean()
+
+    def critic_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The critic's loss: a scalar, with a gradient to the critic but none to x and y."""
+        x, y = (sample.detach() for sample in self._samples(x, y))
+        on_x, on_y = at_least_float32(self.critic(x)), at_least_float32(self.critic(y))
+        if self.kind == "js":
+            return F.softplus(-on_y).mean() + F.softplus(on_x).mean()
+        return on_x.mean() - on_y.mean() + self.penalty * self._gradient_penalty(x, y)
+
+    def _gradient_penalty(self, x: Tensor, y: Tensor) -> Tensor:
+        n = min(len(x), len(y))
+        u = torch.rand(n, 1, dtype=x.dtype, device=x.device)
+        between = (u * y[:n] + (1 - u) * x[:n]).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)  # [n, D]
+        return (at_least_float32(gradient).norm(dim=-1) - 1).square().mean()
+
+    def _samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        x, y = _samples(x=x, y=y)
+        if self.dim is not None and x.shape[-1] != self.dim:
+            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, {self.dim}], the critic's dim")
+        return x, y
+
+    def critic_optimizer(self) -> torch.optim.Optimizer:
+        """Adam over the critic's parameters."""
+        return torch.optim.Adam(self.critic.parameters(), lr=self.critic_lr, betas=self.critic_betas)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"
+
+
+def _check_kernel(kernel: KernelLike) -> KernelLike:
+    if isinstance(kernel, str) and kernel not in PRESETS:
+        raise ValueError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0), or " + ", ".join(PRESETS))
+    if isinstance(kernel, type) or not (kernel is None or isinstance(kernel, Kernel | str) or callable(kernel)):
+        raise TypeError(f"kernel: got {kernel!r}; accepted: RBF(...), IMQ(...), a name, or a function of (x, y)")
+    return kernel
+
+
+def _kernel(kernel: KernelLike, x: Tensor, y: Tensor) -> Kernel:
+    kernel = _check_kernel(kernel)
+    if isinstance(kernel, str):
+        kernel = PRESETS[kernel]
+    if kernel is None:
+        kernel = RBF()
+    if not isinstance(kernel, Kernel):
+        kernel = kernel(x, y)
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"kernel: the function of (x, y) returned {type(kernel).__name__}; accepted: a Kernel")
+    return kernel.at(x.shape[-1])
+
+
+def _register_bandwidth(module: nn.Module, kernel: KernelLike) -> None:
+    if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
+        module.register_parameter("bandwidth", kernel.bandwidth)
+
+
+def _samples(**clouds: Tensor) -> tuple[Tensor, ...]:
+    """`as_cloud` where every tensor is needed and is one cloud, [N, D]."""
+    for name, t in clouds.items():
+        if t is None:
+            raise TypeError(f"{name}: got None; accepted: a torch.Tensor [N, D]")
+    checked = as_cloud(**clouds)
+    for name, t in zip(clouds, checked, strict=True):
+        if t.ndim != 2:
+            shape = tuple(t.shape)
+            raise ValueError(f"{name}: got shape {shape}; accepted: [N, D]; flatten each point with {name}.flatten(1)")
+    return checked
+
+
+def _refuse_non_finite(**samples: Tensor) -> None:
+    for name, t in samples.items():
+        if _on_host(t) and (bad := int((~t.isfinite()).any(-1).sum())):
+            raise ValueError(f"{name}: {bad} of {len(t)} points hold NaN or infinity")
+
+
+def _refuse_overflow(result: Tensor) -> None:
+    if _on_host(result) and not result.isfinite().all():
+        raise ValueError("squared distances or kernel values overflow: rescale the samples or change the bandwidth")
+
+
+def _on_host(t: Tensor) -> bool:
+    """Whether a look at the values is free: on a GPU it would synchronise, in `torch.compile` break the graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()

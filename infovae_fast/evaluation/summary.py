@@ -1,0 +1,72 @@
+"""All metrics of a trained model on a data set."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infovae_fast.data import ImageData, to_unit
+from infovae_fast.evaluation.covariance import log_det_covariance
+from infovae_fast.evaluation.full_mmd import full_set_mmd
+from infovae_fast.evaluation.mutual_information import mutual_information
+from infovae_fast.models import InfoVAE, Posterior
+
+BATCH = 500  # images at once
+
+
+@torch.no_grad()
+def encode_all(model: InfoVAE, x: Tensor) -> tuple[Posterior, Tensor]:
+    """q(z|x) of all images x [N, C, H, W], and one draw z [N, D] from each."""
+    parts = [model.encode(batch) for batch in x.split(BATCH)]
+    posterior = Posterior(torch.cat([p.mu for p in parts]), torch.cat([p.logvar for p in parts]))
+    return posterior, posterior.rsample()
+
+
+@torch.no_grad()
+def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]:
+    """Metrics on the training and the test set, in nats per image where they are densities.
+
+    Args:
+        n_samples: importance samples for the log-likelihood of the test set.
+        seed: of every draw; the same model and seed give the same numbers.
+
+    Returns:
+        for "train" and "test": reconstruction (-log p(x|z)), kl, log_det_covariance, full_set_mmd, mutual_information;
+        for "test" also log_likelihood, its standard_error (of the mean over the images, both sources of noise), and
+        the median effective_samples. kl and log_likelihood are None where the prior has no density.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    metrics: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for part, images in (("train", data.train_images), ("test", data.test_images)):
+            x = to_unit(images, data.levels).to(device)
+            posterior, z = encode_all(model, x)
+            nll = torch.cat([model.likelihood.nll(model.decode(z_), x_) for z_, x_ in _batches(z, x)])
+            metrics[part] = {
+                "images": len(x),
+                "reconstruction": nll.mean().item(),
+                "kl": model.prior.kl(posterior, z).mean().item() if model.prior.has_kl else None,
+                "log_det_covariance": log_det_covariance(z) if len(z) > z.shape[1] else None,
+                "full_set_mmd": full_set_mmd(z, model.prior) if len(z) > 1 else None,
+                "mutual_information": mutual_information(posterior, z),
+            }
+        if model.prior.has_kl:
+            metrics["test"] |= _log_likelihood(model, x, n_samples)
+    return metrics
+
+
+def _log_likelihood(model: InfoVAE, x: Tensor, n_samples: int) -> dict[str, float]:
+    parts = [model.log_likelihood(batch, n_samples) for batch in x.split(BATCH)]
+    value = torch.cat([p.log_likelihood for p in parts])
+    return {
+        "log_likelihood": value.mean().item(),
+        "log_likelihood_standard_error": (value.std(correction=0) / len(value) ** 0.5).item(),
+        "effective_samples": torch.cat([p.effective_samples for p in parts]).median().item(),
+        "importance_samples": n_samples,
+    }
+
+
+def _batches(*tensors: Tensor) -> Any:
+    return zip(*(t.split(BATCH) for t in tensors), strict=True)

@@ -1,0 +1,299 @@
+"""p(x|z) from what a decoder puts out: Bernoulli, Gaussian, discretised logistic mixture.
+
+A decoder maps z to `params` [N, P, *S]; the data are `x` [N, C, *S]: C channels over the axes S (none for
+vectors). A likelihood says how many channels P it needs, and gives -log p(x|z) in nats per example, the mean
+and samples. Given params the elements of x are independent, save the channels of one pixel under the mixture.
+
+    Bernoulli           P = C         -log p = sum_e log(1 + exp(l_e)) - x_e l_e              l: the logits
+    Gaussian            P = C or 2C   -log p = sum_e (x_e - m_e)^2 / (2 s_e^2) + log s_e + log(2 pi)/2
+    logistic mixture    P = 3K, 10K   -log p = -sum_pixel logsumexp_k [log w_k + sum_c log P_kc(bin of x_c)]
+
+* Units: nats, summed over all but the batch; reduction "none" gives [N], "mean" and "sum" reduce over the batch.
+  The Gaussian's is the log of a density per unit of x and may be negative.
+* Computed and returned in float32 or better (float64 stays), also under autocast and for half inputs: in bfloat16
+  the mixture would be off by hundreds of nats.
+* Differentiable in params, and in x except for the mixture, which is constant inside a bin. NaN in, NaN out.
+* TypeError for anything but floating-point tensors, ValueError for shapes, names and numbers. Values are not checked,
+  lest a GPU wait for the host: Bernoulli and mixture need x in [0, 1], a tensor std must be positive.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+Tail = Literal["exact", "openai"]
+
+
+def bernoulli_nll(logits: Tensor, x: Tensor, reduction: Reduction = "none") -> Tensor:
+    """-log p(x|z) of bits with p(x_e = 1) = sigmoid(logits_e); logits and x [N, ...] have the same shape.
+
+    Grey x in [0, 1] gives the cross entropy: the mean of -log p over bits drawn with probabilities x.
+    """
+    logits, x = _same_shape(logits=logits, x=x)
+    return _reduce(F.binary_cross_entropy_with_logits(logits, x, reduction="none"), reduction)
+
+
+def gaussian_nll(mean: Tensor, std: float | Tensor, x: Tensor, reduction: Reduction = "none") -> Tensor:
+    """-log N(x; mean, std^2), with log(2 pi)/2 for every element: 720.4 nats of constant for 784 pixels.
+
+    mean and x [N, ...] have the same shape; std is a positive number or a tensor of that shape.
+    """
+    if isinstance(std, Tensor):
+        mean, x, std = _same_shape(mean=mean, x=x, std=std)
+    else:
+        (mean, x), std = _same_shape(mean=mean, x=x), _number("std", std, int | float, above=0)
+    log_std = std.log() if isinstance(std, Tensor) else math.log(std)
+    return _reduce(((x - mean) / std).square() / 2 + log_std + math.log(2 * math.pi) / 2, reduction)
+
+
+def discretized_logistic_mixture_nll(
+    params: Tensor, x: Tensor, *, levels: int = 256, tail: Tail = "exact", reduction: Reduction = "none"
+) -> Tensor:
+    """-log P(x|z), every pixel a mixture of K logistics rounded to `levels` values (PixelCNN++, arXiv 1701.05517).
+
+    On the scale y = 2 x - 1 the bin of a level is y +- 1/(levels - 1), the first open below and the last above,
+    so that the levels' probabilities sum to 1. With p and m the upper and lower edge minus mu, divided by s,
+
+        log P = log sigmoid(p) + log sigmoid(-m) + log(1 - exp(m - p));   first log sigmoid(p), last log sigmoid(-m).
+
+    No difference of sigmoids, so no cancellation and no clamp: value and gradient are finite as long as (y - mu)/s
+    is (in float32: all log-scales from -60 up, |mu| up to 1000).
+
+    Args:
+        params: for 1 channel [N, 3K, *S]: K logits, K means, K log-scales. For 3 channels [N, 10K, *S]: K logits,
+            then per channel K means, K log-scales, K coefficients; with c = tanh(coefficients) of the three
+            channels, mu_G += c_0 y_R and mu_B += c_1 y_R + c_2 y_G. A pixel's channels share the choice of k.
+        x: [N, 1 or 3, *S], multiples of 1/(levels - 1) in [0, 1]; rounded to them (256 levels survive bfloat16).
+        tail: "openai" is the approximation behind published numbers: log-scales clamped at -7; density times width
+            for bins of probability under 1e-5, there too large by up to 2.15 nats per subpixel of 256 levels.
+    """
+    params, x = _float32_or_better(params=params, x=x)
+    _number("levels", levels, int, above=1)
+    if tail not in ("exact", "openai"):
+        raise ValueError(f"tail={tail!r} is unknown; accepted: 'exact', 'openai'")
+    if x.ndim < 2 or params.shape[:1] + params.shape[2:] != x.shape[:1] + x.shape[2:]:
+        raise ValueError(f"params {tuple(params.shape)}, x {tuple(x.shape)} must be [N, P, *S] and [N, C, *S]")
+    logits, mu, log_s, coefficients = _mixture(params, data_channels=x.shape[1])
+    halves = 2 * torch.round(x * (levels - 1)).unsqueeze(2) - (levels - 1)  # y in half bins, [N, C, 1, *S]
+    y = (halves / (levels - 1)).unbind(1)
+    means = torch.stack([_mean(mu, coefficients, y[:c]) for c in range(len(y))], 1)  # [N, C, K, *S]
+    log_bin = _log_bin(halves, means, log_s, levels - 1, tail)
+    return _reduce(-(logits.log_softmax(1) + log_bin.sum(1)).logsumexp(1), reduction)
+
+
+class Likelihood(Protocol):
+    """What a VAE asks of its `likelihood=`, for data [N, C, *S] and params [N, channels(C), *S]."""
+
+    name: ClassVar[str]
+
+    def channels(self, data_channels: int) -> int: ...  # that the decoder puts out for C data channels
+    def nll(self, params: Tensor, x: Tensor) -> Tensor: ...  # [N] nats per example
+    def mean(self, params: Tensor) -> Tensor: ...  # [N, C, *S] in data units, float32 or better
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor: ...  # like mean
+    def to_config(self) -> dict[str, Any]:  # plain values, for `likelihood_from_config`
+        return {"name": self.name, **vars(self)}
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Independent bits; params [N, C, *S] are the logits. For binary images, or grey ones as probabilities."""
+
+    name = "bernoulli"
+
+    def channels(self, data_channels: int) -> int:
+        return data_channels
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        return bernoulli_nll(params, x)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return _float32_or_better(params=params)[0].sigmoid()
+
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        return torch.bernoulli(self.mean(params), generator=generator)
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Independent normals, their standard deviation fixed or learned per element.
+
+    std a number: params [N, C, *S] are raw means. std=None: [N, 2C, *S], C raw means, then C raw deviations,
+    std = min_std + sigmoid(raw) < 1 + min_std, so scale data to unit order. The floor bounds -log p, which else falls
+    for ever as std goes to 0 (proposition 1 of the InfoVAE paper). The authors' code adds 0.0005 (figure 1, there
+    with squash=False) or clips at 0.01 (figures 2 to 5); adding keeps the gradient that a clip loses.
+    squash: mean = sigmoid(raw), for data in [0, 1]; else raw. Samples are not clipped.
+    """
+
+    name = "gaussian"
+    std: float | None = None
+    min_std: float = 0.01
+    squash: bool = True
+
+    def __post_init__(self) -> None:
+        _number("min_std", self.min_std, int | float, above=0)
+        _number("std", 1.0 if self.std is None else self.std, int | float, above=0)
+
+    def channels(self, data_channels: int) -> int:
+        return data_channels if self.std is not None else 2 * data_channels
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        return gaussian_nll(*self._mean_std(params), x)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return self._mean_std(params)[0]
+
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        mean, std = self._mean_std(params)
+        return mean + std * mean.new_empty(mean.shape).normal_(generator=generator)
+
+    def _mean_std(self, params: Tensor) -> tuple[Tensor, float | Tensor]:
+        (raw,) = _float32_or_better(params=params)
+        std: float | Tensor | None = self.std
+        if std is None:
+            if raw.ndim < 2 or raw.shape[1] % 2:
+                raise ValueError(f"Gaussian(std=None) needs params [N, 2C, *S], got shape {tuple(raw.shape)}")
+            raw, raw_std = raw.chunk(2, dim=1)
+            std = self.min_std + raw_std.sigmoid()
+        return (raw.sigmoid() if self.squash else raw), std
+
+
+@dataclass(frozen=True)
+class DiscretizedLogisticMixture(Likelihood):
+    """K logistics rounded to `levels` values in [0, 1]; see `discretized_logistic_mixture_nll`. 1 or 3 channels.
+
+    `sample` follows that probability: k per pixel, then R, G given the drawn R, B given both, each rounded.
+    `mean` is of logistics clipped but not rounded (log-scales above 5 count as 5): for 1 channel within half a level
+    of the exact mean. For 3, G and B see the earlier channels' means for their values: the same where nothing clips.
+    """
+
+    name = "discretized_logistic_mixture"
+    mixtures: int = 10
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        _number("mixtures", self.mixtures, int, above=0)
+        _number("levels", self.levels, int, above=1)
+
+    def channels(self, data_channels: int) -> int:
+        if data_channels not in (1, 3):
+            raise ValueError(f"the logistic mixture models 1 or 3 data channels, got {data_channels}")
+        return (3 if data_channels == 1 else 10) * self.mixtures
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        _mixture(params, x.shape[1] if x.ndim > 1 else None, self.mixtures)  # refuses any other K
+        return discretized_logistic_mixture_nll(params, x, levels=self.levels)
+
+    def mean(self, params: Tensor) -> Tensor:
+        logits, mu, log_s, coefficients = _mixture(params, mixtures=self.mixtures)
+        means: list[Tensor] = []  # per channel [N, K, *S]
+        for c in range(mu.shape[1]):
+            # E clip(Y, -1, 1) = clip(m) + s [g((m + 1)/s) - g((m - 1)/s)] for logistic Y, g(u) = log(1 + exp(-|u|))
+            m, s = _mean(mu, coefficients, means), log_s[:, c].clamp(-20.0, 5.0).exp()
+            low, high = torch.exp(-(m + 1).abs() / s).log1p(), torch.exp(-(m - 1).abs() / s).log1p()
+            means.append(m.clamp(-1.0, 1.0) + s * (low - high))
+        return ((logits.softmax(1).unsqueeze(1) * torch.stack(means, 1)).sum(2) + 1) / 2
+
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        logits, *others = _mixture(params, mixtures=self.mixtures)
+        # Of K exponential clocks with rates exp(logits) the first to ring is k with probability softmax(logits)_k.
+        k = (logits - logits.new_empty(logits.shape).exponential_(generator=generator).log()).argmax(1, keepdim=True)
+        mu, log_s, coefficients = (t.take_along_dim(k.unsqueeze(1), 2).squeeze(2) for t in others)  # [N, C, *S]
+        noise = mu.new_empty(mu.shape).uniform_(generator=generator).logit()
+        half, drawn = (self.levels - 1) / 2, list[Tensor]()  # drawn: the levels of R, G, B
+        for c in range(mu.shape[1]):
+            y = _mean(mu, coefficients, [level / half - 1 for level in drawn]) + log_s[:, c].exp() * noise[:, c]
+            drawn.append(((y + 1) * half).round().clamp(0, self.levels - 1))
+        return torch.stack(drawn, 1) / (self.levels - 1)
+
+
+def likelihood_from_config(config: Mapping[str, Any]) -> Likelihood:
+    """The inverse of `to_config`: {"name": ..., options}; ValueError, with what is accepted, for anything unknown."""
+    kinds: dict[str, Any] = {kind.name: kind for kind in (Bernoulli, Gaussian, DiscretizedLogisticMixture)}
+    options = dict(config)
+    name = options.pop("name", None)
+    if name not in kinds:
+        raise ValueError(f"likelihood name={name!r} is unknown; accepted: {', '.join(map(repr, kinds))}")
+    accepted = [field.name for field in fields(kinds[name])]
+    if unknown := sorted(options.keys() - accepted):
+        raise ValueError(f"likelihood {name!r} has no option {unknown}; accepted: {accepted}")
+    return kinds[name](**options)
+
+
+def _mixture(params: Tensor, data_channels: int | None = None, mixtures: int | None = None) -> tuple[Tensor, ...]:
+    """Logits [N, K, *S]; means and log-scales [N, C, K, *S]; raw coefficients [N, 3, K, *S], none for one channel."""
+    (params,) = _float32_or_better(params=params)
+    for channels, rows in ((1, 3), (3, 10)):
+        k, rest = divmod(params.shape[1] if params.ndim > 1 else 0, rows)
+        if k and not rest and data_channels in (None, channels) and mixtures in (None, k):
+            table = params.unflatten(1, (rows, k))
+            return table[:, 0], table[:, 1::3], table[:, 2::3], table[:, 3::3]
+    raise ValueError(
+        f"params {tuple(params.shape)} fit no mixture of {mixtures or 'K'} logistics for {data_channels or '1 or 3'} "
+        "data channel(s): axis 1 must be 3 K long for 1 channel, 10 K for 3; other numbers of channels do not work"
+    )
+
+
+def _mean(mu: Tensor, coefficients: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+    """The logistics' means in the channel that comes after the `earlier` ones, given those."""
+    c = len(earlier)  # 1: coefficient 0; 2: coefficients 1 and 2
+    return mu[:, c] + sum(coefficients[:, c * (c - 1) // 2 + j].tanh() * y for j, y in enumerate(earlier))
+
+
+def _log_bin(halves: Tensor, mu: Tensor, log_s: Tensor, last: int, tail: Tail) -> Tensor:
+    """log P of the bin at y = halves/last. Neighbours find the same number for the edge between them."""
+    log_s = log_s.clamp(min=-7.0) if tail == "openai" else log_s
+    mu, per_half = mu * last, (-log_s).exp() / last
+    upper, lower = (halves + 1 - mu) * per_half, (halves - 1 - mu) * per_half
+    below, above = F.logsigmoid(upper), F.logsigmoid(-lower)
+    log_width = math.log(2 / last) - log_s
+    if tail == "openai":
+        mass, centre = upper.sigmoid() - lower.sigmoid(), (halves - mu) * per_half
+        density = F.logsigmoid(centre) + F.logsigmoid(-centre) + log_width
+        inner = torch.where(mass > 1e-5, mass.clamp(min=1e-12).log(), density)
+    else:
+        inner = below + above + _log1mexp_exp(log_width)
+    return torch.where(halves == -last, below, torch.where(halves == last, above, inner))
+
+
+def _log1mexp_exp(t: Tensor) -> Tensor:
+    """log(1 - exp(-e^t)), finite with its gradient for t up to 88 in float32; below -60 it is t to rounding."""
+    small, large = t.clamp(-60.0, 0.0).exp(), t.clamp(min=0.0).exp()
+    near_zero = torch.log(-torch.expm1(-small)) + (t + 60).clamp(max=0.0)
+    return torch.where(t < 0, near_zero, torch.log1p(-torch.exp(-large)))
+
+
+def _float32_or_better(**tensors: Tensor) -> list[Tensor]:
+    dtype = torch.float32
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}; use .float(), and / 255 for bytes")
+        dtype = torch.promote_types(dtype, t.dtype)
+    return [t.to(dtype) for t in tensors.values()]
+
+
+def _same_shape(**tensors: Tensor) -> list[Tensor]:
+    converted = _float32_or_better(**tensors)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    if len(set(shapes.values())) > 1 or () in shapes.values():
+        raise ValueError(f"{' and '.join(shapes)} must have one shape [N, ...], got {shapes}")
+    return converted
+
+
+def _reduce(nll: Tensor, reduction: Reduction) -> Tensor:
+    per_example = nll.unsqueeze(-1).flatten(1).sum(1)  # [N, ...] -> [N]
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is unknown; accepted: 'none', 'mean', 'sum'")
+    return per_example if reduction == "none" else getattr(per_example, reduction)()
+
+
+def _number(name: str, value: Any, kind: Any, above: int) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kind) or not above < value < math.inf:
+        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} > {above}, got {value!r}")
+    return value

@@ -1,0 +1,369 @@
+"""OPERATOR: convolution that cannot see the future.
+
+With pixels in raster order, one matrix for each tap t = (dy, dx), and zeros outside the image,
+
+    f[n, :, p] = sum_t x[n, :, p + t] @ weight[t] + bias + condition[n, :, p]
+    out        = f,  or with a gate  tanh(f_a) * sigmoid(f_b)  ("tanh"),  f_a * sigmoid(f_b)  ("glu")
+
+where f_a and f_b are the first and the second half of f's channels. Shapes: x [N, Cin, H, W], weight
+[taps, Cin, Cout], bias [Cout], condition [N, Cout] (one for all pixels) or [N, Cout, H, W], out [N, Cout, H, W],
+with a gate [N, Cout/2, H, W]. Any strides come in (channels-last without a copy), channels-last comes out.
+
+**Windows.** A tap is a position of the k x k kernel that the mask keeps; r = k // 2. Taps are in raster order:
+
+    "A"    rows -r..-1 of columns -r..r, then (0, -r..-1)     first layer of a raster stack
+    "B"    the same, and (0, 0)                               its later layers
+    "V0"   rows -r..-1 of columns -r..r                       first layer of the vertical stack
+    "V"    rows -r..0  of columns -r..r                       its later layers
+    "H0"   (0, -r..-1)                                        first layer of the horizontal stack
+    "H"    (0, -r..0)                                         its later layers
+
+B, V and H see their own pixel or row: they are causal behind a first layer, which hid it. Hidden only once
+(shift-once), the present costs no past: the vertical stack, linked into the horizontal one, reaches every earlier
+pixel. A raster stack does not: it is blind to a triangle above to the right.
+
+**Colours.** With data_channels = G > 1 the channels inside a pixel are ordered too. Channel c of C is in group c % G
+("interleaved") or c * G // C ("contiguous"); with a gate C is one half of Cout and each half is grouped alike, so the a
+and b of an output share their group. A and H0 now have the centre tap (0, 0), from each group to the strictly later
+ones; in B and H it also joins a group to itself. That tap is stored whole: its masked blocks are ignored, never read,
+with a gradient of exactly zero. V0 and V see finished rows only, in all groups: there data_channels changes nothing.
+
+**Contract.** Masked inputs are never read: NaN or inf in the future stays in the future, and an output keeps every bit
+whatever it may not see. Hence products of matrices, whose rows never meet: 0 * NaN in a dense masked kernel is NaN,
+and a convolution library may transform whole tiles (Winograd, FFT).
+
+* Differentiable, to any order, to x, weight, bias and condition.
+* Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
+* The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
+  holds taps * Cin values for each pixel. Bias, condition and gate follow in this order.
+* A window without taps (A, V0, H0 with kernel_size=1) is refused: the convolution would be zero.
+
+Source: van den Oord et al., arXiv 1601.06759 (masks) and 1606.05328 (stacks, gate, condition).
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infovae_fast.backends import Backend, choose
+
+
+class Mask(NamedTuple):
+    """All that decides which inputs an output sees. `taps` checks it."""
+
+    window: str
+    kernel_size: int
+    data_channels: int = 1
+    group_order: str = "interleaved"
+    gate: str | None = None
+
+    @property
+    def taps(self) -> tuple[tuple[int, int], ...]:
+        _check_mask(self)
+        r = self.kernel_size // 2
+        above = [(dy, dx) for dy in range(-r, 0) for dx in range(-r, r + 1)]
+        end = {"V0": -r, "V": r + 1, "B": 1, "H": 1}.get(self.window, 1 if self.data_channels > 1 else 0)
+        current = [(0, dx) for dx in range(-r, end)]
+        found = current if self.window in ("H0", "H") else above + current
+        if not found:
+            raise ValueError(
+                f"window={self.window!r} with kernel_size={self.kernel_size} has no taps: the convolution would be "
+                "identically zero; accepted: kernel_size 3 or more, or the window of a later layer (B, V, H)"
+            )
+        return tuple(found)
+
+    @property
+    def groups(self) -> int:
+        """Channel groups that the centre tap tells apart; where there are several, that tap is the last one."""
+        return 1 if self.window in ("V0", "V") else self.data_channels
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.gate else 1
+
+    def visible(self, group: int) -> int:
+        """The centre tap shows an output group the input groups below this number."""
+        return group + 1 if self.window in ("B", "H") else group
+
+
+def taps(window: str, kernel_size: int, data_channels: int = 1) -> tuple[tuple[int, int], ...]:
+    """The offsets (dy, dx) that a window reads, in the order of `weight`: raster order."""
+    return Mask(window, kernel_size, data_channels).taps
+
+
+def masked_conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask
+) -> Tensor:
+    """Plain PyTorch: the columns of all taps side by side, then one matrix product for each group."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    n, cin, h, w = x.shape
+
+    # With channels sorted by group and the centre tap last, what a group may see is a prefix of the columns.
+    pixels = _to_groups(x.to(dtype).permute(0, 2, 3, 1).contiguous(), mask).flatten(-2)  # [N, H, W, Cin]
+    columns = torch.cat([_moved(pixels, dy, dx) for dy, dx in mask.taps], -1).flatten(0, 2)  # [N*H*W, taps*Cin]
+    matrix = _to_groups(weight.to(dtype).mT, mask).flatten(-2).mT.flatten(0, 1)  # [taps*Cin, Cout]
+    matrix = _to_groups(matrix, mask, mask.halves)  # [taps*Cin, G, Cout/G]
+    products = []
+    for group in range(mask.groups):
+        hidden = (mask.groups - mask.visible(group)) * (cin // mask.groups) if mask.groups > 1 else 0
+        seen = columns.shape[1] - hidden
+        products.append(columns[:, :seen] @ matrix[:seen, group])  # [N*H*W, Cout/G]
+    f = products[0] if mask.groups == 1 else _from_groups(torch.stack(products, -2), mask, mask.halves)
+
+    f = f.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)  # [N, Cout, H, W]
+    if bias is not None:
+        f = f + bias.to(dtype)[:, None, None]
+    if condition is not None:
+        f = f + (condition if condition.ndim == 4 else condition[:, :, None, None]).to(dtype)
+    return (gated(f, mask.gate) if mask.gate else f).to(x.dtype)
+
+
+def gated(f: Tensor, gate: str) -> Tensor:
+    """[N, 2C, H, W] -> [N, C, H, W]: tanh(f_a) * sigmoid(f_b) for "tanh", f_a * sigmoid(f_b) for "glu"."""
+    a, b = f.chunk(2, 1)
+    return (torch.tanh(a) if gate == "tanh" else a) * torch.sigmoid(b)
+
+
+def _moved(pixels: Tensor, dy: int, dx: int) -> Tensor:
+    """Pixel p of the result is pixel p + (dy, dx) of `pixels` [N, H, W, C], dy <= 0; zeros enter."""
+    h, w = pixels.shape[1:3]
+    dy, dx = max(dy, -h), min(max(dx, -w), w)  # just outside the image there are zeros, and so there are further away
+    return F.pad(pixels, (0, 0, -dx, dx, -dy, dy)) if dy or dx else pixels
+
+
+def _to_groups(values: Tensor, mask: Mask, halves: int = 1) -> Tensor:
+    """Channels by group: [..., C] -> [..., G, C/G]."""
+    if mask.group_order == "interleaved":
+        return values.unflatten(-1, (halves, -1, mask.groups)).movedim(-1, -3).flatten(-2)
+    return values.unflatten(-1, (halves, mask.groups, -1)).movedim(-2, -3).flatten(-2)
+
+
+def _from_groups(values: Tensor, mask: Mask, halves: int = 1) -> Tensor:
+    """Channels back in place: [..., G, C/G] -> [..., C]."""
+    place = -1 if mask.group_order == "interleaved" else -2
+    return values.unflatten(-1, (halves, -1)).movedim(-3, place).flatten(-3)
+
+
+BACKENDS = (Backend("reference", lambda *inputs: None, masked_conv_reference),)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window: str,
+    kernel_size: int,
+    data_channels: int = 1,
+    group_order: str = "interleaved",
+    condition: Tensor | None = None,
+    gate: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The masked convolution of this page.
+
+    Args:
+        x: [N, Cin, H, W].
+        weight: [taps, Cin, Cout], a matrix for each of `taps(window, kernel_size, data_channels)`.
+        bias: [Cout].
+        window: "A", "B", "V0", "V", "H0" or "H".
+        kernel_size: k, odd.
+        data_channels: G, the image channels whose order inside a pixel counts (3 for RGB); divides Cin and Cout.
+        group_order: "interleaved" or "contiguous".
+        condition: [N, Cout] or [N, Cout, H, W]; never masked: an output sees all of its own pixel.
+            The link from the vertical to the horizontal stack enters here.
+        gate: None, "tanh" or "glu".
+        backend: "auto" or one of `infovae_fast.backends.NAMES`.
+
+    Returns:
+        [N, Cout, H, W], with a gate [N, Cout/2, H, W].
+
+    Raises:
+        TypeError: not a tensor, not floating point, dtypes that do not meet; a size that is not an int.
+        ValueError: wrong shapes, devices, names, sizes. RuntimeError: the named backend cannot run these inputs.
+    """
+    mask = Mask(window, kernel_size, data_channels, group_order, gate)
+    inputs = (*_checked(mask, x, weight, bias, condition), mask)
+    run = choose("masked_conv", BACKENDS, backend, *inputs)
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return run(*inputs)
+
+
+class MaskedConv2d(nn.Module):
+    """`masked_conv2d` with its parameters: weight [taps, Cin, Cout] and bias [Cout].
+
+    `out_channels` come out: with a gate, Cout is twice that. Both start uniform in +-1/sqrt(fan-in), where the fan-in
+    of an output channel counts what it sees; masked blocks of a coloured centre tap start at zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        window: str,
+        bias: bool = True,
+        data_channels: int = 1,
+        group_order: str = "interleaved",
+        gate: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mask = Mask(window, kernel_size, data_channels, group_order, gate)
+        self.backend = backend
+        cout = self.mask.halves * out_channels
+        shape = (len(self.mask.taps), in_channels, cout)
+        _check_channels(self.mask, in_channels, cout)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(cout, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        kept = _kept(self.mask, self.weight.shape)
+        bound = kept.sum((0, 1)).clamp(min=1).rsqrt().to(self.weight)  # [Cout]
+        self.weight.uniform_(-1, 1).mul_(bound * kept.to(self.weight))
+        if self.bias is not None:
+            self.bias.uniform_(-1, 1).mul_(bound)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        options = self.mask._asdict()
+        return masked_conv2d(x, self.weight, self.bias, condition=condition, backend=self.backend, **options)
+
+    def extra_repr(self) -> str:
+        _, cin, cout = self.weight.shape
+        options = "".join(f", {name}={value!r}" for name, value in self.mask._asdict().items())
+        return f"{cin}, {cout // self.mask.halves}{options}, bias={self.bias is not None}"
+
+
+def from_dense(
+    dense: Tensor, *, window: str, data_channels: int = 1, group_order: str = "interleaved", gate: str | None = None
+) -> Tensor:
+    """The compact weight of a dense one, [Cout, Cin, k, k] -> [taps, Cin, Cout]; what the mask hides is left out."""
+    if dense.ndim != 4 or dense.shape[2] != dense.shape[3]:
+        raise ValueError(
+            f"dense: got shape {tuple(dense.shape)}; accepted: [Cout, Cin, k, k]; "
+            "pad 1 x k and cropped kernels with zeros to k x k first (torch.nn.functional.pad)"
+        )
+    cout, cin, k, _ = dense.shape
+    mask = Mask(window, k, data_channels, group_order, gate)
+    cells = _cells(mask)
+    _check_channels(mask, cin, cout)
+    hidden = ~_kept(mask, (len(cells), cin, cout)).to(dense.device)
+    return dense.flatten(2).permute(2, 1, 0)[cells].masked_fill(hidden, 0)
+
+
+def to_dense(
+    weight: Tensor,
+    *,
+    window: str,
+    kernel_size: int,
+    data_channels: int = 1,
+    group_order: str = "interleaved",
+    gate: str | None = None,
+) -> Tensor:
+    """The dense weight of a compact one, [taps, Cin, Cout] -> [Cout, Cin, k, k], zero where the mask hides."""
+    mask = Mask(window, kernel_size, data_channels, group_order, gate)
+    _check_weight(mask, weight)
+    cells = torch.tensor(_cells(mask), device=weight.device)
+    hidden = ~_kept(mask, weight.shape).to(weight.device)
+    dense = weight.new_zeros(kernel_size**2, *weight.shape[1:])  # [k*k, Cin, Cout]
+    dense = dense.index_copy(0, cells, weight.masked_fill(hidden, 0))
+    return dense.permute(2, 1, 0).unflatten(2, (kernel_size, kernel_size))
+
+
+def _cells(mask: Mask) -> list[int]:
+    """Where the taps lie in the flattened k x k kernel."""
+    k = mask.kernel_size
+    return [(dy + k // 2) * k + dx + k // 2 for dy, dx in mask.taps]
+
+
+def _kept(mask: Mask, shape: Sequence[int]) -> Tensor:
+    """False for weights [taps, Cin, Cout] in a masked block of a coloured centre tap, True for all others."""
+    kept = torch.ones(*shape, dtype=torch.bool)
+    if mask.groups > 1:
+        group = torch.arange(mask.groups)[:, None]  # [G, 1]
+        source = _from_groups(group.expand(-1, shape[1] // mask.groups), mask)  # [Cin]
+        target = _from_groups(group.expand(-1, shape[2] // mask.groups), mask, mask.halves)  # [Cout]
+        kept[-1] = source[:, None] < target + mask.visible(0)
+    return kept
+
+
+def _check_mask(mask: Mask) -> None:
+    accepted: dict[str, tuple[str | None, ...]] = {
+        "window": ("A", "B", "V0", "V", "H0", "H"),
+        "group_order": ("interleaved", "contiguous"),
+        "gate": (None, "tanh", "glu"),
+    }
+    for name, choices in accepted.items():
+        if getattr(mask, name) not in choices:
+            raise ValueError(f"{name}: got {getattr(mask, name)!r}; accepted: " + ", ".join(map(repr, choices)))
+    for name, step in (("kernel_size", 2), ("data_channels", 1)):
+        size = getattr(mask, name)
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: got {size!r} ({type(size).__name__}); accepted: one int")
+        if size < 1 or (size - 1) % step:
+            raise ValueError(f"{name}: got {size}; accepted: 1, {1 + step}, {1 + 2 * step}, ...")
+
+
+def _check_channels(mask: Mask, cin: int, cout: int) -> None:
+    step = mask.halves * mask.groups
+    if cin < 1 or cout < 1 or cin % mask.groups or cout % step:
+        raise ValueError(
+            f"channels: got Cin={cin}, Cout={cout}; accepted: Cin a multiple of {mask.groups} and Cout of {step}, "
+            f"because data_channels={mask.data_channels} and gate={mask.gate!r}: every half of Cout holds every group"
+        )
+
+
+def _check_weight(mask: Mask, weight: Tensor) -> None:
+    count = len(mask.taps)
+    if weight.ndim != 3 or weight.shape[0] != count:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}; accepted: [taps, Cin, Cout] with the {count} taps of "
+            f"window={mask.window!r}, kernel_size={mask.kernel_size}, data_channels={mask.data_channels}; "
+            "from_dense makes it from [Cout, Cin, k, k]"
+        )
+    _check_channels(mask, weight.shape[1], weight.shape[2])
+
+
+def _checked(mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None) -> list[Any]:
+    """The four tensors, checked, with one dtype."""
+    named = {"x": x, "weight": weight, "bias": bias, "condition": condition}
+    given: dict[str, Any] = {name: t for name, t in named.items() if t is not None or name in ("x", "weight")}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor")
+        if not t.is_floating_point() or t.dtype.itemsize == 1:
+            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
+    if len({t.dtype for t in given.values()}) > 1 and all(t.dtype.itemsize <= 4 for t in given.values()):
+        given = {name: t.float() for name, t in given.items()}
+    x, weight = given["x"], given["weight"]
+    for name, t in given.items():
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, but x is {x.dtype}; convert one of them")
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, but x on {x.device}; move one of them")
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, Cin, H, W]; x[None] makes a batch of one image")
+    _check_weight(mask, weight)
+    (n, channels, h, w), (_, cin, cout) = x.shape, weight.shape
+    if channels != cin:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}; accepted: [N, {cin}, H, W], because weight reads {cin} channels"
+        )
+    if bias is not None and bias.shape != (cout,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}; accepted: [Cout] = {(cout,)}")
+    if condition is not None and condition.shape not in ((n, cout), (n, cout, h, w)):
+        raise ValueError(
+            f"condition: got shape {tuple(condition.shape)}; accepted: [N, Cout] = {(n, cout)} or "
+            f"[N, Cout, H, W] = {(n, cout, h, w)}, both halves of a gate"
+        )
+    return [given.get(name) for name in named]

@@ -1,0 +1,250 @@
+"""InfoVAE: encoder, decoder, likelihood, prior and objective in one module.
+
+q(z|x) = N(mu(x), diag e^logvar(x))      p(x|z) = likelihood(decoder(z))      p(z) = prior      loss = objective (Eq. 6)
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
+from infovae_fast.models.networks import DECODERS, ENCODERS, build
+from infovae_fast.models.priors import PRIORS, Posterior, Prior, StandardNormal
+from infovae_fast.objective import Objective, Terms, mmd_vae, objective_from_config
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class Output(NamedTuple):
+    """What a forward pass computes."""
+
+    params: Tensor  # [N, K, H, W], of p(x|z)
+    posterior: Posterior
+    z: Tensor  # [N, D], drawn from q(z|x)
+
+
+class LogLikelihood(NamedTuple):
+    """An importance-sampling estimate of log p(x) for each example, [N] each."""
+
+    log_likelihood: Tensor  # nats; its expectation is a lower bound that tightens with the number of samples
+    standard_error: Tensor  # of log_likelihood, by the delta method; too small where effective_samples is
+    effective_samples: Tensor  # (sum w)^2 / sum w^2, between 1 and n_samples
+
+
+class InfoVAE(nn.Module):
+    """A latent-variable model of images, trained with any objective of the InfoVAE family.
+
+    Build it from names with `InfoVAE.from_config`, which makes it possible to save it, or from modules of your own:
+
+    Args:
+        encoder: a module [N, C, H, W] -> [N, 2 D], the mean and log-variance of q(z|x).
+        decoder: a module [N, D] -> [N, K, H, W], K = likelihood.channels(C).
+        latent_dim: D.
+        likelihood: `Bernoulli()` (default), `Gaussian()` or `DiscretizedLogisticMixture()`.
+        prior: a `Prior` in D dimensions; default N(0, I).
+        objective: an `Objective`; default `mmd_vae()`.
+    """
+
+    config: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        *,
+        likelihood: Likelihood | None = None,
+        prior: Prior | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.latent_dim = encoder, decoder, latent_dim
+        self.likelihood = likelihood or Bernoulli()
+        self.prior = prior or StandardNormal(latent_dim)
+        self.objective = objective or mmd_vae()
+        if self.prior.dim != latent_dim:
+            raise ValueError(f"the prior has {self.prior.dim} dimensions, but latent_dim is {latent_dim}")
+
+    @classmethod
+    def from_config(
+        cls,
+        shape: Sequence[int],
+        latent_dim: int = 10,
+        *,
+        encoder: dict[str, Any] | str = "mlp",
+        decoder: dict[str, Any] | str = "mlp",
+        likelihood: dict[str, Any] | str = "bernoulli",
+        prior: dict[str, Any] | str = "normal",
+        objective: dict[str, Any] | str = "mmd_vae",
+    ) -> "InfoVAE":
+        """A model from names and plain options.
+
+        Args:
+            shape: of an image, (C, H, W).
+            latent_dim: D.
+            encoder, decoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
+            likelihood: "bernoulli", "gaussian", "discretized_logistic_mixture", with options likewise.
+            prior: "normal", "uniform", {"name": "gaussian_mixture", "means": ...}.
+            objective: a preset of `objective.PRESETS`, or {"name": "mmd_vae", "lambda_": 500.0}.
+
+        Raises:
+            ValueError: an unknown name or option (the message lists the accepted ones), sizes that do not fit.
+        """
+        config = {key: value for key, value in locals().items() if key != "cls"} | {"shape": list(shape)}
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape: got {tuple(shape)}; accepted: (channels, height, width)")
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim: got {latent_dim}; accepted: 1 or more")
+        p_x = likelihood_from_config({"name": likelihood} if isinstance(likelihood, str) else likelihood)
+        prior_args = () if isinstance(prior, dict) and prior.get("name") == "gaussian_mixture" else (latent_dim,)
+        model = cls(
+            build(ENCODERS, "encoder", encoder, shape, 2 * latent_dim),
+            build(DECODERS, "decoder", decoder, latent_dim, (p_x.channels(shape[0]), *shape[1:])),
+            latent_dim,
+            likelihood=p_x,
+            prior=build(PRIORS, "prior", prior, *prior_args),
+            objective=objective_from_config(objective, latent_dim),
+        )
+        model.config = config
+        return model
+
+    def encode(self, x: Tensor) -> Posterior:
+        """q(z|x) for images x [N, C, H, W]."""
+        parameters = self.encoder(x)
+        if parameters.shape != (len(x), 2 * self.latent_dim):
+            raise ValueError(
+                f"the encoder returned shape {tuple(parameters.shape)}; accepted: {(len(x), 2 * self.latent_dim)}, "
+                "the mean and log-variance of q(z|x)"
+            )
+        mu, logvar = parameters.chunk(2, dim=1)
+        return Posterior(mu, logvar.clamp(-30, 20))  # e^(logvar/2) and e^-logvar stay finite in float32
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The parameters of p(x|z), [N, D] -> [N, K, H, W]."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> Output:
+        """Encode, draw z ~ q(z|x), decode."""
+        posterior = self.encode(x)
+        z = posterior.rsample()
+        return Output(self.decode(z), posterior, z)
+
+    def loss(self, x: Tensor) -> Terms:
+        """The objective and its terms on a batch x [N, C, H, W]: call `.loss.backward()`."""
+        output = self(x)
+        kl = self.prior.kl(output.posterior, output.z) if self.prior.has_kl else None
+        return self.objective(self.likelihood.nll(output.params, x), kl, output.z, self.prior)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x|z) at z = mu(x), [N, C, H, W]."""
+        return self.likelihood.mean(self.decode(self.encode(x).mu))
+
+    @torch.no_grad()
+    def sample(self, n: int, *, mean: bool = True) -> Tensor:
+        """n images from the model, [n, C, H, W]: z ~ p(z), then the mean of p(x|z), or a draw from it."""
+        params = self.decode(self.prior.sample(n))
+        return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
+
+    @torch.no_grad()
+    def interpolate(self, a: Tensor, b: Tensor, steps: int = 8) -> Tensor:
+        """Means of p(x|z) on the straight line from mu(a) to mu(b), [N, C, H, W] twice -> [N, steps, C, H, W]."""
+        if a.shape != b.shape or steps < 2:
+            raise ValueError(
+                f"interpolate: got shapes {tuple(a.shape)}, {tuple(b.shape)}, steps={steps}; accepted: two batches of "
+                "the same shape, 2 steps or more"
+            )
+        t = torch.linspace(0, 1, steps, device=a.device)[:, None]  # [steps, 1]
+        z = self.encode(a).mu[:, None] * (1 - t) + self.encode(b).mu[:, None] * t  # [N, steps, D]
+        return self.likelihood.mean(self.decode(z.flatten(0, 1))).unflatten(0, (len(a), steps))
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, n_samples: int = 100, *, chunk: int = 10) -> LogLikelihood:
+        """log p(x) by importance sampling from q(z|x):
+
+            log p(x) ~ log 1/S sum_s w_s,   w_s = p(x|z_s) p(z_s) / q(z_s|x),   z_s ~ q(z|x)
+
+        Args:
+            x: [N, C, H, W]. n_samples: S. chunk: samples decoded at once; memory is that of N * chunk images.
+
+        Returns:
+            the estimate in nats with its standard error and effective sample size, [N] each. The mean log-weight is
+            streamed: no [S, N] array exists.
+        """
+        if n_samples < 1 or chunk < 1:
+            raise ValueError(f"n_samples and chunk: got {n_samples} and {chunk}; accepted: 1 or more")
+        posterior = self.encode(x)
+        top = x.new_full((len(x),), -math.inf, dtype=torch.float64)  # the largest log-weight so far
+        s1, s2 = torch.zeros_like(top), torch.zeros_like(top)  # sums of e^(log w - top) and of its square
+        for start in range(0, n_samples, chunk):
+            log_w = self._log_weights(x, posterior, min(chunk, n_samples - start)).double()  # [s, N]
+            new_top = torch.maximum(top, log_w.max(0).values)
+            s1 = s1 * (top - new_top).exp() + (log_w - new_top).exp().sum(0)
+            s2 = s2 * (2 * (top - new_top)).exp() + (2 * (log_w - new_top)).exp().sum(0)
+            top = new_top
+        error = (s2 / s1.square() - 1 / n_samples).clamp_min(0).sqrt()
+        return LogLikelihood(top + s1.log() - math.log(n_samples), error, s1.square() / s2)
+
+    def _log_weights(self, x: Tensor, posterior: Posterior, s: int) -> Tensor:  # [s, N]
+        mu, logvar = (t.expand(s, *t.shape) for t in posterior)
+        z = Posterior(mu, logvar).rsample()  # [s, N, D]
+        nll = self.likelihood.nll(self.decode(z.flatten(0, 1)), x.expand(s, *x.shape).flatten(0, 1))
+        return self.prior.log_prob(z) - posterior.log_prob(z) - nll.view(s, len(x))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors into the folder; each file appears whole or not at all.
+
+        Raises:
+            ValueError: the model was built from modules, not by `from_config`: save its `state_dict()` instead.
+        """
+        from safetensors.torch import save
+
+        if self.config is None:
+            raise ValueError(
+                "this model was built from modules of your own, which a config.json cannot describe: build it with "
+                "InfoVAE.from_config, or save model.state_dict() with safetensors.torch.save_file"
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.contiguous().cpu() for name, t in self.state_dict().items()}
+        _write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        _write(folder / CONFIG_FILE, json.dumps(self.config, indent=1).encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "InfoVAE":
+        """The model that `save_pretrained` wrote; nothing in the files is executed.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: a file is damaged or does not fit the configuration.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing; expected a folder written by save_pretrained")
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            if not isinstance(config, dict) or "shape" not in config:
+                raise ValueError("no key 'shape'")
+            model = cls.from_config(**config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or of another model: {error}") from error
+        return model.eval()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,132 @@
+"""Encoder and decoder networks: MLP and DCGAN, with the sizes of the paper's experiments as presets.
+
+An encoder maps images [N, C, H, W] to 2 D numbers (mean and log-variance of q(z|x)); a decoder maps z [N, D] to the
+parameters of p(x|z) [N, K, H, W], K being `likelihood.channels(C)`. Activations are leaky ReLU 0.1 in encoders and
+ReLU in decoders, as in the authors' code.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from torch import nn
+
+Shape = Sequence[int]  # (C, H, W)
+
+PAPER_FEW_SAMPLES = {"name": "dcgan", "channels": [64, 128], "hidden": 1024, "batch_norm": False}  # section 5.1
+PAPER_PIXELCNN_ENCODER = {"name": "dcgan", "channels": [64, 128], "hidden": 512, "batch_norm": True}  # section 5.2
+
+
+class MLPEncoder(nn.Sequential):
+    """Fully connected: flatten, then one layer for each of `hidden`, then a linear layer to `outputs`."""
+
+    def __init__(self, shape: Shape, outputs: int, hidden: Sequence[int] = (256, 256)) -> None:
+        super().__init__(nn.Flatten(1), *_mlp([prod(shape), *hidden, outputs], lambda: nn.LeakyReLU(0.1)))
+
+
+class MLPDecoder(nn.Sequential):
+    """Fully connected: z [N, inputs], one layer for each of `hidden`, then a linear layer to `shape` (K, H, W)."""
+
+    def __init__(self, inputs: int, shape: Shape, hidden: Sequence[int] = (256, 256)) -> None:
+        super().__init__(*_mlp([inputs, *hidden, prod(shape)], nn.ReLU), nn.Unflatten(1, tuple(shape)))
+
+
+class DCGANEncoder(nn.Sequential):
+    """Convolutions 4x4 of stride 2 with `channels` maps, a fully connected layer of `hidden`, a linear layer.
+
+    Height and width must be multiples of 2^len(channels). Batch normalisation, where asked for, follows each hidden
+    layer but makes q(z|x) depend on the batch in training.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        outputs: int,
+        channels: Sequence[int] = (64, 128),
+        hidden: int = 1024,
+        batch_norm: bool = False,
+    ) -> None:
+        maps = [shape[0], *channels]
+        height, width = _downsampled(shape, len(channels))
+        super().__init__()
+        for i, (before, after) in enumerate(pairwise(maps)):
+            self.add_module(f"conv{i}", nn.Conv2d(before, after, 4, stride=2, padding=1, bias=not batch_norm))
+            if batch_norm:
+                self.add_module(f"conv_norm{i}", nn.BatchNorm2d(after))
+            self.add_module(f"conv_act{i}", nn.LeakyReLU(0.1))
+        self.add_module("flatten", nn.Flatten(1))
+        self.add_module("full", nn.Linear(maps[-1] * height * width, hidden, bias=not batch_norm))
+        if batch_norm:
+            self.add_module("full_norm", nn.BatchNorm1d(hidden))
+        self.add_module("full_act", nn.LeakyReLU(0.1))
+        self.add_module("out", nn.Linear(hidden, outputs))
+
+
+class DCGANDecoder(nn.Sequential):
+    """`DCGANEncoder` backwards: two fully connected layers, then transposed convolutions 4x4 of stride 2."""
+
+    def __init__(
+        self,
+        inputs: int,
+        shape: Shape,
+        channels: Sequence[int] = (64, 128),
+        hidden: int = 1024,
+        batch_norm: bool = False,
+    ) -> None:
+        maps = [*reversed(channels), shape[0]]
+        height, width = _downsampled(shape, len(channels))
+        super().__init__()
+        for i, (before, after) in enumerate([(inputs, hidden), (hidden, maps[0] * height * width)]):
+            self.add_module(f"full{i}", nn.Linear(before, after, bias=not batch_norm))
+            if batch_norm:
+                self.add_module(f"full_norm{i}", nn.BatchNorm1d(after))
+            self.add_module(f"full_act{i}", nn.ReLU())
+        self.add_module("unflatten", nn.Unflatten(1, (maps[0], height, width)))
+        for i, (before, after) in enumerate(pairwise(maps)):
+            last = i == len(channels) - 1
+            self.add_module(
+                f"conv{i}", nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=last or not batch_norm)
+            )
+            if not last:
+                if batch_norm:
+                    self.add_module(f"conv_norm{i}", nn.BatchNorm2d(after))
+                self.add_module(f"conv_act{i}", nn.ReLU())
+
+
+ENCODERS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPEncoder, "dcgan": DCGANEncoder}
+DECODERS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPDecoder, "dcgan": DCGANDecoder}
+
+
+def build(table: Mapping[str, Callable[..., Any]], what: str, config: dict[str, Any] | str, *args: Any) -> Any:
+    """table[name](*args, **options) for a configuration {"name": ..., **options} or a bare name.
+
+    Raises:
+        ValueError: an unknown name or option; the message lists the accepted ones.
+    """
+    options: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
+    name = options.pop("name", None)
+    if name not in table:
+        raise ValueError(f"{what}: got {name!r}; accepted: " + ", ".join(map(repr, table)))
+    accepted = list(signature(table[name]).parameters)[len(args) :]
+    if unknown := sorted(set(options) - set(accepted)):
+        raise ValueError(f"{what} {name!r}: unknown options {unknown}; accepted: {accepted}")
+    return table[name](*args, **options)
+
+
+def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), activation()]
+    return layers[:-1]
+
+
+def _downsampled(shape: Shape, times: int) -> tuple[int, int]:
+    _, height, width = shape
+    if height % 2**times or width % 2**times:
+        raise ValueError(
+            f"dcgan with {times} layers of stride 2 needs height and width that are multiples of {2**times}; got "
+            f"{height}x{width}: use fewer channels, or 'mlp'"
+        )
+    return height // 2**times, width // 2**times

@@ -1,0 +1,158 @@
+"""Priors p(z) and the Gaussian posterior q(z|x).
+
+A prior samples; where it has a density it also gives `log_prob`, its gradient `score`, and the KL divergence from a
+Gaussian posterior:
+
+    KL(q(z|x) || p(z)) = E_q [log q(z|x) - log p(z)]        in closed form for N(0, I), else by the one z drawn for it
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from infovae_fast.divergences import gaussian_kl
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Posterior(NamedTuple):
+    """q(z|x) = N(mu, diag e^logvar), one a row."""
+
+    mu: Tensor  # [N, D]
+    logvar: Tensor  # [N, D]
+
+    def rsample(self) -> Tensor:
+        """One z ~ q(z|x) a row, [N, D], differentiable to mu and logvar: z = mu + e^(logvar/2) eps."""
+        return self.mu + (0.5 * self.logvar).exp() * torch.randn_like(self.mu)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z|x) in nats, [..., N, D] -> [..., N]."""
+        return -0.5 * ((z - self.mu).square() * (-self.logvar).exp() + self.logvar + LOG_2PI).sum(-1)
+
+
+class Prior(nn.Module):
+    """A distribution of z in D dimensions: subclasses give `sample` and, where there is a density, `log_prob`."""
+
+    has_kl = True  # KL(q(z|x) || p(z)) is defined and finite
+    _device: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim: got {dim}; accepted: 1 or more")
+        self.dim = dim
+        self.register_buffer("_device", torch.empty(0), persistent=False)  # follows .to(device)
+
+    def sample(self, n: int) -> Tensor:
+        """n points, [n, D], on the module's device."""
+        raise TypeError(f"{type(self).__name__} gives no samples")
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats, [..., D] -> [...]."""
+        raise ValueError(f"{type(self).__name__} has no density: use alpha=1 and a divergence of samples, such as MMD")
+
+    def score(self, z: Tensor) -> Tensor:
+        """grad log p(z), [N, D] -> [N, D]."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(z).sum(), z)[0]
+
+    def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
+        """KL(q(z|x) || p(z)) in nats, [N]: here the estimate log q(z|x) - log p(z) at the z [N, D] drawn from q."""
+        return posterior.log_prob(z) - self.log_prob(z)
+
+
+class StandardNormal(Prior):
+    """N(0, I)."""
+
+    def sample(self, n: int) -> Tensor:
+        return torch.randn(n, self.dim, device=self._device.device, dtype=self._device.dtype)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * (z.square() + LOG_2PI).sum(-1)
+
+    def score(self, z: Tensor) -> Tensor:
+        return -z
+
+    def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
+        return gaussian_kl(posterior.mu, posterior.logvar, reduction="none")
+
+
+class Uniform(Prior):
+    """Uniform on [low, high]^D. KL from a Gaussian is infinite: use alpha=1."""
+
+    has_kl = False
+
+    def __init__(self, dim: int, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(dim)
+        if not low < high:
+            raise ValueError(f"low and high: got {low} and {high}; accepted: low < high")
+        self.low, self.high = low, high
+
+    def sample(self, n: int) -> Tensor:
+        return self.low + (self.high - self.low) * torch.rand(n, self.dim, device=self._device.device)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        inside = ((z >= self.low) & (z <= self.high)).all(-1)
+        return torch.where(inside, -self.dim * math.log(self.high - self.low), -math.inf)
+
+    def score(self, z: Tensor) -> Tensor:
+        raise ValueError("a uniform prior has no score (its density has jumps): use MMD or an adversarial divergence")
+
+
+class GaussianMixture(Prior):
+    """sum_k w_k N(m_k, diag s_k^2).
+
+    Args:
+        means: [K, D]. stds: [K, D], [K] or a number. weights: [K], normalised to sum 1; default equal.
+    """
+
+    means: Tensor
+    stds: Tensor
+    log_weights: Tensor
+
+    def __init__(self, means: Any, stds: Any = 1.0, weights: Sequence[float] | None = None) -> None:
+        means = torch.as_tensor(means, dtype=torch.float32)
+        if means.ndim != 2:
+            raise ValueError(f"means: got shape {tuple(means.shape)}; accepted: [K, D]")
+        super().__init__(means.shape[1])
+        stds = torch.as_tensor(stds, dtype=torch.float32)
+        stds = (stds[:, None] if stds.ndim == 1 else stds).expand_as(means).clone()
+        w = torch.ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        if len(w) != len(means) or bool((w < 0).any()) or bool((stds <= 0).any()):
+            raise ValueError(f"got {len(means)} means, weights {w.tolist()}; accepted: K weights >= 0, stds > 0")
+        self.register_buffer("means", means)
+        self.register_buffer("stds", stds)
+        self.register_buffer("log_weights", (w / w.sum()).log())
+
+    def sample(self, n: int) -> Tensor:
+        k = torch.multinomial(self.log_weights.exp(), n, replacement=True)
+        return self.means[k] + self.stds[k] * torch.randn_like(self.means[k])
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        standard = (z.unsqueeze(-2) - self.means) / self.stds  # [..., K, D]
+        log_normal = -0.5 * (standard.square() + LOG_2PI).sum(-1) - self.stds.log().sum(-1)  # [..., K]
+        return (self.log_weights + log_normal).logsumexp(-1)
+
+
+class SamplerPrior(Prior):
+    """A prior known by its samples alone: `sampler(n)` returns [n, D]. For alpha=1 and divergences of samples."""
+
+    has_kl = False
+
+    def __init__(self, dim: int, sampler: Callable[[int], Tensor]) -> None:
+        super().__init__(dim)
+        self.sampler = sampler
+
+    def sample(self, n: int) -> Tensor:
+        z = self.sampler(n)
+        if not isinstance(z, Tensor) or z.shape != (n, self.dim):
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"the prior's sampler returned {got}; accepted: a tensor {(n, self.dim)}")
+        return z.to(self._device.device)
+
+
+PRIORS: dict[str, type[Prior]] = {"normal": StandardNormal, "uniform": Uniform, "gaussian_mixture": GaussianMixture}

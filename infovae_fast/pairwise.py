@@ -1,0 +1,231 @@
+"""OPERATOR: energy and force of a point cloud.
+
+Put two samples in one cloud z = [x; y], x [N, D] and y [M, D], with a weight w_ij that knows only the block of a pair
+(w_xx, w_xy, w_yy), and a radial kernel phi of the squared distance d2_ij = |z_i - z_j|^2:
+
+    energy   E   = sum_{i != j} w_ij phi(d2_ij) = w_xx sum_xx + 2 w_xy sum_xy + w_yy sum_yy
+    force    F_i = sum_{j != i} [ w_ij 2 phi'(d2_ij) (z_i - z_j) + phi(d2_ij) v_j ]     for i in x; v optional
+
+E has dE/dx = 2 F (v = 0). MMD is an energy, its gradient a force, the Stein direction a force: see `divergences`.
+
+* The diagonal is never evaluated: it is known exactly and its gradient is zero.
+* The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin.
+* phi is evaluated in the dtype of the samples (half precision in float32, under autocast too). Distances and sums are
+  float64: an MMD is a small difference of large sums, and so is its gradient.
+* Memory: tiles of at most 2^24 pairs, recomputed in the backward pass when there are several.
+
+`energy` is differentiable, twice, to x, y and the bandwidth; `force` to x, y, v and the bandwidth.
+Leading dimensions [..., N, D] are a batch of clouds, each with an energy and forces of its own.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from infovae_fast.backends import Backend, choose
+from infovae_fast.radial import Kernel
+
+TILE_PAIRS = 2**24
+
+Weights = tuple[float, float, float]  # w_xx, w_xy, w_yy
+
+
+def squared_distances(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """|a_i - b_j|^2, [..., N, D] and [..., M, D] -> [..., N, M], as one product [a, |a|^2, 1] [-2 b, 1, |b|^2]^T."""
+    left = torch.cat([a, (a * a).sum(-1, keepdim=True), torch.ones_like(a[..., :1])], dim=-1)  # [..., N, D + 2]
+    right = torch.cat([-2 * b, torch.ones_like(b[..., :1]), (b * b).sum(-1, keepdim=True)], dim=-1)  # [..., M, D + 2]
+    d2 = (left @ right.mT).to(dtype)
+    return d2 - d2.detach().clamp_max(0)  # no clamp_min: where d2 rounds below zero its derivatives still count
+
+
+def pairwise_reference(
+    x: Tensor, y: Tensor | None, v: Tensor | None, kernel: Kernel, weights: Weights, energy: bool, force: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Plain PyTorch: (E [...] in float64, F [..., N, D]), each only if asked for, tile by tile."""
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        x = x.to(wide)
+        y, v = (None if t is None else t.to(wide) for t in (y, v))
+        mean = (x if y is None else torch.cat([x, y], dim=-2)).detach().mean(dim=-2, keepdim=True)
+        x = x - mean
+        y = None if y is None else y - mean
+        kernel = kernel.at(x.shape[-1])
+        w_xx, w_xy, w_yy = weights
+        E = F = None
+        if energy:
+            E = w_xx * _energy_within(x, kernel, dtype)
+            if y is not None:
+                E = E + 2 * w_xy * _energy_between(x, y, kernel, dtype) + w_yy * _energy_within(y, kernel, dtype)
+        if force:
+            F = _force(x, x, v, kernel, dtype, w_xx, within=True)
+            if y is not None:
+                F = F + _force(x, y, None, kernel, dtype, w_xy, within=False)
+            F = F.to(dtype)
+        return E, F
+
+
+def _energy_between(a: Tensor, b: Tensor, kernel: Kernel, dtype: torch.dtype) -> Tensor:  # [..., N, D] -> [...]
+    def tile(rows: Tensor, columns: Tensor) -> Tensor:
+        return kernel.phi(squared_distances(rows, columns, dtype)).sum((-2, -1), dtype=rows.dtype)
+
+    tile, row_slices, column_slices = _tiled(tile, a, b)
+    return _add(tile(a[..., i, :], b[..., j, :]) for i in row_slices for j in column_slices)
+
+
+def _energy_within(z: Tensor, kernel: Kernel, dtype: torch.dtype) -> Tensor:  # [..., N, D] -> [...]
+    def tile(rows: Tensor, columns: Tensor, diagonal: bool) -> Tensor:  # each unordered pair of tiles once
+        phi = kernel.phi(squared_distances(rows, columns, dtype))
+        total = (_off_diagonal(phi) if diagonal else phi).sum((-2, -1), dtype=rows.dtype)
+        return total if diagonal else 2 * total
+
+    tile, slices, _ = _tiled(tile, z, z)
+    return _add(tile(z[..., i, :], z[..., j, :], i == j) for k, i in enumerate(slices) for j in slices[k:])
+
+
+def _force(
+    a: Tensor, b: Tensor, v: Tensor | None, kernel: Kernel, dtype: torch.dtype, w: float, within: bool
+) -> Tensor:  # [..., N, D]
+    def tile(rows: Tensor, columns: Tensor, v_columns: Tensor | None, diagonal: bool) -> Tensor:
+        d2 = squared_distances(rows, columns, dtype)
+        B = kernel.dphi(d2).to(rows.dtype)  # [..., n, m]
+        B = _off_diagonal(B) if diagonal else B
+        F = 2 * w * (B.sum(-1, keepdim=True) * rows - B @ columns)
+        if v_columns is None:
+            return F
+        A = kernel.phi(d2).to(rows.dtype)
+        return F + (_off_diagonal(A) if diagonal else A) @ v_columns
+
+    tile, row_slices, column_slices = _tiled(tile, a, b)
+
+    def row(i: slice) -> Tensor:
+        return _add(
+            tile(a[..., i, :], b[..., j, :], None if v is None else v[..., j, :], within and i == j)
+            for j in column_slices
+        )
+
+    return torch.cat([row(i) for i in row_slices], dim=-2)
+
+
+def _tiled(tile: Callable[..., Tensor], a: Tensor, b: Tensor) -> tuple[Callable[..., Tensor], list[slice], list[slice]]:
+    """The tile function with the slices of a's and b's rows; several tiles are recomputed in the backward pass."""
+    n, m, batch = a.shape[-2], b.shape[-2], a.shape[:-2].numel()
+    if n * m * batch <= TILE_PAIRS:
+        return tile, [slice(0, n)], [slice(0, m)]
+    edge = max(1, int((TILE_PAIRS / batch) ** 0.5))
+    recomputed = partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
+    return recomputed, _slices(n, edge), _slices(m, edge)
+
+
+def _slices(n: int, edge: int) -> list[slice]:
+    return [slice(start, min(start + edge, n)) for start in range(0, n, edge)]
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    return matrix.masked_fill(torch.eye(matrix.shape[-1], dtype=torch.bool, device=matrix.device), 0)
+
+
+def _add(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
+
+
+BACKENDS = (Backend("reference", lambda *inputs: None, pairwise_reference),)
+
+
+def energy(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    kernel: Kernel,
+    weights: Weights = (1.0, 1.0, 1.0),
+    backend: str = "auto",
+) -> Tensor:
+    """E = sum_{i != j} w_ij phi(|z_i - z_j|^2) over the cloud z = [x; y].
+
+    Args:
+        x: [..., N, D]. y: [..., M, D] of the same dtype and device, or None.
+        kernel: RBF, IMQ or RationalQuadratic.
+        weights: (w_xx, w_xy, w_yy). A pair of x and y counts twice, as (i, j) and (j, i).
+        backend: "auto" or one of `infovae_fast.backends.NAMES`.
+
+    Returns:
+        [...] in float64. Differentiable to x, y and a tensor bandwidth.
+
+    Raises:
+        TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
+    """
+    x, y = as_cloud(x=x, y=y)
+    inputs = (x, y, None, kernel, weights, True, False)
+    return choose("pairwise", BACKENDS, backend, *inputs)(*inputs)[0]
+
+
+def force(
+    x: Tensor,
+    y: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    kernel: Kernel,
+    weights: Weights = (1.0, 1.0, 1.0),
+    backend: str = "auto",
+) -> Tensor:
+    """F_i = sum_{j != i} [w_ij 2 phi'(d2_ij) (z_i - z_j) + phi(d2_ij) v_j] for the points i of x; v_j = 0 for j in y.
+
+    Args:
+        x: [..., N, D]. y: [..., M, D] or None. v: [..., N, D] or None (zero).
+        Others as in `energy`; w_yy is not used.
+
+    Returns:
+        [..., N, D] in x's dtype (float32 for half precision); half the gradient of `energy` to x where v is None.
+
+    Raises:
+        TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
+    """
+    x, y, v = as_cloud(x=x, y=y, v=v)
+    if v is not None and v.shape != x.shape:
+        raise ValueError(f"v: got shape {tuple(v.shape)}; accepted: x's shape {tuple(x.shape)}")
+    inputs = (x, y, v, kernel, weights, False, True)
+    return choose("pairwise", BACKENDS, backend, *inputs)(*inputs)[1]
+
+
+def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:
+    """The named tensors, checked: non-empty floating-point [..., N, D] that agree with the first in all but N.
+
+    All but the first may be None. Where half precision meets float32 (a network under autocast and its prior) all
+    become float32.
+
+    Raises:
+        TypeError: not a tensor, not floating point, or another dtype than the first.
+        ValueError: fewer than two dimensions, no points, another D, batch or device than the first.
+    """
+    first = next(iter(clouds))
+    given: dict[str, Any] = {name: t for name, t in clouds.items() if t is not None or name == first}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor [N, D]")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: floating point; convert with {name}.float()")
+    if len({t.dtype for t in given.values()}) > 1 and all(t.dtype.itemsize <= 4 for t in given.values()):
+        given = {name: t.float() for name, t in given.items()}
+    x = given[first]
+    for name, t in given.items():
+        if t.ndim < 2:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: [N, D]; reshape with {name}.reshape(N, D)")
+        if t.shape[-2] == 0 or t.shape[-1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: at least one point of one dimension")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, but {first} is {x.dtype}; convert one of them")
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, but {first} on {x.device}; move one of them")
+        if t.shape[-1] != x.shape[-1] or t.shape[:-2] != x.shape[:-2]:
+            shapes = f"{name}: got shape {tuple(t.shape)}, but {first} {tuple(x.shape)}"
+            raise ValueError(f"{shapes}; they may differ only in N")
+    return tuple(given.get(name) for name in clouds)
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Half precision as float32; others as they are."""
+    return t.float() if t.dtype.itemsize < 4 else t

@@ -1,0 +1,395 @@
+"""Training with Lightning: one run is one folder.
+
+    out/config.json           every argument of `train`, seed included: `infovae-fast train --config out/config.json`
+    out/checkpoints/last.ckpt the state at the end of the last epoch; appears whole or not at all
+    out/logs/version_K/       metrics.csv and TensorBoard events of the K-th start of the run
+    out/model/                config.json and model.safetensors for `InfoVAE.from_pretrained`, once training is done
+
+The randomness of an epoch (order of the examples, noise) depends on the seed and the epoch alone. A run that was killed
+and resumed therefore gives the same weights as one that was not.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from infovae_fast.data import ImageData, binarize, load_data, to_unit
+from infovae_fast.divergences import AdversarialLoss
+from infovae_fast.models import InfoVAE
+from infovae_fast.objective import Terms
+
+Binarize = Literal["threshold", "static", "dynamic"] | None
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not a finite number any more; the message names the step and the last good checkpoint."""
+
+
+class InfoVAETraining(pl.LightningModule):
+    """Adam on the objective of an `InfoVAE`; an adversarial divergence has its critic updated before every step.
+
+    Args:
+        model: the model. Its critic, if it has one, has an optimiser of its own.
+        lr: learning rate of Adam. gradient_clip: largest norm of the gradient, or None.
+        seed: of the noise, see the module's text.
+        dynamic_binarization: draw every batch anew from Bernoulli with the grey values as probabilities.
+    """
+
+    def __init__(
+        self,
+        model: InfoVAE,
+        *,
+        lr: float = 1e-3,
+        gradient_clip: float | None = None,
+        seed: int = 0,
+        dynamic_binarization: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False  # the critic's step stands between the encoder's
+        self.model, self.lr, self.gradient_clip, self.seed = model, lr, gradient_clip, seed
+        self.dynamic_binarization = dynamic_binarization
+
+    @property
+    def _adversary(self) -> AdversarialLoss | None:
+        divergence = self.model.objective.divergence
+        return divergence if isinstance(divergence, AdversarialLoss) else None
+
+    def configure_optimizers(self) -> Any:
+        adversary = self._adversary
+        if adversary is None:
+            return torch.optim.Adam(self.model.parameters(), lr=self.lr)
+        critic = set(adversary.critic.parameters())
+        return [
+            torch.optim.Adam([p for p in self.model.parameters() if p not in critic], lr=self.lr),
+            adversary.critic_optimizer(),
+        ]
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(_stream(self.seed, self.current_epoch))
+
+    def training_step(self, x: Tensor, index: int) -> None:
+        x = binarize(x) if self.dynamic_binarization else x
+        try:
+            if self._adversary is not None:
+                self._critic_steps(self._adversary, x)
+            terms = self.model.loss(x)
+        except ValueError as error:  # a divergence met NaN
+            raise TrainingDiverged(self._diverged(str(error))) from error
+        if x.device.type == "cpu" or index % 50 == 0:  # on a GPU, looking at the loss waits for it
+            self._check(terms)
+        optimizer = self._optimizers()[0]
+        optimizer.zero_grad()
+        self.manual_backward(terms.loss)
+        if self.gradient_clip is not None:
+            self.clip_gradients(optimizer, self.gradient_clip, "norm")
+        optimizer.step()
+        self._last = terms
+        self._log("train", terms, len(x))
+
+    def on_train_epoch_end(self) -> None:
+        self._check(self._last)  # before the checkpoint of this epoch is written
+
+    def validation_step(self, x: Tensor, index: int) -> None:
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(_stream(self.seed, -1 - index))
+            terms = self.model.loss(binarize(x) if self.dynamic_binarization else x)
+        self._log("val", terms, len(x))
+
+    def _critic_steps(self, adversary: AdversarialLoss, x: Tensor) -> None:
+        optimizer = self._optimizers()[1]
+        for _ in range(adversary.critic_steps):
+            with torch.no_grad():
+                z = self.model.encode(x).rsample()
+            loss = adversary.critic_loss(z, self.model.prior.sample(len(z)))
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def _optimizers(self) -> Sequence[Any]:
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _log(self, stage: str, terms: Terms, batch_size: int) -> None:
+        values = {f"{stage}_{name}": value for name, value in terms.as_dict().items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=batch_size)
+        if stage == "train":
+            self.log("loss", terms.loss.detach(), prog_bar=True, logger=False, batch_size=batch_size)
+
+    def _check(self, terms: Terms) -> None:
+        if not math.isfinite(terms.loss.item()):
+            values = ", ".join(f"{name} {value.item():g}" for name, value in terms.as_dict().items())
+            raise TrainingDiverged(self._diverged(values))
+
+    def _diverged(self, what: str) -> str:
+        checkpoints = [c.last for c in self.trainer.callbacks if isinstance(c, EpochCheckpoint)]  # type: ignore[attr-defined]
+        last = next((str(path) for path in checkpoints if path.exists()), "none was written yet")
+        return (
+            f"training diverged at step {self.trainer.fit_loop.total_batch_idx} (epoch {self.current_epoch}): {what}. "
+            f"Last good checkpoint: {last}. Try a smaller lr, gradient_clip, or a likelihood with a larger floor."
+        )
+
+
+class EpochCheckpoint(Checkpoint):
+    """Saves the whole state to folder/last.ckpt after every `every` epochs and the last, whole or not at all."""
+
+    def __init__(self, folder: Path, every: int = 1) -> None:
+        self.last, self.every = folder / "last.ckpt", every
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = trainer.current_epoch + 1
+        if done % self.every and done != trainer.max_epochs:
+            return
+        temporary = self.last.with_name(f".last.{os.getpid()}.ckpt")
+        trainer.save_checkpoint(temporary)
+        os.replace(temporary, self.last)
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Batches of an `ImageData` as float32 [n, C, H, W] in [0, 1].
+
+    Training batches are reshuffled every epoch and all have `batch_size` images (the remainder waits for another
+    epoch) unless the set is smaller than that; test batches are as equal in size as can be.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int = 100, *, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(f"batch_size: got {batch_size}; accepted: 2 or more")
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        images = self.data.train_images
+        return self._loader(images, ShuffledBatches(len(images), self.batch_size, self.seed))
+
+    def val_dataloader(self) -> DataLoader:
+        images = self.data.test_images
+        order = torch.arange(len(images))
+        return self._loader(images, list(order.tensor_split(math.ceil(len(order) / self.batch_size))))
+
+    def _loader(self, images: Tensor, batches: Any) -> DataLoader:
+        generator = torch.Generator()  # a loader without one takes numbers from the stream that training's noise uses
+        return DataLoader(_Batches(images, self.data.levels), sampler=batches, batch_size=None, generator=generator)
+
+
+class ShuffledBatches(Sampler[Tensor]):
+    """Index tensors of full batches, in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed, self.epoch = n, min(batch_size, n), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(_stream(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator)
+        yield from order[: len(self) * self.batch_size].split(self.batch_size)
+
+
+class _Batches(Dataset[Tensor]):
+    def __init__(self, images: Tensor, levels: int) -> None:
+        self.images, self.levels = images, levels
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return to_unit(self.images[index], self.levels)
+
+
+def train(
+    data: str = "digits",
+    preset: str = "mmd_vae",
+    *,
+    alpha: float | None = None,
+    lambda_: float | None = None,
+    objective: dict[str, Any] | None = None,
+    latent_dim: int = 10,
+    encoder: str | dict[str, Any] = "mlp",
+    decoder: str | dict[str, Any] = "mlp",
+    likelihood: str | dict[str, Any] = "bernoulli",
+    prior: str | dict[str, Any] = "normal",
+    root: str | None = None,
+    train_size: int | None = None,
+    binarize: Binarize = None,
+    epochs: int = 100,
+    evaluate_every: int = 1,
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    gradient_clip: float | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    resume: str | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Train an InfoVAE and write a run folder.
+
+    Args:
+        data: "digits", "mnist", "cifar10", or the path of a folder of images, an .npy or an .npz file.
+        preset: "elbo", "beta_vae", "mmd_vae", "stein_vae", "aae", "wae" or "unregularized".
+        alpha: overrides the preset's; the KL term weighs 1 - alpha.
+        lambda_: overrides the preset's; the divergence weighs alpha + lambda - 1.
+        objective: more arguments of the preset, e.g. {"kernel": {"name": "imq", "bandwidth": 1.0}}.
+        latent_dim: dimension of z.
+        encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
+        decoder: likewise.
+        likelihood: "bernoulli", "gaussian", "discretized_logistic_mixture", with options likewise.
+        prior: "normal", "uniform", {"name": "gaussian_mixture", "means": [[...]]}.
+        root: folder of the data set's files, where it is not built in.
+        train_size: keep that many training images, balanced over the classes.
+        binarize: "threshold", "static" (one seeded draw), "dynamic" (a new draw for every batch), or null.
+        epochs: passes over the training set.
+        evaluate_every: epochs between two validations and checkpoints.
+        batch_size: images a step.
+        lr: learning rate of Adam.
+        gradient_clip: largest norm of the gradient, or null.
+        seed: of the weights, the order of the examples and the noise.
+        out: folder of the run; default runs/DATA-PRESET-SEED.
+        resume: folder of a run to continue with its own settings; only epochs and progress may be given with it.
+        progress: show a progress bar; default: if standard error is a terminal.
+
+    Returns:
+        the folder of the run.
+
+    Raises:
+        ValueError, FileNotFoundError: bad settings or data; the folder already holds a run.
+        TrainingDiverged: the loss became NaN or infinite.
+    """
+    config = {key: value for key, value in locals().items() if key not in ("resume", "progress")}
+    if resume is None:
+        folder = Path(out or f"runs/{Path(data).stem}-{preset}-{seed}")
+        config["out"] = str(folder)
+        if (folder / "config.json").exists():
+            raise ValueError(
+                f"{folder} already holds a run: continue it with --resume {folder}, or choose another folder with --out"
+            )
+    else:
+        folder = Path(resume)
+        config = _resumed_config(folder, config)
+    for name in ("epochs", "evaluate_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name}: got {config[name]}; accepted: 1 or more")
+    images = load_data(
+        config["data"],
+        root=config["root"],
+        train_size=config["train_size"],
+        binarize=None if config["binarize"] == "dynamic" else config["binarize"],
+        seed=config["seed"],
+    )
+    torch.manual_seed(_stream(config["seed"], -(2**20)))
+    model = InfoVAE.from_config(images.shape, **model_config(config))
+    module = InfoVAETraining(
+        model,
+        lr=config["lr"],
+        gradient_clip=config["gradient_clip"],
+        seed=config["seed"],
+        dynamic_binarization=config["binarize"] == "dynamic",
+    )
+    batches = ImageDataModule(images, config["batch_size"], seed=config["seed"])
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    checkpoint = EpochCheckpoint(folder / "checkpoints", config["evaluate_every"])
+    verb = "train" if resume is None else "resume"
+    print(f"{verb} {folder}: {config['preset']} on {images.name}, seed {config['seed']}, {config['epochs']} epochs")
+    trainer = _trainer(folder, config["epochs"], checkpoint, sys.stderr.isatty() if progress is None else progress)
+    trainer.fit(module, batches, ckpt_path=checkpoint.last if checkpoint.last.exists() else None)
+    if trainer.state.status != "finished":
+        raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}")
+    model.save_pretrained(folder / "model")
+    return folder
+
+
+def model_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `InfoVAE.from_config`, but the shape, for the arguments of `train`."""
+    objective = {"name": config["preset"], **(config["objective"] or {})}
+    objective |= {key: config[key] for key in ("alpha", "lambda_") if config[key] is not None}
+    names = ("latent_dim", "encoder", "decoder", "likelihood", "prior")
+    return {name: config[name] for name in names} | {"objective": objective}
+
+
+def run_data(config: dict[str, Any]) -> ImageData:
+    """The images of a run, for evaluation: dynamic binarisation becomes one seeded draw."""
+    return load_data(
+        config["data"],
+        root=config["root"],
+        train_size=config["train_size"],
+        binarize="static" if config["binarize"] == "dynamic" else config["binarize"],
+        seed=config["seed"],
+    )
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The settings of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run. ValueError: its config.json is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected the folder of a run, as `infovae-fast train` writes it")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or "preset" not in config:
+        raise ValueError(f"{path} is not the config.json of a run: it has no key 'preset'")
+    return config
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes the file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    config = read_run(folder)
+    defaults = {name: parameter.default for name, parameter in signature(train).parameters.items()}
+    changed = [key for key, value in given.items() if value not in (defaults[key], config[key]) and key != "epochs"]
+    if changed:
+        raise ValueError(
+            f"--resume {folder} takes its settings from that run; only --epochs and --progress may be given with it, "
+            f"got {', '.join(changed)}"
+        )
+    if given["epochs"] != defaults["epochs"]:
+        config["epochs"] = given["epochs"]
+    return config | {"out": str(folder)}
+
+
+def _trainer(folder: Path, epochs: int, checkpoint: EpochCheckpoint, progress: bool) -> pl.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    csv = CSVLogger(folder, name="logs", flush_logs_every_n_steps=1)
+    tensorboard = TensorBoardLogger(folder, name="logs", version=csv.version)
+    return pl.Trainer(
+        max_epochs=epochs,
+        check_val_every_n_epoch=checkpoint.every,
+        accelerator="auto",
+        devices=1,
+        logger=[csv, tensorboard],
+        callbacks=[checkpoint, *([TQDMProgressBar()] if progress else [])],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+
+
+def _stream(seed: int, index: int) -> int:
+    """A seed of its own for every (seed, index)."""
+    return (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**63

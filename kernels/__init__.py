@@ -1,0 +1,1 @@
+"""The Triton kernels, installed as `infovae_fast.kernels`. Imported only where the Triton backend is chosen."""
