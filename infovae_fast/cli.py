@@ -90,7 +90,11 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(MISSING.format(error.name))
     try:
         auto_cli(
-            [train, evaluate, sample, report], args=args, prog="infovae-fast", description=__doc__, as_positional=True
+            [train, evaluate, sample, report],
+            args=None if args is None else list(args),
+            prog="infovae-fast",
+            description=__doc__,
+            as_positional=True,
         )
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -80,6 +80,7 @@ class InfoVAETraining(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(_stream(self.seed, self.current_epoch))
+        self._means = _Means()
 
     def training_step(self, x: Tensor, index: int) -> None:
         x = binarize(x) if self.dynamic_binarization else x
@@ -97,17 +98,24 @@ class InfoVAETraining(pl.LightningModule):
         if self.gradient_clip is not None:
             self.clip_gradients(optimizer, self.gradient_clip, "norm")
         optimizer.step()
+        self._means.add(terms, len(x))
         self._last = terms
-        self._log("train", terms, len(x))
 
     def on_train_epoch_end(self) -> None:
         self._check(self._last)  # before the checkpoint of this epoch is written
+        self.log_dict(self._means.by_name("train"), prog_bar=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_means = _Means()
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self._val_means.by_name("val"))
 
     def validation_step(self, x: Tensor, index: int) -> None:
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             torch.manual_seed(_stream(self.seed, -1 - index))
             terms = self.model.loss(binarize(x) if self.dynamic_binarization else x)
-        self._log("val", terms, len(x))
+        self._val_means.add(terms, len(x))
 
     def _critic_steps(self, adversary: AdversarialLoss, x: Tensor) -> None:
         optimizer = self._optimizers()[1]
@@ -123,12 +131,6 @@ class InfoVAETraining(pl.LightningModule):
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
-    def _log(self, stage: str, terms: Terms, batch_size: int) -> None:
-        values = {f"{stage}_{name}": value for name, value in terms.as_dict().items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=batch_size)
-        if stage == "train":
-            self.log("loss", terms.loss.detach(), prog_bar=True, logger=False, batch_size=batch_size)
-
     def _check(self, terms: Terms) -> None:
         if not math.isfinite(terms.loss.item()):
             values = ", ".join(f"{name} {value.item():g}" for name, value in terms.as_dict().items())
@@ -141,6 +143,22 @@ class InfoVAETraining(pl.LightningModule):
             f"training diverged at step {self.trainer.fit_loop.total_batch_idx} (epoch {self.current_epoch}): {what}. "
             f"Last good checkpoint: {last}. Try a smaller lr, gradient_clip, or a likelihood with a larger floor."
         )
+
+
+class _Means:
+    """Means of the terms over the examples of an epoch (logging every step would cost more than a small model does)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.examples = 0
+
+    def add(self, terms: Terms, examples: int) -> None:
+        self.examples += examples
+        for name, value in terms.as_dict().items():
+            self.sums[name] = self.sums.get(name, 0) + examples * value.detach()
+
+    def by_name(self, stage: str) -> dict[str, Tensor]:
+        return {f"{stage}_{name}": total / self.examples for name, total in self.sums.items()}
 
 
 class EpochCheckpoint(Checkpoint):
@@ -162,8 +180,10 @@ class ImageDataModule(pl.LightningDataModule):
     """Batches of an `ImageData` as float32 [n, C, H, W] in [0, 1].
 
     Training batches are reshuffled every epoch and all have `batch_size` images (the remainder waits for another
-    epoch) unless the set is smaller than that; test batches are as equal in size as can be.
+    epoch) unless the set is smaller than that; test batches are as equal in size as can be, up to `TEST_BATCH`.
     """
+
+    TEST_BATCH = 512
 
     def __init__(self, data: ImageData, batch_size: int = 100, *, seed: int = 0) -> None:
         super().__init__()
@@ -178,7 +198,7 @@ class ImageDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         images = self.data.test_images
         order = torch.arange(len(images))
-        return self._loader(images, list(order.tensor_split(math.ceil(len(order) / self.batch_size))))
+        return self._loader(images, list(order.tensor_split(math.ceil(len(order) / self.TEST_BATCH))))
 
     def _loader(self, images: Tensor, batches: Any) -> DataLoader:
         generator = torch.Generator()  # a loader without one takes numbers from the stream that training's noise uses

@@ -37,14 +37,14 @@ class Prior(nn.Module):
     """A distribution of z in D dimensions: subclasses give `sample` and, where there is a density, `log_prob`."""
 
     has_kl = True  # KL(q(z|x) || p(z)) is defined and finite
-    _device: Tensor
+    _like: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim: got {dim}; accepted: 1 or more")
         self.dim = dim
-        self.register_buffer("_device", torch.empty(0), persistent=False)  # follows .to(device)
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # follows .to(device, dtype)
 
     def sample(self, n: int) -> Tensor:
         """n points, [n, D], on the module's device."""
@@ -69,7 +69,7 @@ class StandardNormal(Prior):
     """N(0, I)."""
 
     def sample(self, n: int) -> Tensor:
-        return torch.randn(n, self.dim, device=self._device.device, dtype=self._device.dtype)
+        return torch.randn(n, self.dim, device=self._like.device, dtype=self._like.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square() + LOG_2PI).sum(-1)
@@ -93,7 +93,8 @@ class Uniform(Prior):
         self.low, self.high = low, high
 
     def sample(self, n: int) -> Tensor:
-        return self.low + (self.high - self.low) * torch.rand(n, self.dim, device=self._device.device)
+        unit = torch.rand(n, self.dim, device=self._like.device, dtype=self._like.dtype)
+        return self.low + (self.high - self.low) * unit
 
     def log_prob(self, z: Tensor) -> Tensor:
         inside = ((z >= self.low) & (z <= self.high)).all(-1)
@@ -152,7 +153,7 @@ class SamplerPrior(Prior):
         if not isinstance(z, Tensor) or z.shape != (n, self.dim):
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"the prior's sampler returned {got}; accepted: a tensor {(n, self.dim)}")
-        return z.to(self._device.device)
+        return z.to(self._like)
 
 
 PRIORS: dict[str, type[Prior]] = {"normal": StandardNormal, "uniform": Uniform, "gaussian_mixture": GaussianMixture}

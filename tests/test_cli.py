@@ -1,0 +1,98 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from infovae_fast import cli
+
+TRAIN = ["train", "--epochs=2", "--train_size=40", "--batch_size=20", "--latent_dim=2", "--progress=false"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cli.main([*TRAIN, "--data=digits", "--preset=mmd_vae", "--lambda_=50", f"--out={folder}"])
+    torch.set_num_threads(threads)
+    return folder
+
+
+def fails(*args, code=1):
+    """The message with which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(arg) for arg in args])
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
+
+
+def test_train_evaluate_sample_report(run, tmp_path, capsys):
+    assert json.loads((run / "config.json").read_text())["lambda_"] == 50
+    cli.main(["evaluate", str(run), "--n_samples=3"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((run / "metrics.json").read_text()) and printed["test"]["images"] == 360
+    cli.main(["sample", str(run), "--n=9", f"--out={tmp_path / 'nine.png'}"])
+    assert (tmp_path / "nine.png").read_bytes()[:4] == b"\x89PNG"
+    first = (tmp_path / "nine.png").read_bytes()
+    cli.main(["sample", str(run), "--n=9", f"--out={tmp_path / 'nine.png'}"])
+    assert (tmp_path / "nine.png").read_bytes() == first
+    cli.main(["report", json.dumps([str(run)]), f"--out={tmp_path / 'report'}"])
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_config_file_with_overrides(run, tmp_path):
+    cli.main(
+        ["train", f"--config={run / 'config.json'}", "--seed=7", "--progress=false", f"--out={tmp_path / 'again'}"]
+    )
+    again, before = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", run))
+    assert again == before | {"seed": 7, "out": str(tmp_path / "again")}
+
+
+def test_nested_options(tmp_path):
+    kernel = '{"kernel": {"name": "imq", "bandwidth": [0.5, 2.0]}}'
+    cli.main([*TRAIN, f"--objective={kernel}", '--encoder={"name": "mlp", "hidden": [8]}', f"--out={tmp_path / 'run'}"])
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["objective"]["kernel"] == {"name": "imq", "bandwidth": [0.5, 2.0]}
+    assert config["encoder"] == {"name": "mlp", "hidden": [8]}
+
+
+def test_errors_are_one_line(run, tmp_path):
+    assert fails(*TRAIN, f"--out={run}").startswith("ValueError: ") and "--resume" in fails(*TRAIN, f"--out={run}")
+    assert "mnist" in fails(*TRAIN, "--data=minst", f"--out={tmp_path / 'x'}")
+    assert "accepted: 'elbo', 'beta_vae'" in fails(*TRAIN, "--preset=mmd", f"--out={tmp_path / 'x'}")
+    assert "config.json is missing; expected the folder of a run" in fails("evaluate", tmp_path)
+    assert "n: got 0" in fails("sample", run, "--n=0")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text((run / "config.json").read_text())
+    assert f"continue it with train --resume {unfinished}" in fails("evaluate", unfinished)
+
+
+def test_bad_options_and_config_keys(tmp_path, capsys):
+    for args in (["train", "--lamda=3"], ["train", "--epochs=many"], ["trian"], ["train", "--binarize=often"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args)
+        assert stop.value.code == 2
+        assert "error" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("epochs: 1\nlernrate: 3\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", f"--config={tmp_path / 'c.yaml'}"])
+    assert stop.value.code == 2 and "lernrate" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    for args in (["--help"], ["train", "--help"], ["report", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args)
+        assert stop.value.code == 0
+    assert "folder of the report" in capsys.readouterr().out
+
+
+def test_missing_packages_are_named():
+    code = "import sys; sys.modules['jsonargparse'] = None; from infovae_fast.cli import main; main(['train'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install 'infovae_fast[train]'" in done.stderr

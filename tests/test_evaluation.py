@@ -1,0 +1,100 @@
+"""The paper's metrics against closed forms."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from infovae_fast import InfoVAE, load_data, mmd
+from infovae_fast.evaluation import encode_all, full_set_mmd, log_det_covariance, mutual_information, summarize
+from infovae_fast.models import Posterior, StandardNormal
+
+
+def test_log_det_covariance():
+    torch.manual_seed(0)
+    a = torch.randn(3, 3, dtype=torch.float64)
+    z = torch.randn(200_000, 3, dtype=torch.float64) @ a.T
+    assert log_det_covariance(z) == pytest.approx(2 * math.log(abs(torch.linalg.det(a).item())), abs=0.03)
+    centred = z - z.mean(0)
+    exact = torch.logdet(centred.T @ centred / (len(z) - 1)).item()
+    assert log_det_covariance(z + 1000) == pytest.approx(exact, rel=1e-6)
+    assert log_det_covariance(z[:, :1]) == pytest.approx(math.log(z[:, 0].var().item()), rel=1e-12)
+    with pytest.raises(ValueError, match=r"z: got shape \(3, 3\); accepted: \[N, D\] with N > D"):
+        log_det_covariance(z[:3])
+
+
+def test_mutual_information_of_a_gaussian_channel():
+    """x ~ N(0, I), q(z|x) = N(x, s^2 I): I(x; z) = D/2 log(1 + 1/s^2)."""
+    torch.manual_seed(0)
+    s = 0.7
+    mu = torch.randn(3000, 2)
+    posterior = Posterior(mu, torch.full_like(mu, 2 * math.log(s)))
+    value = mutual_information(posterior, posterior.rsample())
+    assert value == pytest.approx(math.log(1 + 1 / s**2), abs=0.05)
+
+
+def test_mutual_information_extremes():
+    """0 where the code ignores the image; log N where every image has a code of its own, also far below underflow."""
+    torch.manual_seed(0)
+    zero = torch.zeros(500, 3)
+    assert mutual_information(Posterior(zero, zero), torch.randn(500, 3)) == pytest.approx(0, abs=1e-12)
+    mu = torch.randn(500, 100) * 50
+    posterior = Posterior(mu, torch.full_like(mu, -8.0))
+    assert mutual_information(posterior, posterior.rsample()) == pytest.approx(math.log(500), rel=1e-12)
+
+
+def test_mutual_information_is_the_double_loop():
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(30, 2, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+    z = Posterior(mu, logvar).rsample()
+    total = 0.0
+    for i in range(30):
+        densities = [
+            math.prod(
+                math.exp(-((z[i, d] - mu[j, d]) ** 2) / (2 * logvar[j, d].exp()))
+                / math.sqrt(2 * math.pi * logvar[j, d].exp())
+                for d in range(2)
+            )
+            for j in range(30)
+        ]
+        total += math.log(densities[i]) - math.log(sum(densities) / 30)
+    module = sys.modules[mutual_information.__module__]
+    for rows in (7, 1024):
+        module.ROWS = rows
+        assert mutual_information(Posterior(mu, logvar), z) == pytest.approx(total / 30, rel=1e-12)
+
+
+def test_full_set_mmd():
+    torch.manual_seed(0)
+    z = torch.randn(500, 2)
+    assert abs(full_set_mmd(z, StandardNormal(2))) < 5e-3 < full_set_mmd(z + 1, StandardNormal(2))
+    torch.manual_seed(1)
+    value = full_set_mmd(z, StandardNormal(2), "wae_imq")
+    torch.manual_seed(1)
+    assert value == mmd(z, torch.randn(500, 2), "wae_imq").item()
+
+
+def test_summary():
+    data = load_data("digits", train_size=60)
+    torch.manual_seed(0)
+    model = InfoVAE.from_config(data.shape, 3, objective="elbo")
+    metrics = summarize(model, data, n_samples=5)
+    assert metrics == summarize(model, data, n_samples=5)
+    assert metrics != summarize(model, data, n_samples=5, seed=1)
+    for part, n in (("train", 60), ("test", 360)):
+        row = metrics[part]
+        assert row["images"] == n and all(math.isfinite(value) for value in row.values())
+        x = (data.train_images if part == "train" else data.test_images).float() / 16
+        posterior, _ = encode_all(model, x)
+        kl = 0.5 * (posterior.mu**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(1).mean().item()
+        assert row["kl"] == pytest.approx(kl, rel=1e-5)
+    test = metrics["test"]
+    assert test["log_likelihood"] >= -test["reconstruction"] - test["kl"] - 1  # the ELBO is a lower bound
+    assert 1 <= test["effective_samples"] <= 5 == test["importance_samples"]
+
+
+def test_summary_where_the_prior_has_no_density():
+    data = load_data("digits", train_size=20)
+    metrics = summarize(InfoVAE.from_config(data.shape, 2, prior="uniform"), data)
+    assert metrics["train"]["kl"] is None and "log_likelihood" not in metrics["test"]

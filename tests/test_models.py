@@ -1,0 +1,271 @@
+"""Networks, priors, the InfoVAE model: shapes, exact log-likelihood, saving and loading, errors."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from infovae_fast import Gaussian, InfoVAE, mmd
+from infovae_fast.models import GaussianMixture, Posterior, SamplerPrior, StandardNormal, Uniform
+from infovae_fast.models.networks import PAPER_FEW_SAMPLES, PAPER_PIXELCNN_ENCODER
+from infovae_fast.objective import PRESETS, unregularized
+
+SHAPE = (1, 8, 8)
+
+
+def images(n=6, shape=SHAPE):
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("network", ["mlp", "dcgan", {"name": "mlp", "hidden": []}, PAPER_PIXELCNN_ENCODER])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "discretized_logistic_mixture"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 16)])
+def test_every_method_has_the_shape_it_states(network, likelihood, shape):
+    model = InfoVAE.from_config(shape, 5, encoder=network, decoder=network, likelihood=likelihood)
+    x = (images(6, shape) * 255).round() / 255
+    output = model(x)
+    assert output.z.shape == output.posterior.mu.shape == output.posterior.logvar.shape == (6, 5)
+    assert output.params.shape == (6, model.likelihood.channels(shape[0]), *shape[1:])
+    terms = model.loss(x)
+    terms.loss.backward()
+    assert terms.loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert model.reconstruct(x).shape == x.shape
+    assert model.sample(4).shape == model.sample(4, mean=False).shape == (4, *shape)
+    assert model.interpolate(x[:2], x[2:4], steps=3).shape == (2, 3, *shape)
+    assert model.log_likelihood(x, 7, chunk=3).log_likelihood.shape == (6,)
+
+
+def test_the_papers_networks_have_the_papers_sizes():
+    """Section 5.1: 28x28, conv 64 and 128 of 4x4 stride 2, full 1024; decoder 1024, 7*7*128, 64, 1."""
+    model = InfoVAE.from_config((1, 28, 28), 10, encoder=PAPER_FEW_SAMPLES, decoder=PAPER_FEW_SAMPLES)
+    encoder = 64 * 16 + 64 + 128 * 64 * 16 + 128 + 7 * 7 * 128 * 1024 + 1024 + 1024 * 20 + 20
+    decoder = 10 * 1024 + 1024 + 1024 * 7 * 7 * 128 + 7 * 7 * 128 + 128 * 64 * 16 + 64 + 64 * 16 + 1
+    assert sum(p.numel() for p in model.encoder.parameters()) == encoder
+    assert sum(p.numel() for p in model.decoder.parameters()) == decoder
+
+
+def test_interpolation_meets_the_reconstructions_of_its_ends():
+    model = InfoVAE.from_config(SHAPE, 3)
+    a, b = images(4).split(2)
+    path = model.interpolate(a, b, 5)
+    assert torch.allclose(path[:, 0], model.reconstruct(a), atol=1e-6)
+    assert torch.allclose(path[:, -1], model.reconstruct(b), atol=1e-6)
+
+
+class LinearGaussian:
+    """x = W z + b + 0.5 e: log p(x) is known, and so is the exact posterior."""
+
+    def __init__(self, data_dim=4, latent_dim=2):
+        generator = torch.Generator().manual_seed(1)
+        self.w = torch.randn(data_dim, latent_dim, generator=generator, dtype=torch.float64)
+        self.b = torch.randn(data_dim, generator=generator, dtype=torch.float64)
+        self.std = 0.5
+        self.x = torch.randn(20, data_dim, generator=generator, dtype=torch.float64)
+
+    def log_p(self):
+        covariance = self.w @ self.w.T + self.std**2 * torch.eye(len(self.b), dtype=torch.float64)
+        return torch.distributions.MultivariateNormal(self.b, covariance).log_prob(self.x)
+
+    def model(self, encoder):
+        decoder = nn.Linear(self.w.shape[1], len(self.b)).double()
+        decoder.weight.data, decoder.bias.data = self.w, self.b
+        likelihood = Gaussian(std=self.std, squash=False)
+        return InfoVAE(encoder, decoder, self.w.shape[1], likelihood=likelihood, objective=unregularized()).double()
+
+
+class Approximate(nn.Module):
+    """The exact posterior's mean with a spread that is too wide: a proposal whose weights vary."""
+
+    def __init__(self, truth, spread):
+        super().__init__()
+        precision = truth.w.T @ truth.w / truth.std**2 + torch.eye(truth.w.shape[1], dtype=torch.float64)
+        self.covariance, self.truth, self.spread = precision.inverse(), truth, spread
+
+    def forward(self, x):
+        mu = (x - self.truth.b) @ self.truth.w @ self.covariance / self.truth.std**2
+        return torch.cat([mu, (self.spread * self.covariance.diagonal()).log().expand_as(mu)], 1)
+
+
+def test_log_likelihood_is_the_truth():
+    """Importance sampling meets log p(x) of a linear-Gaussian model within its own standard error."""
+    truth = LinearGaussian()
+    torch.manual_seed(0)
+    estimate = truth.model(Approximate(truth, spread=2.0)).log_likelihood(truth.x, 20_000, chunk=500)
+    deviation = (estimate.log_likelihood - truth.log_p()) / estimate.standard_error
+    assert deviation.abs().max() < 4.5 and 0.5 < deviation.std() < 1.6
+    assert (estimate.standard_error < 0.05).all()
+    assert ((estimate.effective_samples > 1000) & (estimate.effective_samples < 20_000)).all()
+
+
+def test_log_likelihood_with_the_exact_posterior_needs_one_sample():
+    """With one latent dimension the posterior is N(mu, s^2): every weight is p(x), and the variance is 0."""
+    truth = LinearGaussian(latent_dim=1)
+    estimate = truth.model(Approximate(truth, spread=1.0)).log_likelihood(truth.x, 5)
+    assert torch.allclose(estimate.log_likelihood, truth.log_p(), rtol=1e-12)
+    assert torch.allclose(estimate.effective_samples, torch.full((20,), 5.0, dtype=torch.float64))
+    assert (estimate.standard_error < 1e-6).all()
+
+
+def test_log_likelihood_is_streamed_log_mean_exp():
+    """Any chunk gives the log-mean-exp of the same weights, also where the weights under- and overflow."""
+    truth = LinearGaussian()
+    model = truth.model(Approximate(truth, spread=3.0))
+    log_w = torch.randn(50, 20, dtype=torch.float64) * 400
+    for chunk in (1, 7, 50, 1000):
+        rows = iter(log_w)
+        model._log_weights = lambda x, posterior, s, rows=rows: torch.stack([next(rows) for _ in range(s)])
+        estimate = model.log_likelihood(truth.x, 50, chunk=chunk)
+        assert torch.allclose(estimate.log_likelihood, log_w.logsumexp(0) - math.log(50), rtol=1e-13)
+        w = (log_w - log_w.max(0).values).exp()
+        assert torch.allclose(estimate.effective_samples, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-12)
+
+
+def test_posterior():
+    mu, logvar = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    posterior = Posterior(mu, logvar)
+    z = torch.randn(7, 5, 3, dtype=torch.float64)
+    wanted = torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(z).sum(-1)
+    assert torch.allclose(posterior.log_prob(z), wanted, rtol=1e-13)
+    torch.manual_seed(0)
+    draws = torch.stack([posterior.rsample() for _ in range(20_000)])
+    assert torch.allclose(draws.mean(0), mu, atol=0.1) and torch.allclose(draws.var(0).log(), logvar, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        StandardNormal(2),
+        Uniform(2, -1.5, 0.5),
+        GaussianMixture([[1.0, 0.0], [-2.0, 1.0]], [0.5, 0.3], weights=[3.0, 1.0]),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_priors_sample_their_density(prior):
+    """The density integrates to 1, and its samples have its mean and its MMD."""
+    torch.manual_seed(0)
+    axis = torch.linspace(-6, 6, 601)
+    grid = torch.cartesian_prod(axis, axis)
+    density = prior.log_prob(grid).exp() * (axis[1] - axis[0]) ** 2
+    assert density.sum().item() == pytest.approx(1, abs=0.02)
+    z = prior.sample(4000)
+    mean = (grid * density[:, None]).sum(0)
+    assert torch.allclose(z.mean(0), mean, atol=0.1)
+    again = grid[torch.multinomial(density, 4000, replacement=True)]
+    assert abs(mmd(z, again)) < 2e-3
+
+
+@pytest.mark.parametrize("prior", [StandardNormal(2), GaussianMixture([[1.0, 0.0], [-2.0, 1.0]], 0.5)])
+def test_the_score_is_the_gradient_of_the_density(prior):
+    prior = prior.double()
+    z = torch.randn(4, 2, dtype=torch.float64)
+    for d in range(2):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[d] = 1e-6
+        difference = (prior.log_prob(z + step) - prior.log_prob(z - step)) / 2e-6
+        assert torch.allclose(prior.score(z)[:, d], difference, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", PRESETS)
+def test_save_and_load(tmp_path, objective):
+    model = InfoVAE.from_config(
+        SHAPE, 3, encoder="dcgan", likelihood={"name": "gaussian", "min_std": 0.1}, objective=objective
+    )
+    model.save_pretrained(tmp_path / "model")
+    loaded = InfoVAE.from_pretrained(tmp_path / "model")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert loaded.config == model.config and not loaded.training
+    x = images()
+    assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))
+    assert loaded.objective.alpha == model.objective.alpha and loaded.likelihood == model.likelihood
+
+
+def test_batch_normalisation_statistics_are_saved(tmp_path):
+    model = InfoVAE.from_config(SHAPE, 3, encoder={"name": "dcgan", "batch_norm": True})
+    model(images())
+    model.save_pretrained(tmp_path)
+    x = images()
+    assert torch.equal(InfoVAE.from_pretrained(tmp_path).reconstruct(x), model.eval().reconstruct(x))
+
+
+def test_loading_refuses_what_is_damaged(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json is missing; expected a folder written by save_pretrained"
+    ):
+        InfoVAE.from_pretrained(tmp_path)
+    model = InfoVAE.from_config(SHAPE, 3)
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    for text in ("{", "[]", "{}", json.dumps(json.loads(config) | {"latent": 3})):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json does not describe a model"):
+            InfoVAE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | {"latent_dim": 4}))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or of another model: (?s:.*)size mismatch"):
+        InfoVAE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for content in (weights[:100], weights[: len(weights) // 2], b""):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            InfoVAE.from_pretrained(tmp_path)
+
+
+def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch):
+    model = InfoVAE.from_config(SHAPE, 3)
+    model.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    nn.init.zeros_(model.encoder[-1].weight)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_own_modules(tmp_path):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    decoder = nn.Sequential(nn.Linear(2, 64), nn.Unflatten(1, SHAPE))
+    model = InfoVAE(encoder, decoder, 2, prior=SamplerPrior(2, lambda n: torch.rand(n, 2)))
+    assert model.loss(images()).loss.isfinite() and model.loss(images()).kl.isnan()
+    with pytest.raises(ValueError, match=r"built from modules of your own"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_logvar_stays_finite():
+    model = InfoVAE.from_config(SHAPE, 2, objective="elbo")
+    nn.init.constant_(model.encoder[-1].bias, 1e4)
+    terms = model.loss(images())
+    assert terms.loss.isfinite()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"shape: got \(8, 8\); accepted: \(channels, height, width\)"):
+        InfoVAE.from_config((8, 8))
+    with pytest.raises(ValueError, match="latent_dim: got 0"):
+        InfoVAE.from_config(SHAPE, 0)
+    with pytest.raises(ValueError, match="encoder: got 'resnet'; accepted: 'mlp', 'dcgan'"):
+        InfoVAE.from_config(SHAPE, encoder="resnet")
+    with pytest.raises(ValueError, match=r"decoder 'mlp': unknown options \['width'\]; accepted: \['hidden'\]"):
+        InfoVAE.from_config(SHAPE, decoder={"name": "mlp", "width": 3})
+    with pytest.raises(
+        ValueError, match="dcgan with 2 layers of stride 2 needs height and width that are multiples of 4"
+    ):
+        InfoVAE.from_config((1, 10, 10), encoder="dcgan")
+    with pytest.raises(ValueError, match="prior: got 'cauchy'; accepted: 'normal', 'uniform', 'gaussian_mixture'"):
+        InfoVAE.from_config(SHAPE, prior="cauchy")
+    with pytest.raises(ValueError, match="the prior has 2 dimensions, but latent_dim is 10"):
+        InfoVAE.from_config(SHAPE, 10, prior={"name": "gaussian_mixture", "means": [[0.0, 1.0]]})
+    with pytest.raises(ValueError, match=r"accepted: K weights >= 0, stds > 0"):
+        GaussianMixture([[0.0], [1.0]], weights=[1.0])
+    with pytest.raises(ValueError, match="accepted: low < high"):
+        Uniform(2, 1.0, 1.0)
+    model = InfoVAE.from_config(SHAPE, 2)
+    with pytest.raises(ValueError, match="n_samples and chunk: got 0 and 10"):
+        model.log_likelihood(images(), 0)
+    with pytest.raises(ValueError, match="interpolate: got shapes"):
+        model.interpolate(images(2), images(3))
+    with pytest.raises(ValueError, match=r"the encoder returned shape \(6, 3\); accepted: \(6, 4\)"):
+        InfoVAE(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), nn.Identity(), 2)(images())

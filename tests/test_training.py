@@ -1,0 +1,243 @@
+"""One run is one folder: what it holds, the same run after a kill, divergence, adversarial training, errors."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from infovae_fast import InfoVAE, load_data
+from infovae_fast.data import to_unit
+from infovae_fast.training import ImageDataModule, InfoVAETraining, ShuffledBatches, TrainingDiverged, train
+
+SMALL = {
+    "train_size": 60,
+    "batch_size": 20,
+    "latent_dim": 2,
+    "encoder": {"name": "mlp", "hidden": [16]},
+    "progress": False,
+}
+
+
+def weights(folder):
+    return InfoVAE.from_pretrained(Path(folder) / "model").state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def curve(folder, column):
+    """A column of metrics.csv by epoch, over all starts of the run."""
+    values = {}
+    for path in sorted(Path(folder).glob("logs/version_*/metrics.csv")):
+        for row in csv.DictReader(path.open()):
+            if row.get(column):
+                values[int(row["epoch"])] = float(row[column])
+    return values
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for networks this small a second one only waits
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_folder(tmp_path, capsys):
+    folder = train(preset="mmd_vae", epochs=4, seed=3, out=str(tmp_path / "run"), **SMALL)
+    assert "seed 3" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 3 and config["preset"] == "mmd_vae" and config["latent_dim"] == 2
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert list(folder.glob("logs/version_0/events.out.tfevents*"))
+    for column in ("train_loss", "train_mmd", "train_kl", "train_reconstruction", "val_loss", "val_mmd"):
+        values = curve(folder, column)
+        assert list(values) == [0, 1, 2, 3] and all(map(math.isfinite, values.values()))
+    assert not list(folder.rglob(".*"))  # no temporary file is left
+
+
+def test_training_learns(tmp_path):
+    """The ELBO of a trained model, reconstruction and KL together, beats the best constant image by far."""
+    data = load_data("digits")
+    x = to_unit(data.train_images, data.levels)
+    mean = x.mean(0)
+    constant = -(x * mean.clamp(1e-6).log() + (1 - x) * (1 - mean).clamp(1e-6).log()).sum((1, 2, 3)).mean().item()
+    folder = train(preset="elbo", epochs=40, evaluate_every=40, lr=3e-3, out=str(tmp_path / "run"), progress=False)
+    assert curve(folder, "train_loss")[39] < constant - 1.5
+    assert curve(folder, "val_loss")[39] < constant - 1.5
+
+
+@pytest.mark.parametrize("preset", ["elbo", "beta_vae", "stein_vae", "aae", "unregularized"])
+def test_every_preset_trains(tmp_path, preset):
+    folder = train(preset=preset, epochs=2, out=str(tmp_path / "run"), **SMALL)
+    values = curve(folder, "train_reconstruction")
+    assert values[1] < values[0]
+
+
+@pytest.mark.parametrize("preset", ["mmd_vae", "aae"])
+def test_a_run_that_was_interrupted_is_the_same_run(tmp_path, preset, monkeypatch):
+    """Stopped in the middle of an epoch and resumed: bit for bit the weights and curves of the run that was not."""
+    options = SMALL | {"preset": preset, "epochs": 5, "binarize": "dynamic"}
+    train(out=str(tmp_path / "whole"), **options)
+    step = InfoVAETraining.training_step
+
+    def interrupted(self, x, index):
+        if self.current_epoch == 3 and index == 1:
+            raise RuntimeError("power failure")
+        return step(self, x, index)
+
+    monkeypatch.setattr(InfoVAETraining, "training_step", interrupted)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train(out=str(tmp_path / "parts"), **options)
+    assert not (tmp_path / "parts" / "model").exists()
+    monkeypatch.undo()
+    train(resume=str(tmp_path / "parts"), progress=False)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert curve(tmp_path / "whole", "val_loss") == curve(tmp_path / "parts", "val_loss")
+    assert curve(tmp_path / "whole", "train_loss") == curve(tmp_path / "parts", "train_loss")
+
+
+def test_killed_and_resumed_from_the_command_line(tmp_path):
+    """kill -9 at any moment: the checkpoint is whole, and --resume ends with the weights of an undisturbed run."""
+    options = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in SMALL.items() if k != "progress"]
+    command = [sys.executable, "-m", "infovae_fast.cli", "train", "--progress=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    epochs = "--epochs=60"
+    process = subprocess.Popen([*command, *options, epochs, f"--out={tmp_path / 'run'}"], env=environment)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert not (tmp_path / "run" / "model").exists() and stopped_at < 59
+    subprocess.run([*command, f"--resume={tmp_path / 'run'}"], env=environment, check=True)
+    train(out=str(tmp_path / "whole"), epochs=60, **SMALL)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    train(out=str(tmp_path / "a"), epochs=2, **SMALL)
+    train(resume=str(tmp_path / "a"), epochs=4, progress=False)
+    train(out=str(tmp_path / "b"), epochs=4, **SMALL)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_seeds(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(out=str(tmp_path / name), epochs=1, seed=seed, **SMALL)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("preset", ["elbo", "mmd_vae"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, preset, monkeypatch):
+    """The message names the step and the last good checkpoint, which holds finite weights."""
+    loss = InfoVAE.loss
+
+    def poisoned(self, x):
+        if self.training and poisoned.calls == 7:  # 3 steps an epoch: in the third
+            torch.nn.init.constant_(self.encoder[-1].bias, math.nan)
+        poisoned.calls += self.training
+        return loss(self, x)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(InfoVAE, "loss", poisoned)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingDiverged, match=r"diverged at step 7 \(epoch 2\).*Last good checkpoint: .*last\.ckpt"):
+        train(preset=preset, epochs=5, out=str(out), **SMALL)
+    state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["state_dict"].values())
+
+
+def test_the_critic_has_its_own_optimiser():
+    data = load_data("digits", train_size=20)
+    model = InfoVAE.from_config(data.shape, 2, objective="aae")
+    module = InfoVAETraining(model, lr=0.5)
+    main, critic = module.configure_optimizers()
+    ids = [{id(p) for group in o.param_groups for p in group["params"]} for o in (main, critic)]
+    assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == len(list(model.parameters()))
+    assert ids[1] == {id(p) for p in model.objective.divergence.critic.parameters()}
+
+
+def test_the_encoder_meets_the_prior_through_a_critic(tmp_path):
+    """Adversarial training pulls q(z) to the prior: MMD well below that of the same model without a divergence."""
+    options = {"epochs": 60, "evaluate_every": 60, "latent_dim": 2, "progress": False, "train_size": 400}
+    distance = {}
+    for preset in ("unregularized", "aae"):
+        train(preset=preset, out=str(tmp_path / preset), **options)
+        from infovae_fast.cli import evaluate
+
+        distance[preset] = evaluate(str(tmp_path / preset), n_samples=1)["train"]["full_set_mmd"]
+    assert distance["aae"] < distance["unregularized"] / 5
+
+
+def test_batches():
+    data = load_data("digits", train_size=105)
+    module = ImageDataModule(data, 20, seed=1)
+    loader = module.train_dataloader()
+    batches = list(loader)
+    assert [len(b) for b in batches] == [20] * 5 and batches[0].dtype == torch.float32
+    assert batches[0].min() >= 0 and batches[0].max() <= 1
+    module.TEST_BATCH = 50
+    assert sorted(len(b) for b in module.val_dataloader()) == [45] * 8
+    assert len(torch.cat(list(module.val_dataloader()))) == 360
+    assert [len(b) for b in ImageDataModule(data, 500).train_dataloader()] == [105]
+    a, b = ShuffledBatches(105, 20, seed=1), ShuffledBatches(105, 20, seed=1)
+    first = torch.cat(list(a))
+    assert len(first.unique()) == 60 and torch.equal(first, torch.cat(list(b)))
+    a.set_epoch(1)
+    assert not torch.equal(first, torch.cat(list(a)))
+
+
+def test_validation_leaves_the_noise_of_training_alone():
+    data = load_data("digits", train_size=20)
+    module = InfoVAETraining(InfoVAE.from_config(data.shape, 2))
+    module.on_validation_epoch_start()
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    module.validation_step(to_unit(data.test_images[:10], data.levels), 0)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_refusals(tmp_path):
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    with pytest.raises(ValueError, match=r"already holds a run: continue it with --resume"):
+        train(out=str(folder))
+    with pytest.raises(ValueError, match=r"only --epochs and --progress may be given with it, got lr, seed"):
+        train(resume=str(folder), lr=0.1, seed=5)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing; expected the folder of a run"):
+        train(resume=str(tmp_path / "nothing"))
+    for text, reason in (("{", "is damaged"), ("{}", "has no key 'preset'")):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            train(resume=str(folder))
+    for name, value in (("epochs", 0), ("evaluate_every", 0), ("batch_size", 1)):
+        with pytest.raises(ValueError, match=rf"{name}: got {value}; accepted: . or more"):
+            train(out=str(tmp_path / "other"), **{name: value})
+        assert not (tmp_path / "other").exists()
+    for options, reason in (
+        ({"preset": "vae"}, "objective: got 'vae'; accepted: 'elbo'"),
+        ({"data": "minst"}, "mnist"),
+        ({"binarize": "often"}, "often"),
+        ({"train_size": 10**6}, "train_size"),
+        ({"alpha": 0.0, "lambda_": 0.5}, "a negative weight rewards mismatch"),
+        ({"likelihood": "poisson"}, "poisson"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=reason):
+            train(out=str(tmp_path / "other"), **options)
+        assert not (tmp_path / "other").exists()
