@@ -2,82 +2,73 @@
 
     report.html     one page that needs nothing else: its pictures are embedded, it has no scripts and loads nothing
     *.png           the same pictures
-    metrics.json    every number of the page with the settings, seeds and versions that belong to it
+    metrics.json    every number of the page, with the settings, seeds and versions that belong to it
 
 Every file appears whole or not at all, report.html last.
 """
 
 import base64
-import csv
 import html
-import io
 import json
-import math
-import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-import infovae_fast
+from infovae_fast import __version__
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
 from infovae_fast.models import InfoVAE, StandardNormal
+from infovae_fast.pictures import (
+    OBJECTIVES,
+    image_grid,
+    image_png,
+    latent_png,
+    loss_curves,
+    losses_png,
+    save_png,
+    write_bytes,
+)
 from infovae_fast.training import read_run, run_data, write_json
 
-NAMES = {
-    "elbo": "ELBO-VAE",
-    "beta_vae": "beta-VAE",
-    "mmd_vae": "MMD-VAE",
-    "stein_vae": "Stein-VAE",
-    "aae": "adversarial autoencoder",
-    "wae": "WAE-MMD",
-    "unregularized": "unregularised autoencoder",
+__all__ = ["Picture", "Run", "Section", "image_grid", "save_png", "table", "write_report"]
+
+METRICS = {  # heading in a table, digits after the point
+    "reconstruction": ("−log p(x|z)", 2),
+    "kl": ("KL(q(z|x)\n‖ p(z))", 2),
+    "log_det_covariance": ("log det\nCov[q(z)]", 2),
+    "full_set_mmd": ("MMD²(q(z),\np(z))", 4),
+    "mutual_information": ("I(x; z)", 2),
 }
-# Okabe and Ito's palette: told apart by readers with any kind of colour vision. One colour an objective, everywhere.
-COLORS = dict(zip(NAMES, ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#555555"), strict=True))
-# Petroff's ten colours (arXiv 2107.02270), made for the same readers; classes are also told apart by their markers.
-CLASS_COLORS = "#3f90da #bd1f01 #832db6 #e76300 #717581 #a96b59 #ffa90e #94a4a2 #b9ac70 #92dadd".split()
-TERMS = {
-    "loss": "loss [nats per image]",
-    "reconstruction": "reconstruction, −log p(x|z) [nats per image]",
-    "kl": "KL(q(z|x) ‖ p(z)) [nats per image]",
-    "mmd": "MMD² of a batch",
-    "stein_surrogate": "Stein surrogate (not a divergence)",
-    "adversarial_js": "critic's Jensen-Shannon estimate",
-    "wasserstein": "critic's Wasserstein estimate",
-}
-SHOWN = 2000  # points of a latent space: more hide each other
+CODES = 2000  # shown of a latent space: more hide each other
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 0 auto; padding: 1rem }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem }
-.formula { text-align: center; font-family: serif; font-size: 1.1rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom }
-td { white-space: nowrap } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1.2rem }
+.formula { text-align: center; font-family: serif; font-size: 1.1rem } .note, details { color: #555; font-size: .85rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .82rem; margin: 1rem 0 }
+th, td { white-space: pre; padding: .3rem .45rem; border-bottom: 1px solid #ddd; text-align: right }
+td { vertical-align: top; font-variant-numeric: tabular-nums }
+:is(th, td):first-child { text-align: left; padding-left: 0 }
 .gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem }
-figure { margin: 0 } figcaption { font-weight: 600; font-size: .9rem; margin-bottom: .3rem }
-img { width: 100%; height: auto } img.pixels { image-rendering: pixelated }
-.note { color: #555; font-size: .85rem } details { font-size: .85rem }
+figure { margin: 0; max-width: 46rem } figcaption { font-weight: 600; font-size: .9rem; margin-bottom: .3rem }
+img { display: block; width: 100% } .pixels { image-rendering: pixelated }
 """
-EXPLANATION = """
-<p>A variational autoencoder learns an encoder <i>q(z|x)</i>, a decoder <i>p(x|z)</i>, and with them a distribution of
-codes <i>q(z)</i>, the mean of <i>q(z|x)</i> over the images, which should match the prior <i>p(z)</i>. The InfoVAE
-family (Zhao, Song and Ermon, arXiv 1706.02262) trains them to maximise</p>
-<p class="formula"><i>E</i><sub><i>q</i></sub>[log <i>p(x|z)</i>] − (1 − α) <i>E</i> KL(<i>q(z|x)</i> ‖ <i>p(z)</i>) −
-(α + λ − 1) <i>D</i>(<i>q(z)</i> ‖ <i>p(z)</i>) &emsp; (Eq. 6)</p>
-<p>with any divergence <i>D</i>. α = 0, λ = 1 is the ELBO; α = 1 with MMD as <i>D</i> is the MMD-VAE.</p>
-"""
-COLUMNS_NOTE = """<p class="note">Where a cell has two numbers, the first is for the training set and the second for the
-test set. Nats per image; log det Cov[q(z)] is 0 where q(z) is as wide as N(0, I), positive where it is wider; MMD² is
-unbiased, between one code for each image and as many draws from the prior. The log-likelihood is an
-importance-sampling estimate, a lower bound on average, with the standard error of the mean over the test images; where
-the effective number of samples is near 1 it is far too low.</p>"""
+INTRODUCTION = """<p>A variational autoencoder learns an encoder <i>q(z|x)</i>, a decoder <i>p(x|z)</i> and with them a
+distribution of codes: <i>q(z)</i>, the mean of <i>q(z|x)</i> over the images, which should match the prior <i>p(z)</i>.
+The InfoVAE family (Zhao, Song and Ermon, arXiv 1706.02262) trains them to maximise</p>
+<p class="formula"><i>E</i><sub><i>q</i></sub> log <i>p(x|z)</i> − (1 − <i>α</i>) <i>E</i> KL(<i>q(z|x)</i> ‖
+<i>p(z)</i>) − (<i>α</i> + <i>λ</i> − 1) <i>D</i>(<i>q(z)</i> ‖ <i>p(z)</i>) &emsp;(Eq. 6)</p>
+<p>with any divergence <i>D</i>. <i>α</i> = 0 and <i>λ</i> = 1 give the ELBO of the usual VAE, <i>α</i> = 1 with the
+maximum mean discrepancy as <i>D</i> the MMD-VAE.</p>"""
+NOTE = """<p class="note">Upper numbers are for the training set, lower ones for the test set; nats per image. log det
+Cov[q(z)] of codes z ~ q(z|x) is 0 where q(z) is as wide as a prior N(0, I), positive where it is wider. MMD² is
+unbiased, between one code for each image and as many draws from the prior. log p(x) is estimated by importance sampling
+with 100 draws from q(z|x), on average a lower bound, ± the standard error of its mean over the images; it is far too
+low where the effective number of samples (the median over the images) is near 1.</p>"""
 
 
 @dataclass(frozen=True)
@@ -91,23 +82,25 @@ class Run:
     metrics: dict[str, Any]
 
     @property
+    def train_size(self) -> int:
+        return len(self.data.train_images)
+
+    @property
     def label(self) -> str:
-        weight = self.model.objective.divergence_weight
-        name = NAMES[self.config["preset"]] + (f" (λ = {self.model.objective.lambda_:g})" if weight else "")
-        return f"{name}, {len(self.data.train_images)} images, seed {self.config['seed']}"
+        name, objective = OBJECTIVES[self.config["preset"]][0], self.model.objective
+        weight = f" (λ = {objective.lambda_:g})" if objective.divergence_weight else ""
+        return f"{name}{weight}, {self.train_size} images, seed {self.config['seed']}"
 
 
 class Picture(NamedTuple):
-    """A file of the report, `name`.png."""
-
-    name: str
+    name: str  # of the file, without .png
     caption: str
     png: bytes
-    pixels: bool = False  # enlarge it without smoothing
+    pixels: bool = False  # a browser enlarges it without smoothing
 
 
 class Section(NamedTuple):
-    """A part of the report: HTML, then pictures. `numbers` goes to metrics.json."""
+    """A part of the page: HTML, then pictures. `numbers` go to metrics.json."""
 
     title: str
     html: str
@@ -115,114 +108,17 @@ class Section(NamedTuple):
     numbers: dict[str, Any] | None = None
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Images [n, C, H, W] side by side, row by row, [C, H', W']: clipped to [0, 1], one white pixel between them.
-
-    Args:
-        columns: images in a row; default as square as can be.
-    """
-    if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"images: got shape {tuple(images.shape)}; accepted: [n, C, H, W], not empty")
-    n, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(n)) if columns is None else columns
-    if columns < 1:
-        raise ValueError(f"columns: got {columns}; accepted: 1 or more")
-    rows = math.ceil(n / columns)
-    cells = images.new_ones(rows * columns, channels, height + 1, width + 1)
-    cells[:n, :, :-1, :-1] = images.clamp(0, 1)
-    grid = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
-    return grid[:, :-1, :-1]
-
-
-def image_png(image: Tensor) -> bytes:
-    """A PNG of an image [1 or 3, H, W] in [0, 1]; small ones are enlarged by a whole factor to about 640 pixels."""
-    from PIL import Image
-
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"image: got shape {tuple(image.shape)}; accepted: [1 or 3, H, W]")
-    factor = max(1, round(640 / max(image.shape[1:])))
-    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).squeeze(2)
-    content = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(content, "PNG")
-    return content.getvalue()
-
-
-def save_png(path: str | Path, image: Tensor) -> None:
-    """Writes an image [1 or 3, H, W] in [0, 1] as a PNG, whole or not at all; see `image_png`."""
-    _write(Path(path), image_png(image))
-
-
-def figure_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
-    """A PNG of the matplotlib figure, `size` in inches, that `draw(figure)` fills."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
-    content = io.BytesIO()
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        figure.savefig(content, format="png", dpi=160)
-    return content.getvalue()
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of plain text."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number as the report shows it; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
-
-
-def read_run_folder(folder: str | Path) -> Run:
-    """A finished run, with its metrics computed anew.
-
-    Raises:
-        FileNotFoundError: there is no run, or it has not finished. ValueError: a file is damaged.
-    """
-    folder = Path(folder)
-    config = read_run(folder)
-    if not (folder / "model" / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: the run has not finished; continue it with infovae-fast train --resume {folder}"
-        )
-    model, data = InfoVAE.from_pretrained(folder / "model"), run_data(config)
-    return Run(folder, config, model, data, summarize(model, data))
-
-
-def loss_curves(folder: str | Path) -> dict[str, dict[int, tuple[int, float]]]:
-    """{"train_loss": {step: (epoch, value)}, ...} from logs/version_*/metrics.csv of a run.
-
-    A run that was killed and resumed has several versions, whose steps overlap: the later version counts.
-    """
-    curves: dict[str, dict[int, tuple[int, float]]] = {}
-    versions = Path(folder).glob("logs/version_*/metrics.csv")
-    for path in sorted(versions, key=lambda path: int(path.parent.name.removeprefix("version_"))):
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        for row in csv.DictReader(whole):
-            for name, value in row.items():
-                if value and name not in ("epoch", "step"):
-                    curves.setdefault(name, {})[int(row["step"])] = int(row["epoch"]), float(value)
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
-
-
 def write_report(
     runs: Sequence[str | Path],
     out: str | Path,
     *,
-    title: str = "InfoVAE: a report of training runs",
+    title: str = "InfoVAE: training runs",
     opening: Callable[[list[Run]], Section] | None = None,
 ) -> Path:
     """Compute all metrics of finished runs and write the report into the folder `out`.
 
     Args:
-        runs: folders of the runs. Of runs that differ in the seed alone, the first one is shown in pictures.
+        runs: folders of the runs. Of those that differ in the seed alone, the first one is shown in pictures.
         title: heading of the page.
         opening: makes a section that comes first, from the runs.
 
@@ -234,18 +130,173 @@ def write_report(
     """
     if isinstance(runs, str | Path) or not runs:
         raise ValueError(f"runs: got {runs!r}; accepted: a list of folders, as infovae-fast train writes them")
-    opened = [read_run_folder(folder) for folder in runs]
-    shown = list({json.dumps(run.config | {"seed": 0, "out": ""}): run for run in reversed(opened)}.values())[::-1]
-    names = _names(shown)
-    sections = [opening(opened)] if opening is not None else []
-    sections += [_runs_section(opened), _reconstructions(names), _samples(names), _latent_spaces(names), _losses(names)]
-    numbers: dict[str, Any] = {"versions": _versions(), "runs": [_numbers(run) for run in opened]}
+    configs = [_finished(Path(folder)) for folder in runs]  # all, before the long computation
+    opened = [_open(Path(folder), config) for folder, config in zip(runs, configs, strict=True)]
+    shown = _shown(opened)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sections = [opening(opened)] if opening is not None else []
+        sections.append(_table_of_runs(opened))
+        sections += [_reconstructions(shown), _samples(shown), _latent_spaces(shown), _losses(shown)]
+    versions = {"infovae_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    numbers: dict[str, Any] = {"versions": versions, "runs": [_numbers(run) for run in opened]}
+    out = Path(out)
     for section in sections:
         numbers |= section.numbers or {}
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for picture in (picture for section in sections for picture in section.pictures):
-        _write(out / f"{picture.name}.png", picture.png)
+        for picture in section.pictures:
+            write_bytes(out / f"{picture.name}.png", picture.png)
     write_json(out / "metrics.json", numbers)
-    _write(out / "report.html", _page(title, sections).encode())
+    write_bytes(out / "report.html", _page(title, sections, numbers["versions"]).encode())
     return out / "report.html"
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    config = read_run(folder)
+    if not (folder / "model" / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has not finished; continue it with infovae-fast train --resume {folder}")
+    return config
+
+
+def _open(folder: Path, config: dict[str, Any]) -> Run:
+    model, data = InfoVAE.from_pretrained(folder / "model"), run_data(config)
+    return Run(folder, config, model, data, summarize(model, data, n_samples=100))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of plain text."""
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    return '<div class="scroll"><table>\n<tr>' + "</tr>\n<tr>".join([head, *lines]) + "</tr>\n</table></div>\n"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number as the report shows it; a dash where there is none."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no -0.00
+
+
+def _shown(runs: list[Run]) -> dict[str, Run]:
+    """The runs for the pictures, by a part of a file name; those with the same data and latent space together."""
+    alike: dict[str, Run] = {}
+    for run in runs:
+        alike.setdefault(json.dumps(run.config | {"seed": 0, "out": ""}), run)
+    named: dict[str, Run] = {}
+    for run in sorted(alike.values(), key=lambda run: (run.data.name, run.model.latent_dim, run.train_size)):
+        name = re.sub(r"[^\w.-]+", "-", run.folder.resolve().name)
+        while name in named:
+            name += "-2"
+        named[name] = run
+    return named
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    objective = run.model.objective
+    weights = {"alpha": objective.alpha, "lambda": objective.lambda_, "divergence": objective.divergence_name}
+    return {"run": str(run.folder), "label": run.label, **weights, "settings": run.config, **run.metrics}
+
+
+def _table_of_runs(runs: list[Run]) -> Section:
+    def cells(run: Run) -> list[str]:
+        objective, train, test = run.model.objective, run.metrics["train"], run.metrics["test"]
+        return [
+            OBJECTIVES[run.config["preset"]][0],
+            f"{run.train_size} {run.data.name}",
+            *(f"{value:g}" for value in (run.model.latent_dim, objective.alpha, objective.lambda_, run.config["seed"])),
+            "train\ntest",
+            *(f"{number(train[name], digits)}\n{number(test[name], digits)}" for name, (_, digits) in METRICS.items()),
+            f"\n{number(test.get('log_likelihood'), 1)} ± {number(test.get('log_likelihood_standard_error'), 1)}",
+            f"\n{number(test.get('effective_samples'), 1)}",
+        ]
+
+    header = ["objective", "training\nimages", "dim\nz", "α", "λ", "seed", ""]
+    header += [*(name for name, _ in METRICS.values()), "log p(x)", "effective\nsamples"]
+    settings = [[f"{key} {json.dumps(value)}" for key, value in run.config.items() if key != "out"] for run in runs]
+    common = [text for text in settings[0] if all(text in others for others in settings)]
+    lines = [f"All runs: {', '.join(common)}."]
+    for run, texts in zip(runs, settings, strict=True):
+        lines.append(f"{run.folder}: {', '.join(text for text in texts if text not in common)}")
+    items = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    details = f"<details><summary>Settings of the runs</summary>{items}</details>"
+    return Section("All runs", table(header, map(cells, runs)) + NOTE + details)
+
+
+def _gallery(kind: str, shown: dict[str, Run], draw: Callable[[Run], bytes], pixels: bool = False) -> list[Picture]:
+    labels = [run.label for run in shown.values()]
+    return [
+        Picture(f"{kind}-{name}", run.label + f" ({name})" * (labels.count(run.label) > 1), draw(run), pixels)
+        for name, run in shown.items()
+    ]
+
+
+def _reconstructions(shown: dict[str, Run]) -> Section:
+    def draw(run: Run) -> bytes:
+        images, labels = run.data.test_images, run.data.test_labels
+        one_each = [] if labels is None else [int((labels == label).nonzero()[0]) for label in labels.unique()]
+        x = to_unit(images[one_each[:10]] if len(one_each) > 1 else images[:10], run.data.levels)
+        return image_png(image_grid(torch.cat([x, run.model.reconstruct(x)]), columns=len(x)))
+
+    text = "<p>Above images of the test set, below each the mean of p(x|z) at the mean of q(z|x).</p>"
+    return Section("Reconstructions", text, _gallery("reconstructions", shown, draw, pixels=True))
+
+
+def _samples(shown: dict[str, Run]) -> Section:
+    text = "<p>The mean of p(x|z) for each of 60 codes z drawn from the prior.</p>"
+    pictures = _gallery("samples", shown, lambda run: image_png(image_grid(run.model.sample(60), 12)), pixels=True)
+    return Section("Samples from the prior", text, pictures)
+
+
+def _latent_spaces(shown: dict[str, Run]) -> Section:
+    codes, priors, limits = {}, {}, dict[int, float]()
+    for run in shown.values():
+        dim, prior = run.model.latent_dim, run.model.prior
+        z = encode_all(run.model, to_unit(run.data.test_images[:CODES], run.data.levels))[1]
+        axes = (
+            torch.eye(dim) if dim <= 2 else torch.linalg.eigh(torch.cov(z.T, correction=0)).eigenvectors.flip(1)[:, :2]
+        )
+        codes[run.folder] = z @ axes
+        priors[run.folder] = None if isinstance(prior, StandardNormal) else prior.sample(CODES) @ axes
+        # The same frame for all latent spaces of one dimension, so that one sees which q(z) is wider.
+        for points in (codes[run.folder], priors[run.folder]):
+            reach = 3.4 if points is None else points.abs().quantile(0.995).item()  # 3.4: to see three deviations
+            limits[dim] = max(reach, limits.get(dim, 0))
+
+    def draw(run: Run) -> bytes:
+        dim, labels = run.model.latent_dim, None if run.data.test_labels is None else run.data.test_labels[:CODES]
+        names = ("z₁", "z₂") if dim == 2 else ("principal axis 1", "principal axis 2")
+        return latent_png(codes[run.folder], labels, priors[run.folder], limits[dim], names)
+
+    text = """<p>One code z ~ q(z|x) for each image of the test set, drawn as the number of its class. Circles: 1, 2 and
+3 standard deviations of the prior N(0, I); draws from any other prior are grey. More than two dimensions are seen along
+the first two principal axes of the codes. In each map at most 0.5 % of the coordinates are outside the frame.</p>"""
+    return Section("Latent space", text, _gallery("latent", shown, draw))
+
+
+def _losses(shown: dict[str, Run]) -> Section:
+    def draw(run: Run) -> bytes:
+        return losses_png(loss_curves(run.folder), OBJECTIVES[run.config["preset"]][1])
+
+    text = "<p>The loss and the terms of Eq. 6 that it is made of, each without its weight.</p>"
+    return Section("Loss curves", text, _gallery("losses", shown, draw))
+
+
+def _page(title: str, sections: Sequence[Section], versions: dict[str, str]) -> str:
+    def figure(picture: Picture) -> str:
+        source = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
+        caption, css = html.escape(picture.caption), ' class="pixels"' if picture.pixels else ""
+        return f'<figure><figcaption>{caption}</figcaption><img{css} alt="{caption}" src="{source}"></figure>'
+
+    made_with, body = ", ".join(f"{name} {version}" for name, version in versions.items()), ""
+    for section in sections:
+        pictures = "\n".join(map(figure, section.pictures))
+        body += f'<h2>{html.escape(section.title)}</h2>\n{section.html}\n<div class="gallery">\n{pictures}\n</div>\n'
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<body>
+<h1>{html.escape(title)}</h1>
+{INTRODUCTION}
+{body}
+<p class="note">{html.escape(made_with)}. Beside this page: all numbers in metrics.json, all pictures as PNG files.</p>
+</body>
+</html>
+"""
