@@ -3,16 +3,20 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
+#include "pairwise.h"
 #include "radial.h"
 
 namespace infovae_fast {
@@ -69,16 +73,87 @@ std::tuple<Tensor, Tensor> radial_cpu(const Tensor& d2, const std::string& kind,
     return {phi, dphi};
 }
 
+// What `pairwise` returns: what was asked for, and empty tensors for the rest.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_empty(
+    const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& /*v*/,
+    const std::optional<Tensor>& /*a*/, const std::optional<Tensor>& /*b*/, bool /*rbf*/, at::ArrayRef<double> /*bandwidth*/,
+    at::ArrayRef<double> /*weight*/, double /*alpha*/, at::ArrayRef<double> /*w*/, bool energy, bool x_force, bool y_force,
+    bool potentials) {
+    const auto make = [](bool wanted, c10::SymIntArrayRef shape, const at::TensorOptions& options) {
+        return wanted ? at::empty_symint(shape, options) : at::empty({0}, options);
+    };
+    const auto batch = x.sym_sizes().slice(0, x.dim() - 2), rows = x.sym_sizes().slice(0, x.dim() - 1);
+    const Tensor& other = y.has_value() ? *y : x;
+    return {make(energy, batch, x.options().dtype(at::kDouble)), make(x_force, x.sym_sizes(), x.options()),
+            make(y_force && y.has_value(), other.sym_sizes(), x.options()), make(potentials, rows, x.options()),
+            make(potentials && y.has_value(), other.sym_sizes().slice(0, x.dim() - 1), x.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_cpu(
+    const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& v, const std::optional<Tensor>& a,
+    const std::optional<Tensor>& b, bool rbf, at::ArrayRef<double> bandwidth, at::ArrayRef<double> weight, double alpha,
+    at::ArrayRef<double> w, bool energy, bool x_force, bool y_force, bool potentials) {
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
+                     "; accepted: float32, float64");
+    TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && w.size() == 3, "x: got shape ", x.sizes(),
+                      "; accepted: [..., N, D]; and w needs 3 numbers");
+    TORCH_CHECK_VALUE(!bandwidth.empty() && bandwidth.size() == weight.size(), "bandwidth and weight: got ",
+                      bandwidth.size(), " and ", weight.size(), " numbers; give one of each per scale");
+    TORCH_CHECK_VALUE(!(v.has_value() && y_force), "v belongs to the forces on x; ask for y_force without it");
+    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, weight, alpha, w, energy, x_force, y_force, potentials);
+    const auto contiguous = [&](const std::optional<Tensor>& t) {
+        if (!t.has_value()) return Tensor();
+        TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), "got ", t->scalar_type(), " beside ", x.scalar_type());
+        return t->contiguous();
+    };
+    const Tensor xs = x.contiguous(), ys = contiguous(y), vs = contiguous(v), as = contiguous(a), bs = contiguous(b);
+    const int64_t n = x.size(-2), d = x.size(-1), m = ys.defined() ? ys.size(-2) : 0;
+    const int64_t batch = x.numel() / std::max<int64_t>(1, n * d);
+    TORCH_CHECK_VALUE((!ys.defined() || ys.numel() == batch * m * d) && (!vs.defined() || vs.numel() == xs.numel()) &&
+                          (!as.defined() || as.numel() == batch * n) && (!bs.defined() || bs.numel() == batch * m),
+                      "shapes do not fit x ", x.sizes());
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::pairwise", [&] {
+        using T = scalar_t;
+        const auto in = [](const Tensor& t, int64_t at) -> const T* {
+            return t.defined() ? t.const_data_ptr<T>() + at : nullptr;
+        };
+        const auto result = [](const Tensor& t, int64_t at) -> T* {
+            return t.numel() > 0 ? t.mutable_data_ptr<T>() + at : nullptr;
+        };
+        auto& [e, fx, fy, px, py] = out;
+        for (int64_t k = 0; k < batch; ++k) {
+            PairwiseProblem<T> problem{in(xs, k * n * d), in(ys, k * m * d), in(vs, k * n * d), in(as, k * n),
+                                       in(bs, k * m), n, m, d, {rbf, bandwidth.vec(), weight.vec(), alpha},
+                                       w[0], w[1], w[2], energy ? e.mutable_data_ptr<double>() + k : nullptr,
+                                       result(fx, k * n * d), result(fy, k * m * d), result(px, k * n), result(py, k * m)};
+            pairwise(problem);
+        }
+    });
+    return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(infovae_fast, m) {
     // phi and phi' of squared distances, elementwise; kind "rbf" or "rq", bandwidth and weight [S].
     m.def("radial(Tensor d2, str kind, Tensor bandwidth, Tensor weight, float alpha) -> (Tensor phi, Tensor dphi)",
           {at::Tag::pt2_compliant_tag});
+    // Energy [...] in float64, forces [..., N, D] and [..., M, D], potentials [..., N] and [..., M] of the cloud [x; y],
+    // with weights a and b of the points and w = (w_xx, w_xy, w_yy); what is not asked for comes back empty.
+    m.def("pairwise(Tensor x, Tensor? y, Tensor? v, Tensor? a, Tensor? b, bool rbf, float[] bandwidth, float[] weight, "
+          "float alpha, float[] w, bool energy, bool x_force, bool y_force, bool potentials) -> "
+          "(Tensor energy, Tensor x_force, Tensor y_force, Tensor x_potential, Tensor y_potential)",
+          {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) { m.impl("radial", radial_cpu); }
-TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) { m.impl("radial", radial_empty); }
+TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
+    m.impl("radial", radial_cpu);
+    m.impl("pairwise", pairwise_cpu);
+}
+TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
+    m.impl("radial", radial_empty);
+    m.impl("pairwise", pairwise_empty);
+}
 
 }  // namespace infovae_fast
 
@@ -88,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict facts;
         const std::pair<const char*, const char*> baked[] = {BUILD_FACTS};
         for (const auto& [name, text] : baked) facts[name] = text;
+        facts["vector unit here"] = infovae_fast::vector_unit();
         return facts;
     });
 }

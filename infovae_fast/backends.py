@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
 AUTO = os.environ.get("INFOVAE_FAST_BACKEND") or "auto"
 
@@ -53,3 +55,13 @@ def choose(operator: str, table: Sequence[Backend], backend: str, *inputs: Any) 
     available = ", ".join(other for other, reason in reasons.items() if reason is None) or "none"
     why = reasons[name] if name != "auto" else "; ".join(f"{k}: {v}" for k, v in reasons.items())
     raise RuntimeError(f"backend={name!r} cannot run {operator}: {why}. Available here: {available}.")
+
+
+@torch.compiler.assume_constant_result
+def native_missing() -> str | None:
+    """Why the C++ operators are not there; loads them the first time it is called."""
+    try:
+        from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]  # noqa: F401
+    except ImportError as error:
+        return f"the C++ extension cannot be loaded ({error}); pip install --no-build-isolation -e ."
+    return None

@@ -75,7 +75,7 @@ def load_model(run: str) -> Any:
 
     read_run(run)
     folder = Path(run) / "model"
-    if not folder.exists():
+    if not (folder / "config.json").exists():  # written last
         raise FileNotFoundError(f"{folder} is missing: the run has not finished; continue it with train --resume {run}")
     return InfoVAE.from_pretrained(folder)
 

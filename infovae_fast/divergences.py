@@ -175,7 +175,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Literal["mean", "sum", "n
         reduction: "mean" over the N examples, "sum", or "none".
 
     Returns:
-        a scalar, or [N] for "none". Accurate for small values (expm1), never negative but for rounding.
+        a scalar, or [N] for "none". With expm1 the rounding error is eps |logvar|, not eps, where logvar is small.
 
     Raises:
         TypeError, ValueError: wrong types, different shapes, an unknown reduction.

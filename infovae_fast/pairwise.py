@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.backends import Backend, choose
-from infovae_fast.radial import Kernel
+from infovae_fast.backends import Backend, choose, native_missing
+from infovae_fast.radial import RBF, Kernel
 
 TILE_PAIRS = 2**24
 
@@ -133,7 +133,88 @@ def _add(terms: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, terms)
 
 
-BACKENDS = (Backend("reference", lambda *inputs: None, pairwise_reference),)
+def _cpp_reason(
+    x: Tensor,
+    y: Tensor | None = None,
+    v: Tensor | None = None,
+    kernel: Kernel | None = None,
+    weights: Weights | None = None,
+    energy: bool = True,
+    force: bool = False,
+) -> str | None:
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, and x is on {x.device}"
+    if (missing := native_missing()) is not None:
+        return missing
+    if torch.compiler.is_compiling():
+        if kernel is not None and isinstance(kernel.bandwidth, Tensor):
+            return "in torch.compile the bandwidth must be a number"
+    elif torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need the reference"
+    if not torch.is_grad_enabled():
+        return None
+    if kernel is not None and isinstance(kernel.bandwidth, Tensor) and kernel.bandwidth.requires_grad:
+        return "the bandwidth needs a gradient, which only the reference gives"
+    if force and any(t is not None and t.requires_grad for t in (x, y, v)):
+        return "a force needs a gradient, which only the reference gives"
+    return None
+
+
+def _cpp(
+    x: Tensor, y: Tensor | None, v: Tensor | None, kernel: Kernel, weights: Weights, energy: bool, force: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    x, y, v = (None if t is None else at_least_float32(t) for t in (x, y, v))  # type: ignore[assignment]
+    scales = kernel.at(x.shape[-1]).scales()
+    settings = (
+        isinstance(kernel, RBF),
+        [float(b) for b, _ in scales],
+        [float(w) for _, w in scales],
+        float(getattr(kernel, "alpha", 1.0)),
+        list(weights),
+    )
+    if force:
+        return None, torch.ops.infovae_fast.pairwise(x, y, v, None, None, *settings, False, True, False, False)[1]
+    x_force, y_force = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, y))
+    if x_force or y_force:
+        return _Energy.apply(x, y, x_force, y_force, *settings), None
+    return torch.ops.infovae_fast.pairwise(x, y, None, None, None, *settings, True, False, False, False)[0], None
+
+
+class _Energy(torch.autograd.Function):
+    """The energy of a native backend: its forces come out of the same pass and wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, x_force: bool, y_force: bool, *settings: Any) -> Tensor:
+        out = torch.ops.infovae_fast.pairwise(x, y, None, None, None, *settings, True, x_force, y_force, False)
+        ctx.save_for_backward(out[1] if x_force else None, out[2] if y_force else None, x, y)
+        return out[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x_force, y_force, x, y = ctx.saved_tensors
+        gradients = (
+            None if F is None else _Once.apply((2 * gradient[..., None, None]).to(F.dtype) * F, z)
+            for F, z in ((x_force, x), (y_force, y))
+        )
+        return *gradients, *[None] * 7
+
+
+class _Once(torch.autograd.Function):
+    """The first argument, with an error in place of its derivative to the second."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, z: Tensor) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise RuntimeError("this backend gives first derivatives; use backend='reference' to differentiate twice")
+
+
+BACKENDS = (
+    Backend("cpp", _cpp_reason, _cpp),
+    Backend("reference", lambda *inputs: None, pairwise_reference),
+)
 
 
 def energy(

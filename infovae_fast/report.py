@@ -44,6 +44,7 @@ METRICS = {  # heading in a table, digits after the point
     "full_set_mmd": ("MMD²(q(z),\np(z))", 4),
     "mutual_information": ("I(x; z)", 2),
 }
+LIKELIHOOD = ("log_likelihood", "log_likelihood_standard_error")
 CODES = 2000  # shown of a latent space: more hide each other
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 0 auto; padding: 1rem }
@@ -203,8 +204,8 @@ def _table_of_runs(runs: list[Run]) -> Section:
             *(f"{value:g}" for value in (run.model.latent_dim, objective.alpha, objective.lambda_, run.config["seed"])),
             "train\ntest",
             *(f"{number(train[name], digits)}\n{number(test[name], digits)}" for name, (_, digits) in METRICS.items()),
-            f"\n{number(test.get('log_likelihood'), 1)} ± {number(test.get('log_likelihood_standard_error'), 1)}",
-            f"\n{number(test.get('effective_samples'), 1)}",
+            "\n" + " ± ".join(number(test[name], 1) for name in LIKELIHOOD if name in test),
+            "\n" + number(test.get("effective_samples"), 1),
         ]
 
     header = ["objective", "training\nimages", "dim\nz", "α", "λ", "seed", ""]
@@ -234,7 +235,7 @@ def _reconstructions(shown: dict[str, Run]) -> Section:
         x = to_unit(images[one_each[:10]] if len(one_each) > 1 else images[:10], run.data.levels)
         return image_png(image_grid(torch.cat([x, run.model.reconstruct(x)]), columns=len(x)))
 
-    text = "<p>Above images of the test set, below each the mean of p(x|z) at the mean of q(z|x).</p>"
+    text = "<p>Above: images of the test set. Below each: the mean of p(x|z) at the mean of q(z|x).</p>"
     return Section("Reconstructions", text, _gallery("reconstructions", shown, draw, pixels=True))
 
 

@@ -393,7 +393,8 @@ def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def _trainer(folder: Path, epochs: int, checkpoint: EpochCheckpoint, progress: bool) -> pl.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    for harmless in (".*does not have many workers.*", ".*LeafSpec.* is deprecated.*"):
+        warnings.filterwarnings("ignore", harmless)
     csv = CSVLogger(folder, name="logs", flush_logs_every_n_steps=1)
     tensorboard = TensorBoardLogger(folder, name="logs", version=csv.version)
     return pl.Trainer(

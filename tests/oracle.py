@@ -13,6 +13,7 @@ reference must agree with them within `EXACT`.
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,28 @@ EXACT = 1e-12
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend's name; the test asks `require` whether it runs here."""
     return request.param
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where other work shares the cores, threads that wait for each other cost more time than they save."""
+    with _threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what must not depend on who computes what."""
+    with _threads(2):
+        yield
 
 
 def require(operator: str, table: Any, name: str, *inputs: Any) -> None:

@@ -27,7 +27,7 @@ LAYERS = (
     {"objective", "models"},
     {"data_files", "data"},
     {"evaluation", "training"},
-    {"report"},
+    {"pictures", "report"},
     {"", "reproduce", "cli", "__main__"},
 )
 

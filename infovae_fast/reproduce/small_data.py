@@ -161,7 +161,7 @@ def comparison(runs: list[Run]) -> Section:
 def verdict(log_det: dict[int, list[float]]) -> str:
     """What log det Cov[q(z)] of the training set, {images: [ELBO, MMD]}, says of the paper's claim."""
     first, *more = log_det.items()
-    texts = [f"{_signed(first[1][0])} (ELBO-VAE) and {_signed(first[1][1])} (MMD-VAE) with {first[0]} training images"]
+    texts = [f"{_signed(first[1][0])} (ELBO-VAE) and {_signed(first[1][1])} (MMD-VAE) with {first[0]} images"]
     texts += [f"{_signed(elbo)} and {_signed(mmd)} with {size}" for size, (elbo, mmd) in more]
     holds = {size: elbo > 0 and abs(mmd) < elbo for size, (elbo, mmd) in log_det.items()}
     true, false = (", ".join(str(size) for size in holds if holds[size] is value) for value in (True, False))
@@ -171,7 +171,7 @@ def verdict(log_det: dict[int, list[float]]) -> str:
         result = f"This contradicts the paper's claim that {CLAIM}."
     else:
         result = f"The paper's claim that {CLAIM}, holds here with {true} images, but not with {false}."
-    return f"The prior has log det Cov = 0, q(z) has {', '.join(texts)}. {result}"
+    return f"log det Cov is 0 for the prior; for q(z) of the training set it is {', '.join(texts)}. {result}"
 
 
 def _experiment(runs: list[Run]) -> str:
@@ -245,4 +245,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in the workers, so that the numbers do not depend on how many there are
     main()

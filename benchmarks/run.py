@@ -1,0 +1,96 @@
+"""Time the operators against what people write: `python -m benchmarks.run --out benchmarks/results/NAME.jsonl`.
+
+Every row is one case and one implementation: median, 20th and 80th percentile of the seconds of value and gradient,
+and the largest error of each against float64, relative to the largest component. The implementations of a case take
+turns in one process, so that their ratios stand although the machine is shared. Of ours, a result whose error is above
+`LARGEST_ERROR` is not timed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+import infovae_fast
+from benchmarks import pairwise
+
+LARGEST_ERROR = 1e-5  # of the gradient, relative to its largest component; the value's own is reported beside it
+
+
+def measure(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def errors(out: torch.Tensor, truth: torch.Tensor, has_value: bool) -> dict[str, float]:
+    out = out.detach().double()
+    if not has_value:
+        return {"error": ((out - truth).abs().max() / truth.abs().max()).item()}
+    g, t = out[:-1], truth[:-1]
+    value = abs(out[-1, 0] - truth[-1, 0]) / abs(truth[-1, 0])
+    return {"error": ((g - t).abs().max() / t.abs().max()).item(), "value_error": value.item()}
+
+
+def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], rounds: int) -> list[dict[str, Any]]:
+    x, y = case.inputs()
+    exact = pairwise.truth(case, x, y)
+    rows = {}
+    for name, run in implementations.items():
+        rows[name] = errors(run(case, x, y), exact, case.what != "stein")
+        if name.startswith("infovae_fast") and rows[name]["error"] > LARGEST_ERROR:
+            raise SystemExit(f"{case} {name}: error {rows[name]['error']:.1e}, not timed")
+    times: dict[str, list[float]] = {name: [] for name in implementations}
+    for _ in range(rounds):
+        for name, run in implementations.items():
+            times[name].append(measure(lambda run=run: run(case, x, y)))
+    for name, seconds in times.items():
+        low, high = (quantiles(seconds, n=5)[0], quantiles(seconds, n=5)[-1]) if rounds > 1 else (seconds[0],) * 2
+        rows[name] |= {"median_s": median(seconds), "p20_s": low, "p80_s": high, "rounds": rounds}
+    return [{"op": "pairwise", **case._asdict(), "implementation": name, **row} for name, row in rows.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
+    parser.add_argument("--large", action="store_true", help="also N = 16,384, ours alone")
+    options = parser.parse_args()
+    theirs = {"eager expanded": pairwise.eager(pairwise.expanded), "eager cdist": pairwise.eager(pairwise.cdist)}
+    if options.compile:
+        theirs["torch.compile"] = pairwise.compiled()
+    native = {"infovae_fast cpp": pairwise.ours("cpp")}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    machine = {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "infovae_fast": infovae_fast.__version__,
+        "commit": commit,
+        "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
+    }
+    for case in pairwise.CASES + (pairwise.LARGE if options.large else []):
+        rows = bench(case, native | ({} if case in pairwise.LARGE else theirs), 5 if case.n > 1024 else 50)
+        ours = rows[0]["median_s"]
+        for row in rows:
+            problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {row['implementation']:<18}"
+            time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.1f}x"
+            print(
+                f"{problem} {time_taken}  error {row['error']:.1e}  value {row.get('value_error', 0):.1e}", flush=True
+            )
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row | machine) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+// Energy and force of a point cloud on the CPU: the same page as infovae_fast/pairwise.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace infovae_fast {
+
+// phi(d2) = sum_k weight_k f(d2 / (2 bandwidth_k^2)):  rbf f(s) = exp(-s), else f(s) = (1 + s / alpha)^-alpha.
+struct RadialMixture {
+    bool rbf;
+    std::vector<double> bandwidth, weight;
+    double alpha;
+};
+
+template <typename T>
+struct PairwiseProblem {
+    const T *x, *y;            // [n, d], [m, d], contiguous; y may be null
+    const T *v;                // [n, d] or null
+    const T *a, *b;            // weights of the points of x and y, [n] and [m], or null for ones
+    int64_t n, m, d;
+    RadialMixture radial;
+    double w_xx, w_xy, w_yy;
+    double* energy;            // each result only if its pointer is not null
+    T *x_force, *y_force;      // [n, d], [m, d]
+    T *x_potential, *y_potential;  // P_i = sum_{j != i} w_ij a_j phi_ij, [n], [m]: dE/da_i = 2 P_i
+};
+
+// Computes in float or double with the best vector unit at hand. The results do not depend on the number of threads.
+template <typename T>
+void pairwise(const PairwiseProblem<T>& problem);
+
+// "avx512", "avx2" or "baseline".
+const char* vector_unit();
+
+}  // namespace infovae_fast

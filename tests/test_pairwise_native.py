@@ -1,0 +1,179 @@
+"""The C++ backend of `pairwise`: every vector unit, any number of threads, its schema, batches, weights of points."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from infovae_fast import IMQ, RBF, RationalQuadratic, backends, mmd, pairwise, wae_imq
+from tests.oracle import check, near, pairwise_scales
+
+pytestmark = pytest.mark.skipif(backends.native_missing() is not None, reason=str(backends.native_missing()))
+
+KERNELS = [
+    RBF(),
+    RBF([0.5, 1.0, 3.0]),
+    IMQ(0.8),
+    wae_imq(4),
+    RationalQuadratic(1.5, 0.5),
+    RationalQuadratic(1.5, 3.3),
+]
+WEIGHTS = (0.7, -0.4, 0.3)
+
+
+def native(x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False):
+    scales = kernel.at(x.shape[-1]).scales()
+    return torch.ops.infovae_fast.pairwise(
+        x, y, v, a, b, isinstance(kernel, RBF), [float(s) for s, _ in scales], [w for _, w in scales],
+        float(getattr(kernel, "alpha", 1.0)), list(WEIGHTS), energy, *force, potentials,
+    )  # fmt: skip
+
+
+def clouds(n, m, d, dtype=torch.float32):
+    torch.manual_seed(n + 7 * m + 31 * d)
+    return torch.randn(n, d, dtype=dtype) + 3, torch.randn(m, d, dtype=dtype) * 1.5 + 3, torch.randn(n, d, dtype=dtype)
+
+
+def holds(out, inputs, energy, force):
+    """The accuracy rule for the energy and the forces on x; in float64, where the rule has no truth, `near`."""
+    x, y, v, kernel = inputs
+
+    def reference(x, y, v):
+        return pairwise.pairwise_reference(x, y, v, kernel, WEIGHTS, energy, force)
+
+    truth = reference(*(None if t is None else t.double() for t in (x, y, v)))
+    yardstick = reference(x, y, v)
+    for k, scale in enumerate(pairwise_scales(x, y, v, kernel, WEIGHTS)):
+        if (energy, force)[k] and x.dtype == torch.float64:
+            near(out[k], truth[k])
+        elif (energy, force)[k]:
+            check(out[k], truth[k], yardstick[k], scale, x.dtype)
+
+
+def sweep():
+    for d in (1, 2, 3, 7, 10, 13, 16, 17, 40, 130):
+        for n, m in ((1, 1), (2, 3), (17, 70), (300, 257)):
+            for kernel in KERNELS:
+                for dtype in (torch.float32, torch.float64) if d in (3, 40) else (torch.float32,):
+                    x, y, v = clouds(n, m, d, dtype)
+                    for other, velocity in ((y, None), (None, v), (y, v)):
+                        out = native(x, other, velocity, kernel=kernel)
+                        holds(out, (x, other, velocity, kernel), True, True)
+                        again = native(x, other, None, kernel=kernel, force=(False, False))
+                        holds(again, (x, other, None, kernel), True, False)
+
+
+@pytest.mark.parametrize("unit", ["avx512", "avx2", "baseline"])
+def test_every_vector_unit_meets_the_rule(unit):
+    """In a process of its own, held to the unit; a machine without it runs the best it has below that."""
+    environment = os.environ | {"INFOVAE_FAST_VECTOR_UNIT": unit, "OMP_NUM_THREADS": "1"}
+    code = """from tests.test_pairwise_native import sweep
+sweep()
+from infovae_fast import _C
+print(_C.build_info()["vector unit here"])"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != unit:
+        pytest.skip(f"this processor has no {unit}; {done.stdout.strip()} passed in its place")
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        for d in (5, 40):
+            x, y, _ = clouds(1500, 1100, d)
+            results = []
+            for count in (1, 2, 3, 2):
+                torch.set_num_threads(count)
+                results.append(native(x, y, force=(True, True)))
+            assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_both_gradients_and_potentials_with_weights_of_the_points():
+    """E = sum w_ij a_i a_j phi_ij: its derivatives to the points and the weights, against autograd of the formula."""
+    for d in (3, 40):
+        for kernel in KERNELS:
+            x, y, _ = clouds(37, 90, d, torch.float64)
+            a, b = torch.rand(37, dtype=torch.float64), torch.rand(90, dtype=torch.float64) - 0.3
+            leaves = [t.requires_grad_() for t in (x, y, a, b)]
+            z, weight = torch.cat([x, y]), torch.cat([a, b])
+            w = torch.full((127, 127), WEIGHTS[1], dtype=torch.float64)
+            w[:37, :37], w[37:, 37:] = WEIGHTS[0], WEIGHTS[2]
+            w = w.masked_fill(torch.eye(127, dtype=torch.bool), 0)
+            phi = kernel.at(d).phi((z[:, None] - z).square().sum(-1))
+            energy = (w * phi * weight[:, None] * weight).sum()
+            wanted = torch.autograd.grad(energy, leaves)
+            with torch.no_grad():
+                out = native(x, y, None, a, b, kernel, force=(True, True), potentials=True)
+            assert out[0].item() == pytest.approx(energy.item(), rel=1e-12)
+            for got, exact in zip(out[1:], wanted, strict=True):
+                assert torch.allclose(2 * got, exact, rtol=1e-11, atol=1e-12 * exact.abs().max())
+
+
+def test_batches_are_clouds_of_their_own():
+    x, y, _ = clouds(6 * 20, 6 * 15, 4)
+    out = native(x.view(2, 3, 20, 4), y.view(2, 3, 15, 4), force=(True, True))
+    assert out[0].shape == (2, 3) and out[1].shape == (2, 3, 20, 4) and out[2].shape == (2, 3, 15, 4)
+    one = native(x.view(6, 20, 4)[4], y.view(6, 15, 4)[4], force=(True, True))
+    assert all(torch.equal(out[k].flatten(0, 1)[4], one[k]) for k in range(3))
+
+
+def test_far_pairs_are_as_good_as_nothing():
+    """Where phi underflows each pair counts as the smallest normal number."""
+    x = torch.tensor([[0.0], [1e3]])
+    out = native(x, kernel=RBF(1.0))
+    assert 0 <= out[0].item() <= 2 * torch.finfo(torch.float32).tiny
+    assert out[1].abs().max() <= 2e3 * torch.finfo(torch.float32).tiny
+
+
+def test_nan_stays_visible():
+    for d in (3, 40):
+        for kernel in KERNELS:
+            x, y, _ = clouds(30, 20, d)
+            x[7, 1] = torch.nan
+            out = native(x, y, kernel=kernel)
+            assert out[0].isnan() and out[1].isnan().all()
+
+
+@pytest.mark.parametrize("force", [(False, False), (True, False), (True, True)])
+def test_schema_and_fake(force):
+    x, y, _ = clouds(9, 5, 3)
+    args = (x, y, None, None, None, True, [1.0], [1.0], 1.0, list(WEIGHTS), True, *force, False)
+    torch.library.opcheck(torch.ops.infovae_fast.pairwise.default, args)
+
+
+def test_refusals():
+    x, y, v = clouds(9, 5, 3)
+    with pytest.raises(TypeError, match="accepted: float32, float64"):
+        native(x.half())
+    with pytest.raises(TypeError, match="got Double beside Float"):
+        native(x, y.double())
+    with pytest.raises(ValueError, match="shapes do not fit x"):
+        native(x, y[:, :2])
+    with pytest.raises(ValueError, match="v belongs to the forces on x"):
+        native(x, y, v, force=(True, True))
+
+
+def test_second_derivatives_point_to_the_reference():
+    x, y, _ = clouds(9, 5, 3)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(mmd(x, y, backend="cpp"), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_what_it_cannot_do_is_said():
+    x, y, _ = clouds(9, 5, 3)
+    learned = RBF(torch.tensor(1.0, requires_grad=True))
+    with pytest.raises(RuntimeError, match="the bandwidth needs a gradient, which only the reference gives"):
+        mmd(x, y, learned, backend="cpp")
+    mmd(x, y, learned).backward()
+    assert learned.bandwidth.grad is not None
+    with pytest.raises(RuntimeError, match="a force needs a gradient"):
+        pairwise.force(x.requires_grad_(), kernel=RBF(1.0), backend="cpp")
+    batch = torch.randn(4, 9, 3)
+    assert torch.func.vmap(lambda z: pairwise.energy(z, kernel=RBF(1.0)))(batch).shape == (4,)
