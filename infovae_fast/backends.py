@@ -14,8 +14,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
 AUTO = os.environ.get("INFOVAE_FAST_BACKEND") or "auto"
 
@@ -57,7 +55,6 @@ def choose(operator: str, table: Sequence[Backend], backend: str, *inputs: Any) 
     raise RuntimeError(f"backend={name!r} cannot run {operator}: {why}. Available here: {available}.")
 
 
-@torch.compiler.assume_constant_result
 def native_missing() -> str | None:
     """Why the C++ operators are not there; loads them the first time it is called."""
     try:

@@ -253,6 +253,7 @@ class AdversarialLoss(nn.Module):
     "js" is the adversarial autoencoder (Makhzani et al., arXiv 1511.05644) with the non-saturating encoder loss; at the
     optimal critic, log 2 - critic_loss / 2 is the Jensen-Shannon divergence. "wgan-gp" is Gulrajani et al. (arXiv
     1704.00028), what the InfoVAE authors' code runs; its encoder loss estimates the Wasserstein-1 distance.
+    In one dimension its critic can stick at the wrong sign, a local optimum of the penalty.
 
     `forward` gives no gradient to the critic, `critic_loss` none to x and y. Training alternates:
 
