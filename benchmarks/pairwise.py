@@ -4,7 +4,8 @@ The competitors are what people write: MMD^2 by the expanded product and by `cdi
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,15 +13,18 @@ from torch import Tensor
 from infovae_fast import IMQ, RBF, mmd, stein_direction, wae_imq
 from infovae_fast.radial import Kernel
 
+Result = tuple[Tensor, Tensor | None]  # the gradient and the value; or the Stein direction
 
-class Case(NamedTuple):
+
+@dataclass(frozen=True)
+class Case:
     """One problem: N points of D dimensions against as many others."""
 
     what: str  # "rbf", "imq", "imq7" (seven scales) or "stein"
     n: int
     d: int
 
-    @property
+    @cached_property
     def kernel(self) -> Kernel:
         return {"rbf": RBF(), "imq": IMQ(), "imq7": wae_imq(self.d), "stein": RBF()}[self.what].at(self.d)
 
@@ -40,24 +44,22 @@ CASES = [
 LARGE = [Case("rbf", 16384, 10), Case("rbf", 16384, 80)]  # ours alone: the others take minutes or gigabytes
 
 
-def truth(case: Case, x: Tensor, y: Tensor) -> Tensor:
+def truth(case: Case, x: Tensor, y: Tensor) -> Result:
     """The result in float64, by the reference."""
     return ours("reference")(case, x.detach().double().requires_grad_(x.requires_grad), y.double())
 
 
-def ours(backend: str) -> Callable[[Case, Tensor, Tensor], Tensor]:
-    def run(case: Case, x: Tensor, y: Tensor) -> Tensor:
+def ours(backend: str) -> Callable[[Case, Tensor, Tensor], Result]:
+    def run(case: Case, x: Tensor, y: Tensor) -> Result:
         if case.what == "stein":
-            return stein_direction(x, kernel=case.kernel, backend=backend)
+            return stein_direction(x, kernel=case.kernel, backend=backend), None
         return gradient(mmd(x, y, case.kernel, backend=backend), x)
 
     return run
 
 
-def gradient(value: Tensor, x: Tensor) -> Tensor:
-    """d value / d x, with the value in a row of its own below."""
-    (g,) = torch.autograd.grad(value, x)
-    return torch.cat([g, value.detach().to(g.dtype).expand(1, g.shape[1])])
+def gradient(value: Tensor, x: Tensor) -> Result:
+    return torch.autograd.grad(value, x)[0], value
 
 
 def expanded(a: Tensor, b: Tensor) -> Tensor:
@@ -81,16 +83,16 @@ def _stein(case: Case, x: Tensor, distances: Callable[[Tensor, Tensor], Tensor])
     return (k @ -x + (x * k.sum(1, keepdim=True) - k @ x) / b2) / case.n
 
 
-def eager(distances: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Case, Tensor, Tensor], Tensor]:
-    def run(case: Case, x: Tensor, y: Tensor) -> Tensor:
+def eager(distances: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Case, Tensor, Tensor], Result]:
+    def run(case: Case, x: Tensor, y: Tensor) -> Result:
         if case.what == "stein":
-            return _stein(case, x, distances)
+            return _stein(case, x, distances), None
         return gradient(_mmd(case, x, y, distances), x)
 
     return run
 
 
-def compiled() -> Callable[[Case, Tensor, Tensor], Tensor]:
+def compiled() -> Callable[[Case, Tensor, Tensor], Result]:
     functions: dict[Case, Callable[[Tensor, Tensor], Tensor]] = {}
 
     def run(case: Case, x: Tensor, y: Tensor) -> Tensor:
@@ -102,6 +104,6 @@ def compiled() -> Callable[[Case, Tensor, Tensor], Tensor]:
             )
             functions[case] = torch.compile(plain, fullgraph=True, dynamic=False)
         value = functions[case](x, y)
-        return value if case.what == "stein" else gradient(value, x)
+        return (value, None) if case.what == "stein" else gradient(value, x)
 
     return run

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,13 +32,12 @@ def measure(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def errors(out: torch.Tensor, truth: torch.Tensor, has_value: bool) -> dict[str, float]:
-    out = out.detach().double()
-    if not has_value:
-        return {"error": ((out - truth).abs().max() / truth.abs().max()).item()}
-    g, t = out[:-1], truth[:-1]
-    value = abs(out[-1, 0] - truth[-1, 0]) / abs(truth[-1, 0])
-    return {"error": ((g - t).abs().max() / t.abs().max()).item(), "value_error": value.item()}
+def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
+    (g, value), (g_true, value_true) = out, truth
+    found = {"error": ((g.double() - g_true).abs().max() / g_true.abs().max()).item()}
+    if value is not None and value_true is not None:
+        found["value_error"] = abs(value.item() / value_true.item() - 1)
+    return found
 
 
 def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], rounds: int) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], r
     exact = pairwise.truth(case, x, y)
     rows = {}
     for name, run in implementations.items():
-        rows[name] = errors(run(case, x, y), exact, case.what != "stein")
+        rows[name] = errors(run(case, x, y), exact)
         if name.startswith("infovae_fast") and rows[name]["error"] > LARGEST_ERROR:
             raise SystemExit(f"{case} {name}: error {rows[name]['error']:.1e}, not timed")
     times: dict[str, list[float]] = {name: [] for name in implementations}
@@ -55,7 +55,7 @@ def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], r
     for name, seconds in times.items():
         low, high = (quantiles(seconds, n=5)[0], quantiles(seconds, n=5)[-1]) if rounds > 1 else (seconds[0],) * 2
         rows[name] |= {"median_s": median(seconds), "p20_s": low, "p80_s": high, "rounds": rounds}
-    return [{"op": "pairwise", **case._asdict(), "implementation": name, **row} for name, row in rows.items()]
+    return [{"op": "pairwise", **asdict(case), "implementation": name, **row} for name, row in rows.items()]
 
 
 def main() -> None:

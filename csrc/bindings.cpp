@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> radial_cpu(const Tensor& d2, const std::string& kind,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_empty(
     const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& /*v*/,
     const std::optional<Tensor>& /*a*/, const std::optional<Tensor>& /*b*/, bool /*rbf*/, at::ArrayRef<double> /*bandwidth*/,
-    at::ArrayRef<double> /*weight*/, double /*alpha*/, at::ArrayRef<double> /*w*/, bool energy, bool x_force, bool y_force,
+    const std::optional<Tensor>& /*lengths*/, at::ArrayRef<double> /*weight*/, double /*alpha*/, at::ArrayRef<double> /*w*/, bool energy, bool x_force, bool y_force,
     bool potentials) {
     const auto make = [](bool wanted, c10::SymIntArrayRef shape, const at::TensorOptions& options) {
         return wanted ? at::empty_symint(shape, options) : at::empty({0}, options);
@@ -91,16 +91,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_empty(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_cpu(
     const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& v, const std::optional<Tensor>& a,
-    const std::optional<Tensor>& b, bool rbf, at::ArrayRef<double> bandwidth, at::ArrayRef<double> weight, double alpha,
-    at::ArrayRef<double> w, bool energy, bool x_force, bool y_force, bool potentials) {
+    const std::optional<Tensor>& b, bool rbf, at::ArrayRef<double> bandwidth, const std::optional<Tensor>& lengths,
+    at::ArrayRef<double> weight, double alpha, at::ArrayRef<double> w, bool energy, bool x_force, bool y_force, bool potentials) {
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
                      "; accepted: float32, float64");
     TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && w.size() == 3, "x: got shape ", x.sizes(),
                       "; accepted: [..., N, D]; and w needs 3 numbers");
-    TORCH_CHECK_VALUE(!bandwidth.empty() && bandwidth.size() == weight.size(), "bandwidth and weight: got ",
-                      bandwidth.size(), " and ", weight.size(), " numbers; give one of each per scale");
+    const std::vector<double> b_s = lengths.has_value() ? as_vector<double>(*lengths) : bandwidth.vec();
+    TORCH_CHECK_VALUE(!b_s.empty() && b_s.size() == weight.size(), "bandwidth and weight: got ", b_s.size(), " and ",
+                      weight.size(), " numbers; give one of each per scale");
     TORCH_CHECK_VALUE(!(v.has_value() && y_force), "v belongs to the forces on x; ask for y_force without it");
-    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, weight, alpha, w, energy, x_force, y_force, potentials);
+    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force, potentials);
     const auto contiguous = [&](const std::optional<Tensor>& t) {
         if (!t.has_value()) return Tensor();
         TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), "got ", t->scalar_type(), " beside ", x.scalar_type());
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_cpu(
         auto& [e, fx, fy, px, py] = out;
         for (int64_t k = 0; k < batch; ++k) {
             PairwiseProblem<T> problem{in(xs, k * n * d), in(ys, k * m * d), in(vs, k * n * d), in(as, k * n),
-                                       in(bs, k * m), n, m, d, {rbf, bandwidth.vec(), weight.vec(), alpha},
+                                       in(bs, k * m), n, m, d, {rbf, b_s, weight.vec(), alpha},
                                        w[0], w[1], w[2], energy ? e.mutable_data_ptr<double>() + k : nullptr,
                                        result(fx, k * n * d), result(fy, k * m * d), result(px, k * n), result(py, k * m)};
             pairwise(problem);
@@ -139,9 +140,10 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("radial(Tensor d2, str kind, Tensor bandwidth, Tensor weight, float alpha) -> (Tensor phi, Tensor dphi)",
           {at::Tag::pt2_compliant_tag});
     // Energy [...] in float64, forces [..., N, D] and [..., M, D], potentials [..., N] and [..., M] of the cloud [x; y],
-    // with weights a and b of the points and w = (w_xx, w_xy, w_yy); what is not asked for comes back empty.
-    m.def("pairwise(Tensor x, Tensor? y, Tensor? v, Tensor? a, Tensor? b, bool rbf, float[] bandwidth, float[] weight, "
-          "float alpha, float[] w, bool energy, bool x_force, bool y_force, bool potentials) -> "
+    // with weights a and b of the points and w = (w_xx, w_xy, w_yy); what is not asked for comes back empty. A bandwidth
+    // that is in memory, perhaps a GPU's, comes as `lengths` [S] in place of the numbers.
+    m.def("pairwise(Tensor x, Tensor? y, Tensor? v, Tensor? a, Tensor? b, bool rbf, float[] bandwidth, Tensor? lengths, "
+          "float[] weight, float alpha, float[] w, bool energy, bool x_force, bool y_force, bool potentials) -> "
           "(Tensor energy, Tensor x_force, Tensor y_force, Tensor x_potential, Tensor y_potential)",
           {at::Tag::pt2_compliant_tag});
 }

@@ -10,6 +10,7 @@ Each is a function and an `nn.Module`. With x ~ q [N, D], y ~ p [M, D] and a rad
 `mmd` returns MMD squared (not MMD, not half of it). Everything returns float32 for half-precision inputs.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,6 +36,8 @@ def mmd(
     estimator: Estimator = "unbiased",
     *,
     block_size: int | None = None,
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Squared maximum mean discrepancy (Gretton et al., JMLR 13, 2012), a scalar.
@@ -45,16 +48,22 @@ def mmd(
         linear     mean over t of k(x_2t, x_2t+1) + k(y_2t, y_2t+1) - k(x_2t, y_2t+1) - k(x_2t+1, y_2t): O(N), unbiased
         block      mean of the unbiased estimate over consecutive blocks of `block_size` points (Zaremba et al., 2013)
 
+    With weights, a_i = x_weights_i / sum x_weights in place of 1/N and b_j in place of 1/M (importance sampling):
+
+        biased     sum_{ii'} a_i a_i' k(x_i, x_i') + sum_{jj'} b_j b_j' k(y_j, y_j') - 2 sum_ij a_i b_j k(x_i, y_j)
+        unbiased   the first sum without i = i' and divided by 1 - sum_i a_i^2, likewise the second
+
     Args:
         x: [N, D], floating point. y: [M, D], same dtype and device.
         kernel: a `Kernel`; a function of (x, y) that returns one; a name of `radial.PRESETS`; default `RBF()`, whose
             bandwidth is sqrt(D).
         estimator: see above. "linear" and "block" need N = M and leave out the points of an incomplete pair or block.
         block_size: points a block, default floor(sqrt(N)), at least 2.
+        x_weights, y_weights: [N] and [M], only their ratios count; for "biased" and "unbiased". None: all the same.
         backend: "auto" or one of `infovae_fast.backends.NAMES`.
 
     Returns:
-        MMD^2 in x's dtype (float32 for half precision), differentiable to x, y and a tensor bandwidth.
+        MMD^2 in x's dtype (float32 for half precision), differentiable to x, y, the weights and a tensor bandwidth.
 
     Raises:
         TypeError, ValueError: wrong types, shapes, dtypes, devices; unknown names; too few points for the estimator; on
@@ -66,14 +75,17 @@ def mmd(
         raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
     if block_size is not None and estimator != "block":
         raise ValueError(f"block_size is for estimator='block', not {estimator!r}")
-    _refuse_non_finite(x=x, y=y)
+    if estimator == "linear" or not isinstance(kernel, Kernel | None):  # where the result might hide it
+        _refuse_non_finite(x=x, y=y)
     kernel = _kernel(kernel, x, y)
     n, m = len(x), len(y)
     if estimator in ("linear", "block") and n != m:
         raise ValueError(f"estimator={estimator!r} pairs the samples up: got N={n} and M={m}; accepted: N = M")
     if estimator != "biased" and min(n, m) < 2:
         raise ValueError(f"estimator={estimator!r} needs two points of each sample: got N={n}, M={m}; or use 'biased'")
-    if estimator == "biased":
+    if x_weights is not None or y_weights is not None:
+        value = _weighted_mmd(x, y, x_weights, y_weights, kernel, estimator, backend)
+    elif estimator == "biased":
         weights = (1 / n**2, -1 / (n * m), 1 / m**2)
         value = energy(x, y, kernel=kernel, weights=weights, backend=backend) + kernel.phi0 * (1 / n + 1 / m)
     elif estimator == "unbiased":
@@ -85,8 +97,40 @@ def mmd(
         value = within - _mean_phi(kernel, x0, y1) - _mean_phi(kernel, x1, y0)
     else:
         value = _block_mmd(x, y, kernel, block_size, backend)
-    _refuse_overflow(value)
-    return value.to(torch.promote_types(x.dtype, torch.float32))
+    _check_result(value, x=x, y=y)
+    return value if x.dtype == torch.float64 else value.float()
+
+
+def _weighted_mmd(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, kernel: Kernel, estimator: str, backend: str
+) -> Tensor:
+    if estimator not in ("biased", "unbiased"):
+        raise ValueError(f"estimator={estimator!r} takes no weights of the points; accepted: 'biased', 'unbiased'")
+    a, b = _normalised("x_weights", a, x), _normalised("y_weights", b, y)
+
+    def e(x: Tensor, y: Tensor | None, a: Tensor, b: Tensor | None, weights: tuple[float, float, float]) -> Tensor:
+        return energy(x, y, kernel=kernel, weights=weights, x_weights=a, y_weights=b, backend=backend)
+
+    a2, b2 = a.square().sum(), b.square().sum()
+    if estimator == "biased":
+        return e(x, y, a, b, (1.0, -1.0, 1.0)) + kernel.phi0 * (a2 + b2)
+    for name, squares in (("x_weights", a2), ("y_weights", b2)):
+        if _on_host(squares) and squares >= 1:
+            raise ValueError(f"{name}: estimator='unbiased' needs weight on two points; or use 'biased'")
+    within_x, within_y = (e(z, None, c, None, (1.0, 0.0, 0.0)) for z, c in ((x, a), (y, b)))
+    return within_x / (1 - a2) + within_y / (1 - b2) + e(x, y, a, b, (0.0, -1.0, 0.0))
+
+
+def _normalised(name: str, weights: Tensor | None, z: Tensor) -> Tensor:  # [N] -> [N] in float64, with the sum 1
+    if weights is None:
+        return torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+    if not isinstance(weights, Tensor) or weights.shape != z.shape[:1] or weights.device != z.device:
+        got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else repr(weights)
+        raise ValueError(f"{name}: got {got}; accepted: a tensor ({len(z)},) on {z.device}, one weight a point")
+    total = weights.detach().double().sum()
+    if _on_host(total) and not 0 < total < math.inf:
+        raise ValueError(f"{name}: their sum is {total.item()}; accepted: finite weights with a positive sum")
+    return weights.double() / weights.double().sum()
 
 
 def _mean_phi(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:  # [T, D], [T, D] -> []
@@ -129,11 +173,12 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
             accepted = f"a tensor {tuple(z.shape)} on {z.device}, or a function of z that gives one"
             raise ValueError(f"score: got {got}; accepted: {accepted}")
         s = s.detach().to(z.dtype)
-        _refuse_non_finite(z=z, score=s)
+        if not isinstance(kernel, Kernel | None):
+            _refuse_non_finite(z=z)
         kernel = _kernel(kernel, z, z)
         F_ = force(z, v=-s, kernel=kernel, weights=(1.0, 0.0, 0.0), backend=backend)  # [N, D]
         direction = (kernel.phi0 * s - F_) / len(z)
-    _refuse_overflow(direction)
+    _check_result(direction, z=z, score=s)
     return direction
 
 
@@ -390,8 +435,11 @@ def _refuse_non_finite(**samples: Tensor) -> None:
             raise ValueError(f"{name}: {bad} of {len(t)} points hold NaN or infinity")
 
 
-def _refuse_overflow(result: Tensor) -> None:
-    if _on_host(result) and not result.isfinite().all():
+def _check_result(result: Tensor, **samples: Tensor) -> None:
+    """Refuses what is not finite. What is not finite in the samples shows in the result: they are looked at second."""
+    result = result.detach()
+    if _on_host(result) and not (math.isfinite(result) if result.ndim == 0 else result.isfinite().all()):
+        _refuse_non_finite(**samples)
         raise ValueError("squared distances or kernel values overflow: rescale the samples or change the bandwidth")
 
 

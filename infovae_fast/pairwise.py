@@ -18,7 +18,7 @@ E has dE/dx = 2 F (v = 0). MMD is an energy, its gradient a force, the Stein dir
 Leading dimensions [..., N, D] are a batch of clouds, each with an energy and forces of its own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -43,14 +43,22 @@ def squared_distances(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pairwise_reference(
-    x: Tensor, y: Tensor | None, v: Tensor | None, kernel: Kernel, weights: Weights, energy: bool, force: bool
+    x: Tensor,
+    y: Tensor | None,
+    v: Tensor | None,
+    kernel: Kernel,
+    weights: Weights,
+    energy: bool,
+    force: bool,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Plain PyTorch: (E [...] in float64, F [..., N, D]), each only if asked for, tile by tile."""
+    """Plain PyTorch: (E [...] in float64, F [..., N, D]), each only if asked for, tile by tile. a and b are for E."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
         x = x.to(wide)
-        y, v = (None if t is None else t.to(wide) for t in (y, v))
+        y, v, a, b = (None if t is None else t.to(wide) for t in (y, v, a, b))
         mean = (x if y is None else torch.cat([x, y], dim=-2)).detach().mean(dim=-2, keepdim=True)
         x = x - mean
         y = None if y is None else y - mean
@@ -58,9 +66,10 @@ def pairwise_reference(
         w_xx, w_xy, w_yy = weights
         E = F = None
         if energy:
-            E = w_xx * _energy_within(x, kernel, dtype)
+            E = w_xx * _energy_within(x, a, kernel, dtype)
             if y is not None:
-                E = E + 2 * w_xy * _energy_between(x, y, kernel, dtype) + w_yy * _energy_within(y, kernel, dtype)
+                between = _energy_between(x, y, a, b, kernel, dtype)
+                E = E + 2 * w_xy * between + w_yy * _energy_within(y, b, kernel, dtype)
         if force:
             F = _force(x, x, v, kernel, dtype, w_xx, within=True)
             if y is not None:
@@ -69,22 +78,41 @@ def pairwise_reference(
         return E, F
 
 
-def _energy_between(a: Tensor, b: Tensor, kernel: Kernel, dtype: torch.dtype) -> Tensor:  # [..., N, D] -> [...]
-    def tile(rows: Tensor, columns: Tensor) -> Tensor:
-        return kernel.phi(squared_distances(rows, columns, dtype)).sum((-2, -1), dtype=rows.dtype)
+def _energy_between(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, kernel: Kernel, dtype: torch.dtype
+) -> Tensor:  # [..., N, D], [..., M, D], [..., N], [..., M] -> [...]
+    def tile(rows: Tensor, columns: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        return _weighted_sum(kernel.phi(squared_distances(rows, columns, dtype)), a, b, rows.dtype)
 
-    tile, row_slices, column_slices = _tiled(tile, a, b)
-    return _add(tile(a[..., i, :], b[..., j, :]) for i in row_slices for j in column_slices)
+    tile, row_slices, column_slices = _tiled(tile, x, y)
+    return _add(tile(x[..., i, :], y[..., j, :], _part(a, i), _part(b, j)) for i in row_slices for j in column_slices)
 
 
-def _energy_within(z: Tensor, kernel: Kernel, dtype: torch.dtype) -> Tensor:  # [..., N, D] -> [...]
-    def tile(rows: Tensor, columns: Tensor, diagonal: bool) -> Tensor:  # each unordered pair of tiles once
+def _energy_within(z: Tensor, a: Tensor | None, kernel: Kernel, dtype: torch.dtype) -> Tensor:
+    def tile(rows: Tensor, columns: Tensor, a: Tensor | None, b: Tensor | None, diagonal: bool) -> Tensor:
         phi = kernel.phi(squared_distances(rows, columns, dtype))
-        total = (_off_diagonal(phi) if diagonal else phi).sum((-2, -1), dtype=rows.dtype)
-        return total if diagonal else 2 * total
+        total = _weighted_sum(_off_diagonal(phi) if diagonal else phi, a, b, rows.dtype)
+        return total if diagonal else 2 * total  # each unordered pair of tiles once
 
     tile, slices, _ = _tiled(tile, z, z)
-    return _add(tile(z[..., i, :], z[..., j, :], i == j) for k, i in enumerate(slices) for j in slices[k:])
+    return _add(
+        tile(z[..., i, :], z[..., j, :], _part(a, i), _part(a, j), i == j)
+        for k, i in enumerate(slices)
+        for j in slices[k:]
+    )
+
+
+def _weighted_sum(phi: Tensor, a: Tensor | None, b: Tensor | None, wide: torch.dtype) -> Tensor:
+    """sum_ij a_i phi_ij b_j; no weights stand for ones."""
+    if b is not None:
+        phi = phi.to(wide) * b[..., None, :]
+    if a is not None:
+        phi = phi.to(wide) * a[..., :, None]
+    return phi.sum((-2, -1), dtype=wide)
+
+
+def _part(a: Tensor | None, i: slice) -> Tensor | None:
+    return None if a is None else a[..., i]
 
 
 def _force(
@@ -133,7 +161,22 @@ def _add(terms: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, terms)
 
 
-def _cpp_reason(
+# x, y, v, a, b, is it RBF, bandwidths (numbers, or a tensor), weights of the scales, alpha, w, what is wanted: energy,
+# forces on x and on y, potentials P_i = sum_{j != i} w_ij a_j phi_ij. Returns those five; csrc/bindings.cpp.
+Leaf = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
+def _native() -> Leaf:
+    return torch.ops.infovae_fast.pairwise.default
+
+
+def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, and x is on {x.device}"
+    return native_missing() or _leaf_reason(x, *inputs)
+
+
+def _leaf_reason(
     x: Tensor,
     y: Tensor | None = None,
     v: Tensor | None = None,
@@ -141,15 +184,11 @@ def _cpp_reason(
     weights: Weights | None = None,
     energy: bool = True,
     force: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> str | None:
-    if x.device.type != "cpu":
-        return f"it runs on the CPU, and x is on {x.device}"
-    if (missing := native_missing()) is not None:
-        return missing
-    if torch.compiler.is_compiling():
-        if kernel is not None and isinstance(kernel.bandwidth, Tensor):
-            return "in torch.compile the bandwidth must be a number"
-    elif torch._C._are_functorch_transforms_active():
+    """What no leaf does."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transforms need the reference"
     if not torch.is_grad_enabled():
         return None
@@ -160,51 +199,72 @@ def _cpp_reason(
     return None
 
 
-def _cpp(
-    x: Tensor, y: Tensor | None, v: Tensor | None, kernel: Kernel, weights: Weights, energy: bool, force: bool
+def _run_leaf(
+    leaf: Callable[[], Leaf],
+    x: Tensor,
+    y: Tensor | None,
+    v: Tensor | None,
+    kernel: Kernel,
+    weights: Weights,
+    energy: bool,
+    force: bool,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    x, y, v = (None if t is None else at_least_float32(t) for t in (x, y, v))  # type: ignore[assignment]
-    scales = kernel.at(x.shape[-1]).scales()
-    settings = (
-        isinstance(kernel, RBF),
-        [float(b) for b, _ in scales],
-        [float(w) for _, w in scales],
-        float(getattr(kernel, "alpha", 1.0)),
-        list(weights),
-    )
+    if x.dtype.itemsize < 4:
+        x, y, v, a, b = (None if t is None else t.float() for t in (x, y, v, a, b))  # type: ignore[assignment]
+    settings = (*_scales(kernel.at(x.shape[-1])), weights)
     if force:
-        return None, torch.ops.infovae_fast.pairwise(x, y, v, None, None, *settings, False, True, False, False)[1]
-    x_force, y_force = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, y))
-    if x_force or y_force:
-        return _Energy.apply(x, y, x_force, y_force, *settings), None
-    return torch.ops.infovae_fast.pairwise(x, y, None, None, None, *settings, True, False, False, False)[0], None
+        return None, leaf()(x, y, v, None, None, *settings, False, True, False, False)[1]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, a, b)):
+        return _Energy.apply(x, y, a, b, leaf(), settings), None
+    return leaf()(x, y, None, a, b, *settings, True, False, False, False)[0], None
+
+
+def _scales(kernel: Kernel) -> tuple[bool, Sequence[float], Tensor | None, Sequence[float], float]:
+    """As a leaf takes them; a bandwidth in a tensor stays there, so that nothing waits for a GPU."""
+    rbf, alpha = isinstance(kernel, RBF), getattr(kernel, "alpha", 1.0)
+    if isinstance(kernel.bandwidth, Tensor):
+        return rbf, (), kernel.bandwidth.detach().reshape(-1), [w for _, w in kernel.scales()], alpha
+    bandwidths, weights = zip(*kernel.scales(), strict=True)
+    return rbf, bandwidths, None, weights, alpha
 
 
 class _Energy(torch.autograd.Function):
-    """The energy of a native backend: its forces come out of the same pass and wait for the backward pass."""
+    """The energy by a leaf: the forces and potentials come out of the same pass and wait for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, x_force: bool, y_force: bool, *settings: Any) -> Tensor:
-        out = torch.ops.infovae_fast.pairwise(x, y, None, None, None, *settings, True, x_force, y_force, False)
-        ctx.save_for_backward(out[1] if x_force else None, out[2] if y_force else None, x, y)
-        return out[0]
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, leaf: Leaf, settings: Any
+    ) -> Tensor:
+        need_x, need_y, need_a, need_b = ctx.needs_input_grad[:4]
+        E, F_x, F_y, P_x, P_y = leaf(x, y, None, a, b, *settings, True, need_x, need_y, need_a or need_b)
+        halves = (F_x if need_x else None, F_y if need_y else None, P_x if need_a else None, P_y if need_b else None)
+        ctx.save_for_backward(*halves, x, y, a, b)
+        return E
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x_force, y_force, x, y = ctx.saved_tensors
-        gradients = (
-            None if F is None else _Once.apply((2 * gradient[..., None, None]).to(F.dtype) * F, z)
-            for F, z in ((x_force, x), (y_force, y))
-        )
-        return *gradients, *[None] * 7
+        saved = ctx.saved_tensors
+        twice = 2 * gradient
+        gradients = [None if half is None else _times(twice, half) for half in saved[:4]]
+        if torch.is_grad_enabled():  # create_graph: what is differentiated again must not look constant
+            gradients = [None if g is None else _Once.apply(g, *saved[4:]) for g in gradients]
+        return *gradients, None, None
+
+
+def _times(factor: Tensor, t: Tensor) -> Tensor:  # [...], [..., N, D] or [..., N]
+    if factor.ndim:
+        factor = factor.to(t.dtype).reshape(factor.shape + (1,) * (t.ndim - factor.ndim))
+    return factor * t
 
 
 class _Once(torch.autograd.Function):
-    """The first argument, with an error in place of its derivative to the second."""
+    """The first argument, with an error in place of its derivative to the others."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, z: Tensor) -> Tensor:
-        return gradient
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.clone()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
@@ -212,7 +272,7 @@ class _Once(torch.autograd.Function):
 
 
 BACKENDS = (
-    Backend("cpp", _cpp_reason, _cpp),
+    Backend("cpp", _cpp_reason, partial(_run_leaf, _native)),
     Backend("reference", lambda *inputs: None, pairwise_reference),
 )
 
@@ -223,24 +283,29 @@ def energy(
     *,
     kernel: Kernel,
     weights: Weights = (1.0, 1.0, 1.0),
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """E = sum_{i != j} w_ij phi(|z_i - z_j|^2) over the cloud z = [x; y].
+    """E = sum_{i != j} w_ij a_i a_j phi(|z_i - z_j|^2) over the cloud z = [x; y].
 
     Args:
         x: [..., N, D]. y: [..., M, D] of the same dtype and device, or None.
         kernel: RBF, IMQ or RationalQuadratic.
         weights: (w_xx, w_xy, w_yy). A pair of x and y counts twice, as (i, j) and (j, i).
+        x_weights, y_weights: the weights a_i of the points, [..., N] and [..., M], of any sign; None for ones.
         backend: "auto" or one of `infovae_fast.backends.NAMES`.
 
     Returns:
-        [...] in float64. Differentiable to x, y and a tensor bandwidth.
+        [...] in float64. Differentiable to x, y, the weights of the points and a tensor bandwidth.
 
     Raises:
         TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
     """
     x, y = as_cloud(x=x, y=y)
-    inputs = (x, y, None, kernel, weights, True, False)
+    a = _point_weights("x_weights", x_weights, x)
+    b = None if y is None else _point_weights("y_weights", y_weights, y)
+    inputs = (x, y, None, kernel, weights, True, False, a, b)
     return choose("pairwise", BACKENDS, backend, *inputs)(*inputs)[0]
 
 
@@ -270,6 +335,16 @@ def force(
         raise ValueError(f"v: got shape {tuple(v.shape)}; accepted: x's shape {tuple(x.shape)}")
     inputs = (x, y, v, kernel, weights, False, True)
     return choose("pairwise", BACKENDS, backend, *inputs)(*inputs)[1]
+
+
+def _point_weights(name: str, weights: Tensor | None, z: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    shape = tuple(z.shape[:-1])
+    if not isinstance(weights, Tensor) or weights.shape != z.shape[:-1] or weights.device != z.device:
+        got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else type(weights)
+        raise ValueError(f"{name}: got {got}; accepted: a tensor {shape} on {z.device}")
+    return weights.to(z.dtype)
 
 
 def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:

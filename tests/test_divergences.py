@@ -195,6 +195,51 @@ def mmd_scale(x, y, kernel, estimator):
     return oracle.pairwise_scales(x, y, None, kernel, mmd_weights(n, m, estimator))[0] + diagonal
 
 
+@each_kernel
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_importance_weights(backend, book, estimator):
+    """Weights of whole numbers are points that occur several times; only their ratios count."""
+    x, y = samples(5, 4)
+    a, b = torch.tensor([1.0, 2.0, 1.0, 3.0, 0.0]).double(), torch.tensor([2.0, 1.0, 1.0, 1.0]).double()
+    kernel = book.build()
+    require_pairwise(backend, x, y, kernel=kernel)
+    value = mmd(x, y, kernel, estimator, x_weights=5 * a, y_weights=b / 3, backend=backend)
+    many = [z.repeat_interleave(w.long(), 0) for z, w in ((x, a), (y, b))]
+    if estimator == "biased":
+        near(value, mmd(*many, kernel, "biased", backend="reference"))
+    p, q = a / a.sum(), b / b.sum()
+    phi = [[kernel.phi((s[:, None] - t).square().sum(-1)) for t in (x, y)] for s in (x, y)]
+    xx, yy = p @ phi[0][0] @ p, q @ phi[1][1] @ q
+    if estimator == "unbiased":
+        xx = (xx - kernel.phi0 * p @ p) / (1 - p @ p)
+        yy = (yy - kernel.phi0 * q @ q) / (1 - q @ q)
+    near(value, xx + yy - 2 * p @ phi[0][1] @ q)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_equal_weights_are_none_and_gradients_reach_the_weights(backend, estimator):
+    x, y = samples(9, 7)
+    require_pairwise(backend, x, y, kernel=RBF())
+    a, b = torch.full((9,), 2.0).double().requires_grad_(), torch.ones(7).double()
+    value = mmd(x, y, None, estimator, x_weights=a, backend=backend)
+    near(value, mmd(x, y, None, estimator, backend=backend))
+    near(mmd(x, y, None, estimator, y_weights=b, backend=backend), value)
+    assert torch.autograd.gradcheck(lambda a, x: mmd(x, y, None, estimator, x_weights=a, backend=backend), (a, x))
+
+
+def test_weights_that_cannot_be():
+    x, y = samples(4, 4)
+    with pytest.raises(ValueError, match="estimator='linear' takes no weights of the points"):
+        mmd(x, y, estimator="linear", x_weights=torch.ones(4))
+    with pytest.raises(ValueError, match=r"y_weights: got shape \(3,\) on cpu; accepted: a tensor \(4,\) on cpu"):
+        mmd(x, y, y_weights=torch.ones(3))
+    for bad in (torch.zeros(4), torch.tensor([1.0, math.nan, 1.0, 1.0]), torch.tensor([1.0, math.inf, 1.0, 1.0])):
+        with pytest.raises(ValueError, match=r"x_weights: their sum is .*; accepted: finite weights with a positive"):
+            mmd(x, y, x_weights=bad)
+    with pytest.raises(ValueError, match="x_weights: estimator='unbiased' needs weight on two points"):
+        mmd(x, y, x_weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+
 def test_one_point_each_with_the_biased_estimator(backend):
     x, y = samples(1, 1)
     require_pairwise(backend, x, y, kernel=RBF(2.0))

@@ -49,6 +49,46 @@ def test_energy_and_its_gradient_are_the_double_loop(backend, book):
 
 @each_kernel
 @pytest.mark.parametrize("with_y", [True, False])
+def test_weights_of_the_points(backend, book, with_y):
+    """E = sum w_ij a_i a_j phi_ij by the double loop, and its derivatives to the points and the weights."""
+    x, y, _ = points(7, 5, 3)
+    a, b = normal(7, seed=4), normal(5, seed=5)
+    y, b = (y, b) if with_y else (y[:0], b[:0])
+    weight = {("x", i): float(w) for i, w in enumerate(a)} | {("y", j): float(w) for j, w in enumerate(b)}
+    terms = [(c * weight[p] * weight[q], p, q) for c, p, q in energy_pairs(7, len(y), WEIGHTS)]
+    value, on_x, on_y, _ = pair_sum(iter(terms), x, y, book)
+    potentials = dict.fromkeys(weight, 0.0)
+    for c, p, q in energy_pairs(7, len(y), WEIGHTS):
+        ends = [(x if which == "x" else y)[i] for which, i in (p, q)]
+        potentials[p] += 2 * c * weight[q] * book.phi(float((ends[0] - ends[1]).square().sum()))
+    leaves = [t.requires_grad_() for t in (x, a, y, b)][: 4 if with_y else 2]
+    require_pairwise(backend, x, y if with_y else None, kernel=book.build())
+    others = {"y": y, "y_weights": b} if with_y else {}
+    E = energy(x, **others, x_weights=a, kernel=book.build(), weights=WEIGHTS, backend=backend)
+    near(E, value)
+    truths = [on_x, [w for p, w in potentials.items() if p[0] == "x"], on_y]
+    truths.append([w for p, w in potentials.items() if p[0] == "y"])
+    for out, truth in zip(torch.autograd.grad(E, leaves), truths, strict=False):
+        near(out, truth)
+
+
+def test_only_weights_need_a_gradient(backend):
+    x, y, _ = points()
+    a = normal(6, seed=4).requires_grad_()
+    require_pairwise(backend, x, y, kernel=RBF(1.0))
+    E = energy(x, y, kernel=RBF(1.0), x_weights=a, backend=backend)
+    (slope,) = torch.autograd.grad(E, a)
+    near((slope * a).sum() + energy(y, kernel=RBF(1.0)) - energy(x, kernel=RBF(1.0), x_weights=a), E)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(4, 2), [1.0] * 4, torch.ones(4, device="meta")], ids=repr)
+def test_one_weight_a_point(bad):
+    with pytest.raises(ValueError, match=r"x_weights: got .*; accepted: a tensor \(4,\) on cpu"):
+        energy(torch.ones(4, 2), kernel=RBF(1.0), x_weights=bad)
+
+
+@each_kernel
+@pytest.mark.parametrize("with_y", [True, False])
 @pytest.mark.parametrize("with_v", [True, False])
 def test_force_is_the_double_loop(backend, book, with_y, with_v):
     x, y, v = points()

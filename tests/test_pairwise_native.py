@@ -26,7 +26,7 @@ WEIGHTS = (0.7, -0.4, 0.3)
 def native(x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False):
     scales = kernel.at(x.shape[-1]).scales()
     return torch.ops.infovae_fast.pairwise(
-        x, y, v, a, b, isinstance(kernel, RBF), [float(s) for s, _ in scales], [w for _, w in scales],
+        x, y, v, a, b, isinstance(kernel, RBF), [float(s) for s, _ in scales], None, [w for _, w in scales],
         float(getattr(kernel, "alpha", 1.0)), list(WEIGHTS), energy, *force, potentials,
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_nan_stays_visible():
 @pytest.mark.parametrize("force", [(False, False), (True, False), (True, True)])
 def test_schema_and_fake(force):
     x, y, _ = clouds(9, 5, 3)
-    args = (x, y, None, None, None, True, [1.0], [1.0], 1.0, list(WEIGHTS), True, *force, False)
+    args = (x, y, None, None, None, True, [1.0], None, [1.0], 1.0, list(WEIGHTS), True, *force, False)
     torch.library.opcheck(torch.ops.infovae_fast.pairwise.default, args)
 
 

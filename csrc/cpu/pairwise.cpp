@@ -344,8 +344,8 @@ void pairwise(const PairwiseProblem<T>& q) {
         std::fill_n(row_totals, count * (dp + 2), 0.0);
         // Adds w times the sums over sources j0..j1 to the row totals, and share times their energy.
         const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
-            if (j0 >= j1) return;
             const bool with_v = force && z.v != nullptr;
+            if (j0 >= j1 || (w == 0 && !with_v)) return;
             const int64_t stride = dp * (with_v ? 2 : 1) + 2;
             std::fill_n(sums, count * stride, 0.0);
             rows(kind, force, targets, sources(z), mixture, task.i0, task.i1, j0, j1, own_offset, sums, strip);
