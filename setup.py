@@ -11,6 +11,7 @@ CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to PyTorch
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,19 @@ def why_no_cuda() -> str | None:
 
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         return f"no nvcc (CUDA_HOME={CUDA_HOME}); install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME"
+    version = nvcc_version(Path(CUDA_HOME, "bin", "nvcc"))
+    if version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return (
+            f"nvcc {version} cannot build for torch's CUDA {torch.version.cuda}; set CUDA_HOME to one of the same major"
+        )
     return None
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """As "13.0"; "unknown" where it does not say."""
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return found[1] if found else "unknown"
 
 
 no_cpp, no_cuda = why_no_cpp(), why_no_cuda()
@@ -134,7 +147,8 @@ if no_cpp is None:
                 raise SystemExit(f"{error}\n{hint}") from error
 
     kind, sources = (CppExtension, CPP_SOURCES) if no_cuda else (CUDAExtension, CPP_SOURCES + CUDA_SOURCES)
-    extensions = [kind("infovae_fast._C", sources, extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3"]})]
+    cxx = FLAGS if no_cuda else [*FLAGS, "-DWITH_CUDA"]
+    extensions = [kind("infovae_fast._C", sources, extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]})]
     commands["build_ext"] = BuildExt
 
 setup(

@@ -7,10 +7,15 @@
 #include <ATen/ops/empty_like.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
+#ifdef WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
 
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -89,46 +94,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_empty(
             make(potentials && y.has_value(), other.sym_sizes().slice(0, x.dim() - 1), x.options())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_cpu(
+// Runs problems of T on the device of x; `lengths` are bandwidths that are in memory.
+template <typename T>
+void run(const PairwiseProblem<T>& first, int64_t clouds, const Tensor& x, const std::optional<Tensor>& lengths) {
+    PairwiseProblem<T> problem = first;
+#ifdef WITH_CUDA
+    if (x.is_cuda()) {
+        const c10::cuda::CUDAGuard guard(x.device());
+        const int processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+        const Tensor table = lengths.has_value() ? lengths->to(x.device(), at::kDouble).contiguous() : Tensor();
+        const Tensor workspace =
+            at::empty({int64_t(pairwise_cuda_workspace(problem, clouds, processors))}, x.options().dtype(at::kByte));
+        const char* error =
+            pairwise_cuda(problem, clouds, table.defined() ? table.const_data_ptr<double>() : nullptr,
+                          workspace.mutable_data_ptr(), processors, at::cuda::getCurrentCUDAStream().stream());
+        TORCH_CHECK(error == nullptr, "pairwise on ", x.device(), ": ", error);
+        return;
+    }
+#endif
+    if (lengths.has_value()) problem.radial.bandwidth = as_vector<double>(*lengths);
+    const auto forward = [](auto*& pointer, int64_t step) { pointer += pointer == nullptr ? 0 : step; };
+    for (int64_t k = 0; k < clouds; ++k) {
+        pairwise(problem);
+        forward(problem.x, problem.n * problem.d), forward(problem.y, problem.m * problem.d);
+        forward(problem.v, problem.n * problem.d), forward(problem.a, problem.n), forward(problem.b, problem.m);
+        forward(problem.energy, 1);
+        forward(problem.x_force, problem.n * problem.d), forward(problem.y_force, problem.m * problem.d);
+        forward(problem.x_potential, problem.n), forward(problem.y_potential, problem.m);
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& v, const std::optional<Tensor>& a,
     const std::optional<Tensor>& b, bool rbf, at::ArrayRef<double> bandwidth, const std::optional<Tensor>& lengths,
-    at::ArrayRef<double> weight, double alpha, at::ArrayRef<double> w, bool energy, bool x_force, bool y_force, bool potentials) {
+    at::ArrayRef<double> weight, double alpha, at::ArrayRef<double> w, bool energy, bool x_force, bool y_force,
+    bool potentials) {
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
                      "; accepted: float32, float64");
     TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && w.size() == 3, "x: got shape ", x.sizes(),
                       "; accepted: [..., N, D]; and w needs 3 numbers");
-    const std::vector<double> b_s = lengths.has_value() ? as_vector<double>(*lengths) : bandwidth.vec();
-    TORCH_CHECK_VALUE(!b_s.empty() && b_s.size() == weight.size(), "bandwidth and weight: got ", b_s.size(), " and ",
+    const size_t scales = lengths.has_value() ? size_t(lengths->numel()) : bandwidth.size();
+    TORCH_CHECK_VALUE(scales > 0 && scales == weight.size(), "bandwidth and weight: got ", scales, " and ",
                       weight.size(), " numbers; give one of each per scale");
     TORCH_CHECK_VALUE(!(v.has_value() && y_force), "v belongs to the forces on x; ask for y_force without it");
-    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force, potentials);
+    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force,
+                              potentials);
     const auto contiguous = [&](const std::optional<Tensor>& t) {
         if (!t.has_value()) return Tensor();
         TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), "got ", t->scalar_type(), " beside ", x.scalar_type());
+        TORCH_CHECK_VALUE(t->device() == x.device(), "got ", t->device(), " beside ", x.device());
         return t->contiguous();
     };
     const Tensor xs = x.contiguous(), ys = contiguous(y), vs = contiguous(v), as = contiguous(a), bs = contiguous(b);
     const int64_t n = x.size(-2), d = x.size(-1), m = ys.defined() ? ys.size(-2) : 0;
-    const int64_t batch = x.numel() / std::max<int64_t>(1, n * d);
-    TORCH_CHECK_VALUE((!ys.defined() || ys.numel() == batch * m * d) && (!vs.defined() || vs.numel() == xs.numel()) &&
-                          (!as.defined() || as.numel() == batch * n) && (!bs.defined() || bs.numel() == batch * m),
+    const int64_t clouds = x.numel() / std::max<int64_t>(1, n * d);
+    TORCH_CHECK_VALUE((!ys.defined() || ys.numel() == clouds * m * d) && (!vs.defined() || vs.numel() == xs.numel()) &&
+                          (!as.defined() || as.numel() == clouds * n) && (!bs.defined() || bs.numel() == clouds * m),
                       "shapes do not fit x ", x.sizes());
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::pairwise", [&] {
         using T = scalar_t;
-        const auto in = [](const Tensor& t, int64_t at) -> const T* {
-            return t.defined() ? t.const_data_ptr<T>() + at : nullptr;
-        };
-        const auto result = [](const Tensor& t, int64_t at) -> T* {
-            return t.numel() > 0 ? t.mutable_data_ptr<T>() + at : nullptr;
-        };
-        auto& [e, fx, fy, px, py] = out;
-        for (int64_t k = 0; k < batch; ++k) {
-            PairwiseProblem<T> problem{in(xs, k * n * d), in(ys, k * m * d), in(vs, k * n * d), in(as, k * n),
-                                       in(bs, k * m), n, m, d, {rbf, b_s, weight.vec(), alpha},
-                                       w[0], w[1], w[2], energy ? e.mutable_data_ptr<double>() + k : nullptr,
-                                       result(fx, k * n * d), result(fy, k * m * d), result(px, k * n), result(py, k * m)};
-            pairwise(problem);
-        }
+        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
+        const auto result = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr; };
+        const auto& [e, fx, fy, px, py] = out;
+        run<T>({in(xs), in(ys), in(vs), in(as), in(bs), n, m, d, {rbf, bandwidth.vec(), weight.vec(), alpha},
+                w[0], w[1], w[2], energy ? e.mutable_data_ptr<double>() : nullptr, result(fx), result(fy), result(px),
+                result(py)},
+               clouds, x, lengths);
     });
     return out;
 }
@@ -150,8 +181,11 @@ TORCH_LIBRARY(infovae_fast, m) {
 
 TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
     m.impl("radial", radial_cpu);
-    m.impl("pairwise", pairwise_cpu);
+    m.impl("pairwise", pairwise_native);
 }
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) { m.impl("pairwise", pairwise_native); }
+#endif
 TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
     m.impl("radial", radial_empty);
     m.impl("pairwise", pairwise_empty);
@@ -161,9 +195,12 @@ TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Loads the native operators of infovae_fast into torch.ops.infovae_fast; tells what was built.";
+    static constexpr std::pair<const char*, const char*> baked[] = {BUILD_FACTS};
+    for (const auto& [name, text] : baked) {  // _C.cpp and _C.cuda: "built", or why not
+        if (std::string_view(name) == "cpp" || std::string_view(name) == "cuda") m.attr(name) = text;
+    }
     m.def("build_info", [] {
         pybind11::dict facts;
-        const std::pair<const char*, const char*> baked[] = {BUILD_FACTS};
         for (const auto& [name, text] : baked) facts[name] = text;
         facts["vector unit here"] = infovae_fast::vector_unit();
         return facts;

@@ -1,6 +1,7 @@
-// Energy and force of a point cloud on the CPU: the same page as infovae_fast/pairwise.py.
+// Energy and force of a point cloud: the same page as infovae_fast/pairwise.py.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -26,11 +27,21 @@ struct PairwiseProblem {
     T *x_potential, *y_potential;  // P_i = sum_{j != i} w_ij a_j phi_ij, [n], [m]: dE/da_i = 2 P_i
 };
 
-// Computes in float or double with the best vector unit at hand. The results do not depend on the number of threads.
+// On the CPU. Computes in float or double with the best vector unit at hand. The results do not depend on the number of threads.
 template <typename T>
 void pairwise(const PairwiseProblem<T>& problem);
 
 // "avx512", "avx2" or "baseline".
 const char* vector_unit();
+
+// On a GPU, for `clouds` problems at once whose arrays follow one another; everything is queued on the stream, nothing
+// waits. `lengths`: the bandwidths in the memory of the GPU, or null: those of the problem. `processors`: of the GPU,
+// to divide the work. Returns what went wrong, or null. The bits do not depend on the order of the blocks.
+constexpr int64_t kCudaMaxDim = 18;  // coordinates that fit the registers
+template <typename T>
+size_t pairwise_cuda_workspace(const PairwiseProblem<T>& problem, int64_t clouds, int processors);  // bytes
+template <typename T>
+const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, const double* lengths, void* workspace,
+                          int processors, void* stream);
 
 }  // namespace infovae_fast

@@ -27,6 +27,7 @@ from infovae_fast.likelihoods import (
 )
 from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
 from infovae_fast.models import InfoVAE
+from infovae_fast.normal_prior import NormalMMDLoss, mmd_to_normal
 from infovae_fast.objective import (
     Objective,
     aae,
@@ -48,6 +49,7 @@ from infovae_fast.radial import (
     paper_pixelcnn,
     wae_imq,
 )
+from infovae_fast.two_sample import MMDTest, mmd_test
 
 __version__ = "0.1.0"
 
@@ -61,7 +63,9 @@ __all__ = [
     "ImageData",
     "InfoVAE",
     "MMDLoss",
+    "MMDTest",
     "MaskedConv2d",
+    "NormalMMDLoss",
     "Objective",
     "RationalQuadratic",
     "SteinLoss",
@@ -79,6 +83,8 @@ __all__ = [
     "masked_conv2d",
     "median_rbf",
     "mmd",
+    "mmd_test",
+    "mmd_to_normal",
     "mmd_vae",
     "paper_few_samples",
     "paper_pixelcnn",

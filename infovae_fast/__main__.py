@@ -45,7 +45,7 @@ def report() -> str:
         "devices": ", ".join(["cpu", *names]),
     }
     lines = [f"infovae_fast {__version__}", *(f"  {name:<10}{text}" for name, text in versions.items())]
-    lines += ["", "Native code", *(f"  {name:<10}{text}" for name, text in build_facts().items())]
+    lines += ["", "Native code", *(f"  {name:<18}{text}" for name, text in build_facts().items())]
     lines += ["", f"Backends, as 'auto' tries them (INFOVAE_FAST_BACKEND={backends.AUTO})"]
     for operator, shape in OPERATORS.items():
         table = importlib.import_module(f"infovae_fast.{operator}").BACKENDS

@@ -55,10 +55,11 @@ def choose(operator: str, table: Sequence[Backend], backend: str, *inputs: Any) 
     raise RuntimeError(f"backend={name!r} cannot run {operator}: {why}. Available here: {available}.")
 
 
-def native_missing() -> str | None:
-    """Why the C++ operators are not there; loads them the first time it is called."""
+def native_missing(part: str = "cpp") -> str | None:
+    """Why the native operators ("cpp" or "cuda") are not there; loads them the first time it is called."""
     try:
-        from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]  # noqa: F401
+        from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]
     except ImportError as error:
         return f"the C++ extension cannot be loaded ({error}); pip install --no-build-isolation -e ."
-    return None
+    built = getattr(_C, part)
+    return None if built == "built" else built

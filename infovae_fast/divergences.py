@@ -436,7 +436,7 @@ def _refuse_non_finite(**samples: Tensor) -> None:
 
 
 def _check_result(result: Tensor, **samples: Tensor) -> None:
-    """Refuses what is not finite. What is not finite in the samples shows in the result: they are looked at second."""
+    """Refuses a result that is not finite; only then are the samples looked at, to say why."""
     result = result.detach()
     if _on_host(result) and not (math.isfinite(result) if result.ndim == 0 else result.isfinite().all()):
         _refuse_non_finite(**samples)

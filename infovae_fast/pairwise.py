@@ -30,6 +30,7 @@ from infovae_fast.backends import Backend, choose, native_missing
 from infovae_fast.radial import RBF, Kernel
 
 TILE_PAIRS = 2**24
+CUDA_MOST_DIM, CUDA_MOST_SCALES, CUDA_MOST_CLOUDS = 18, 32, 65535
 
 Weights = tuple[float, float, float]  # w_xx, w_xy, w_yy
 
@@ -176,6 +177,23 @@ def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
     return native_missing() or _leaf_reason(x, *inputs)
 
 
+def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, and x is on {x.device}"
+    return native_missing("cuda") or cuda_limits(x, *inputs) or _leaf_reason(x, *inputs)
+
+
+def cuda_limits(x: Tensor, *inputs: Any) -> str | None:
+    """What the CUDA kernels have no room for (csrc/cuda/pairwise.cu)."""
+    if x.shape[-1] > CUDA_MOST_DIM:
+        return f"a point must fit in registers: got D={x.shape[-1]}, accepted: at most {CUDA_MOST_DIM}"
+    if len(inputs) > 2 and (scales := len(inputs[2].at(x.shape[-1]).scales())) > CUDA_MOST_SCALES:
+        return f"got {scales} scales, accepted: at most {CUDA_MOST_SCALES}"
+    if x.shape[:-2].numel() > CUDA_MOST_CLOUDS:
+        return f"got a batch of {x.shape[:-2].numel()} clouds, accepted: at most {CUDA_MOST_CLOUDS}"
+    return None
+
+
 def _leaf_reason(
     x: Tensor,
     y: Tensor | None = None,
@@ -272,6 +290,7 @@ class _Once(torch.autograd.Function):
 
 
 BACKENDS = (
+    Backend("cuda", _cuda_reason, partial(_run_leaf, _native)),
     Backend("cpp", _cpp_reason, partial(_run_leaf, _native)),
     Backend("reference", lambda *inputs: None, pairwise_reference),
 )

@@ -1,18 +1,37 @@
-"""Triton without a GPU: kernels run through its interpreter, and are compiled ahead for GPUs that are not here."""
+"""GPU kernels without a GPU: Triton's run through its interpreter, CUDA's as C++ (tests/simt); both are also compiled
+ahead for GPUs that are not here."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so: before any is imported
 
 ARCHITECTURES = (80, 90)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cuda_kernels_as_cpp() -> None:
+    """Without a GPU backend="cuda" runs the CUDA kernels through tests/simt; never backend="auto", it comes last."""
+    from infovae_fast import pairwise
+    from infovae_fast.backends import Backend
+    from tests.simt.pairwise import leaf
+
+    def reason(x: torch.Tensor, *inputs: Any) -> str | None:
+        if torch.compiler.is_compiling():
+            return "torch.compile cannot trace the kernels as C++"
+        return pairwise.cuda_limits(x, *inputs) or pairwise._leaf_reason(x, *inputs)
+
+    if not torch.cuda.is_available():
+        pairwise.BACKENDS += (Backend("cuda", reason, partial(pairwise._run_leaf, lambda: leaf)),)
 
 
 def compile_ahead(module: str, kernel: str, cases: list[dict[str, Any]]) -> list[dict[str, int]]:

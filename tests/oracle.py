@@ -63,6 +63,12 @@ def require(operator: str, table: Any, name: str, *inputs: Any) -> None:
         pytest.skip(f"{name}: {reason}")
 
 
+def require_compile(name: str) -> None:
+    """Skips the test where the backend's kernels run on the CPU only because there is no GPU."""
+    if name in ("cuda", "triton") and not torch.cuda.is_available():
+        pytest.skip(f"{name}: without a GPU its kernels are simulated, which torch.compile cannot trace")
+
+
 def require_pairwise(
     name: str, x: Tensor, y: Tensor | None = None, v: Tensor | None = None, *, kernel: Kernel, energy: bool = True
 ) -> None:

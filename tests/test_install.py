@@ -24,6 +24,7 @@ LAYERS = (
     {"backends", "radial", "kernels"},
     {"pairwise", "masked_conv"},
     {"divergences", "likelihoods"},
+    {"normal_prior", "two_sample"},
     {"objective", "models"},
     {"data_files", "data"},
     {"evaluation", "training"},

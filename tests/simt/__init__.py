@@ -1,0 +1,48 @@
+"""CUDA sources on a machine without a GPU: g++ compiles them as C++ against cuda_runtime.h of this folder.
+
+`cuda_runtime.h` tells what it can do and how a source declares its dynamic shared memory.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# Without -fno-gnu-unique, all libraries of the process would share the static variables of templates.
+FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", f"-I{HERE}", f"-I{ROOT / 'csrc'}")
+
+_built = tempfile.TemporaryDirectory(prefix="simt-")
+
+
+def build(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> Path:
+    """The shared library of .cu and .cpp sources (paths from the root of the repository), built once in a test run.
+
+    Args:
+        flags: further flags of g++, as "-O2" or "-DNAME".
+    """
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("needs Linux and g++")
+    paths = [ROOT / source for source in sources]
+    content = hashlib.sha256(repr((paths, tuple(flags))).encode())
+    for path in paths:
+        content.update(path.read_bytes())
+    library = Path(_built.name, f"{content.hexdigest()}.so")
+    if not library.exists():
+        command = ["g++", *FLAGS, *flags, "-x", "c++", *map(str, paths), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return library
+
+
+def load(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """`build`, loaded. SIMT_ORDER is read at each launch; what aborts takes the process along."""
+    return ctypes.CDLL(str(build(sources, flags)))

@@ -1,0 +1,164 @@
+"""The CUDA kernels of `pairwise`: run through tests/simt, and compiled by nvcc for GPUs that are not here."""
+
+import itertools
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
+from infovae_fast.pairwise import _scales, pairwise_reference
+from tests.oracle import check, near, pairwise_scales
+from tests.simt import ROOT
+from tests.simt.pairwise import leaf
+
+KERNELS = [
+    RBF(1.3),
+    RBF([0.5, 1.0, 3.0]),
+    IMQ(0.8),
+    wae_imq(4),
+    RationalQuadratic(1.5, 0.5),
+    RationalQuadratic(1.5, 3.3),
+]
+WEIGHTS = (0.7, -0.4, 0.3)
+
+
+def clouds(n, m, d, dtype=torch.float32, batch=()):
+    torch.manual_seed(n + 7 * m + 31 * d)
+    return [torch.randn(*batch, k, d, dtype=dtype) * s + 3 for k, s in ((n, 1), (m, 1.5), (n, 1))]
+
+
+def run(
+    x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False, **more
+):
+    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS)
+    return leaf(x, y, v, a, b, *settings, energy, *force, potentials, **more)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
+@pytest.mark.parametrize("d", [1, 2, 5, 10, 11, 18])
+def test_it_meets_the_rule(d, kernel):
+    for n, m in ((1, 1), (31, 129), (140, 40)):
+        for dtype in (torch.float32, torch.float64):
+            x, y, v = clouds(n, m, d, dtype)
+            for other, velocity in ((y, None), (None, v), (y, v)):
+                E, F, *_ = run(x, other, velocity, kernel=kernel)
+                inputs = [None if t is None else t.double() for t in (x, other, velocity)]
+                truth = pairwise_reference(*inputs, kernel, WEIGHTS, True, True)
+                if dtype == torch.float64:
+                    near(E, truth[0])
+                    near(F, truth[1]) if n > 1 or other is not None else None
+                    continue
+                yardstick = pairwise_reference(x, other, velocity, kernel, WEIGHTS, True, True)
+                scale = pairwise_scales(x, other, velocity, kernel, WEIGHTS)
+                check(E, truth[0], yardstick[0], scale[0], dtype)
+                check(F, truth[1], yardstick[1], scale[1])
+
+
+def both_ways(*inputs, **options):
+    """By CUDA and by the C++ of the CPU, which tests/test_pairwise_native.py holds to the definition."""
+    pytest.importorskip("infovae_fast._C")
+    x, y, v, a, b = (*inputs, *[None] * (5 - len(inputs)))
+    kernel = options.get("kernel", KERNELS[0])
+    flags = (options.get("energy", True), *options.get("force", (True, False)), options.get("potentials", False))
+    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS)
+    return run(*inputs, **options), torch.ops.infovae_fast.pairwise(x, y, v, a, b, *settings, *flags)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:4], ids=range(4))
+def test_every_combination_of_outputs_and_weights(kernel):
+    x, y, _ = clouds(150, 260, 7, torch.float64)
+    a, b = torch.rand(150).double(), torch.rand(260).double() - 0.3
+    for energy, fx, fy, p, weighted in itertools.product([True, False], repeat=5):
+        inputs = (x, y, None, a, b) if weighted else (x, y)
+        for out, truth in zip(
+            *both_ways(*inputs, kernel=kernel, energy=energy, force=(fx, fy), potentials=p), strict=True
+        ):
+            near(out, truth) if out.numel() else None
+            assert out.shape == truth.shape
+
+
+def test_many_targets_a_lane():
+    """From 8,192 points on; a part of them is compared."""
+    for kernel in (RBF(1.3), IMQ(1.0)):
+        x, y, _ = clouds(8200, 150, 3)
+        out, truth = both_ways(x, y, kernel=kernel, force=(True, True), potentials=True)
+        assert abs(out[0] / truth[0] - 1) < 1e-6
+        for one, other in zip(out[1:], truth[1:], strict=True):
+            assert (one - other).abs().max() < 3e-6 * other.abs().max()
+
+
+def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(monkeypatch):
+    x, y, v = clouds(300, 200, 5)
+    results = []
+    for order in ("forward", "reverse", "shuffle:1", "shuffle:2"):
+        monkeypatch.setenv("SIMT_ORDER", order)
+        results.append(
+            [*run(x, y, force=(True, True), potentials=True), *run(x, y, v), *run(x, y, force=(False, False))]
+        )
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_any_division_of_the_work_gives_the_same():
+    x, y, _ = clouds(300, 700, 5, torch.float64)
+    a = torch.rand(300).double()
+    truth = run(x, y, None, a, torch.ones(700).double(), force=(True, True), potentials=True, processors=1)
+    for processors in (2, 16, 400):
+        out = run(x, y, None, a, torch.ones(700).double(), force=(True, True), potentials=True, processors=processors)
+        for one, other in zip(out, truth, strict=True):
+            near(one, other)
+
+
+def test_a_batch_is_each_cloud():
+    x, y, v = clouds(40, 30, 4, batch=(2, 3))
+    E, F, *_ = run(x, y, v)
+    for i, j in itertools.product(range(2), range(3)):
+        one = run(x[i, j], y[i, j], v[i, j])
+        assert torch.equal(E[i, j], one[0]) and torch.equal(F[i, j], one[1])
+
+
+def test_bandwidths_in_memory_are_the_same_bits():
+    x, y, _ = clouds(40, 30, 4)
+    for b in ([1.3], [0.5, 2.0]):
+        given, in_memory = run(x, y, kernel=RBF(b)), run(x, y, kernel=RBF(torch.tensor(b)))
+        in_float32 = run(x, y, kernel=RBF(torch.tensor(b).tolist()))
+        assert torch.equal(in_memory[1], in_float32[1]) and torch.allclose(given[1], in_memory[1])
+
+
+def test_nan_stays_visible():
+    for kernel in KERNELS:
+        x, y, _ = clouds(150, 40, 3)
+        x[7, 1] = torch.nan
+        E, F, *_ = run(x, y, kernel=kernel)
+        assert E.isnan() and F.isnan().all()
+
+
+def test_what_has_no_room_is_said():
+    with pytest.raises(RuntimeError, match="a point must fit in registers: got D=19, accepted: at most 18"):
+        mmd(torch.randn(9, 19), torch.randn(9, 19), backend="cuda")
+    with pytest.raises(RuntimeError, match="got 33 scales, accepted: at most 32"):
+        mmd(torch.randn(9, 3), torch.randn(9, 3), RBF([1.0 + k for k in range(33)]), backend="cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="at most 18 coordinates, 32 scales and 65535 clouds"):
+            run(torch.randn(4, 19))
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+def test_it_compiles_without_spilling(architecture, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-gencode", target, "-Xptxas", "-v", "-c"]
+        + [str(ROOT / "csrc/cuda/pairwise.cu"), "-o", str(tmp_path / "pairwise.o")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(kernels) == 30 and set(kernels) == {("0", "0", "0")}, done.stderr
+    assert max(int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)) <= 255
