@@ -8,8 +8,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #ifdef WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 #include <algorithm>
@@ -101,13 +101,14 @@ void run(const PairwiseProblem<T>& first, int64_t clouds, const Tensor& x, const
 #ifdef WITH_CUDA
     if (x.is_cuda()) {
         const c10::cuda::CUDAGuard guard(x.device());
-        const int processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+        int processors = 1;
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
         const Tensor table = lengths.has_value() ? lengths->to(x.device(), at::kDouble).contiguous() : Tensor();
         const Tensor workspace =
             at::empty({int64_t(pairwise_cuda_workspace(problem, clouds, processors))}, x.options().dtype(at::kByte));
         const char* error =
             pairwise_cuda(problem, clouds, table.defined() ? table.const_data_ptr<double>() : nullptr,
-                          workspace.mutable_data_ptr(), processors, at::cuda::getCurrentCUDAStream().stream());
+                          workspace.mutable_data_ptr(), processors, c10::cuda::getCurrentCUDAStream().stream());
         TORCH_CHECK(error == nullptr, "pairwise on ", x.device(), ": ", error);
         return;
     }

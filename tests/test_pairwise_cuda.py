@@ -113,11 +113,12 @@ def test_any_division_of_the_work_gives_the_same():
 
 
 def test_a_batch_is_each_cloud():
-    x, y, v = clouds(40, 30, 4, batch=(2, 3))
+    x, y, v = clouds(40, 30, 4, torch.float64, batch=(2, 3))
     E, F, *_ = run(x, y, v)
     for i, j in itertools.product(range(2), range(3)):
         one = run(x[i, j], y[i, j], v[i, j])
-        assert torch.equal(E[i, j], one[0]) and torch.equal(F[i, j], one[1])
+        near(E[i, j], one[0])
+        near(F[i, j], one[1])
 
 
 def test_bandwidths_in_memory_are_the_same_bits():

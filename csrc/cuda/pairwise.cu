@@ -200,7 +200,7 @@ __device__ __forceinline__ bool last_of(unsigned* counter, int64_t blocks) {
 }
 
 template <typename T, int DP, int R, bool ONE, bool WITH_V>
-__global__ void __launch_bounds__(kThreads, 2) pairwise_kernel(const __grid_constant__ Work<T> work) {
+__global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(const __grid_constant__ Work<T> work) {
     constexpr int stride = Layout<T, DP>::stride, rows = 32 * R, sums = DP + 2;  // sums: A, G, S
     __shared__ Mixture<T> mixture;
     __shared__ double centre[DP], energy_of_warp[kWarps];
