@@ -12,6 +12,7 @@ unset.
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
@@ -63,3 +64,8 @@ def native_missing(part: str = "cpp") -> str | None:
         return f"the C++ extension cannot be loaded ({error}); pip install --no-build-isolation -e ."
     built = getattr(_C, part)
     return None if built == "built" else built
+
+
+def triton_missing() -> str | None:
+    """Why Triton is not there; does not load it."""
+    return None if find_spec("triton") else "triton is not installed; pip install triton"

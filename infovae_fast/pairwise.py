@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.backends import Backend, choose, native_missing
+from infovae_fast.backends import Backend, choose, native_missing, triton_missing
 from infovae_fast.radial import RBF, Kernel
 
 TILE_PAIRS = 2**24
@@ -171,6 +171,12 @@ def _native() -> Leaf:
     return torch.ops.infovae_fast.pairwise.default
 
 
+def _triton() -> Leaf:
+    from infovae_fast.kernels.pairwise import pairwise
+
+    return pairwise
+
+
 def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on the CPU, and x is on {x.device}"
@@ -181,6 +187,12 @@ def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
     return native_missing("cuda") or cuda_limits(x, *inputs) or _leaf_reason(x, *inputs)
+
+
+def _triton_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on GPUs, and x is on {x.device}"
+    return triton_missing() or _leaf_reason(x, *inputs)
 
 
 def cuda_limits(x: Tensor, *inputs: Any) -> str | None:
@@ -291,6 +303,7 @@ class _Once(torch.autograd.Function):
 
 BACKENDS = (
     Backend("cuda", _cuda_reason, partial(_run_leaf, _native)),
+    Backend("triton", _triton_reason, partial(_run_leaf, _triton)),
     Backend("cpp", _cpp_reason, partial(_run_leaf, _native)),
     Backend("reference", lambda *inputs: None, pairwise_reference),
 )

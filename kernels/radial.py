@@ -23,7 +23,7 @@ def radial(d2, bandwidth, weight, SCALES: tl.constexpr, KIND: tl.constexpr, ALPH
     """
     phi = tl.zeros_like(d2)
     dphi = tl.zeros_like(d2)
-    for s in tl.static_range(SCALES):
+    for s in range(SCALES):
         b = tl.load(bandwidth + s).to(d2.dtype)
         w = tl.load(weight + s).to(d2.dtype)
         rate = 0.5 / (b * b)

@@ -19,26 +19,31 @@ ARCHITECTURES = (80, 90)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cuda_kernels_as_cpp() -> None:
-    """Without a GPU backend="cuda" runs the CUDA kernels through tests/simt; never backend="auto", it comes last."""
+def gpu_kernels_without_a_gpu() -> None:
+    """backend="cuda" runs its kernels as C++ and "triton" in the interpreter; "auto" never does, they come last."""
     from infovae_fast import pairwise
-    from infovae_fast.backends import Backend
+    from infovae_fast.backends import Backend, triton_missing
     from tests.simt.pairwise import leaf
 
-    def reason(x: torch.Tensor, *inputs: Any) -> str | None:
-        if torch.compiler.is_compiling():
-            return "torch.compile cannot trace the kernels as C++"
+    def cuda_reason(x: torch.Tensor, *inputs: Any) -> str | None:
         return pairwise.cuda_limits(x, *inputs) or pairwise._leaf_reason(x, *inputs)
 
+    def triton_reason(x: torch.Tensor, *inputs: Any) -> str | None:
+        return triton_missing() or pairwise._leaf_reason(x, *inputs)
+
     if not torch.cuda.is_available():
-        pairwise.BACKENDS += (Backend("cuda", reason, partial(pairwise._run_leaf, lambda: leaf)),)
+        pairwise.BACKENDS += (
+            Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
+            Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),
+        )
 
 
 def compile_ahead(module: str, kernel: str, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Registers, stack and local memory of `module.kernel`, one dict for each case and each of `ARCHITECTURES`.
 
     Args:
-        cases: the parameters by name: a Triton type ("*fp32", "i64") or [value] for a constexpr.
+        cases: the parameters by name: a Triton type ("*fp32", "i64") or [value] for a constexpr; and if wanted
+            "num_warps" and "num_stages".
 
     In a process of its own, because in this one the kernels may be the interpreter's.
     """
@@ -59,10 +64,14 @@ def _resources(kernel: Any, case: dict[str, Any], architecture: int) -> dict[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    options = {name: case.pop(name) for name in ("num_warps", "num_stages") if name in case}
     signature = {name: "constexpr" if isinstance(given, list) else given for name, given in case.items()}
     constants = {name: given[0] for name, given in case.items() if isinstance(given, list)}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    aligned = {
+        (k,): [["tt.divisibility", 16]] for k, t in enumerate(signature.values()) if t[0] == "*"
+    }  # as torch's are
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -70,11 +79,12 @@ def _resources(kernel: Any, case: dict[str, Any], architecture: int) -> dict[str
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # "REG:21 STACK:0 SHARED:0 LOCAL:0 ...": what spills goes to the stack or to local memory.
     fields = dict(field.split(":") for field in usage.split() if field.startswith(("REG:", "STACK:", "LOCAL:")))
-    return {name.lower(): int(number) for name, number in fields.items()} | {"sm": architecture}
+    resources = {name.lower(): int(number) for name, number in fields.items()}
+    return resources | {"sm": architecture, "shared": compiled.metadata.shared}
 
 
 if __name__ == "__main__":
     import importlib
 
     target = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
-    print(json.dumps([_resources(target, case, sm) for case in json.load(sys.stdin) for sm in ARCHITECTURES]))
+    print(json.dumps([_resources(target, dict(case), sm) for case in json.load(sys.stdin) for sm in ARCHITECTURES]))

@@ -12,7 +12,7 @@ from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
 from infovae_fast.pairwise import _scales, pairwise_reference
 from tests.oracle import check, near, pairwise_scales
 from tests.simt import ROOT
-from tests.simt.pairwise import leaf
+from tests.simt.pairwise import SOURCES, leaf
 
 KERNELS = [
     RBF(1.3),
@@ -153,8 +153,14 @@ def test_it_compiles_without_spilling(architecture, tmp_path):
         pytest.skip("nvcc is not on PATH")
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     done = subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-gencode", target, "-Xptxas", "-v", "-c"]
-        + [str(ROOT / "csrc/cuda/pairwise.cu"), "-o", str(tmp_path / "pairwise.o")],
+        [
+            *"nvcc -std=c++17 -O3 -Icsrc -Xptxas -v -c -gencode".split(),
+            target,
+            SOURCES[0],
+            "-o",
+            tmp_path / "pairwise.o",
+        ],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,291 @@
+"""Energy and force of a cloud on the GPU: the same page as `infovae_fast/pairwise.py`, any number of dimensions.
+
+The cloud is centred, u = z - centre, and with squares h = |u|^2 a tile of targets i and sources j is
+
+    d2_ij = h_i + h_j - 2 u_i.u_j     A_i = sum_j a_j phi_ij     G_i = sum_j a_j phi'_ij     S_i = sum_j a_j phi'_ij u_j
+
+two matrix products around the radial functions, of which energy = sum_i w a_i A_i, potential = w A_i and
+force = 2 w a_i (G_i u_i - S_i) + sum_j phi_ij v_j are made. The products run on tensor cores: as three TF32 products,
+which keep float32's digits, unless PyTorch's matmul precision permits one ("high", "medium"). Where points have at most
+`DIRECT_MOST` dimensions, d2 is summed from their differences instead.
+
+Sums over `GROUP` sources are in the dtype of the samples, those over groups in float64. Each program owns its rows of
+the result for a segment of the sources; there are no atomics, and the bits do not change from run to run.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infovae_fast.kernels.radial import radial
+
+DIRECT_MOST = 4
+PADDING = 64  # of both clouds, so that no tile is ragged
+GROUP = 256  # sources whose sums go to float64 together
+DEPTH = 16  # of a step of the product u_i.u_j; the dimension is padded to a multiple of it
+PROGRAMS = 1024  # wanted, to fill the GPU
+
+
+class Tile(NamedTuple):
+    """What fits the registers; tests/test_pairwise_triton.py compiles every row."""
+
+    targets: int
+    sources: int
+    columns: int  # of the force, for one program
+    warps: int
+    stages: int  # of loads under way
+
+
+def tile(padded_d: int, itemsize: int, with_v: bool) -> Tile:
+    columns = triton.next_power_of_2(padded_d)
+    if itemsize == 8:
+        return Tile(32, 16, min(columns, 32), 8, 1)
+    if columns <= 32:
+        return Tile(64, 32, columns, 8, 1)
+    return Tile(64, 16, 64, 8, 2) if with_v else Tile(64, 16 if columns > 64 else 32, min(columns, 128), 8, 2)
+
+
+@triton.jit
+def prepare(z, weights, v, centre, u, h, a, v_padded, n, padded_n, D: tl.constexpr, DP: tl.constexpr,
+            COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, WITH_V: tl.constexpr):  # fmt: skip
+    """u = z - centre, h = |u|^2, the weights a and v, padded with zeros; [clouds, n, D] -> [clouds, padded_n, DP]."""
+    cloud = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)  # a power of 2, at least DP
+    padded = (row < padded_n)[:, None] & (column < DP)[None, :]
+    there = (row < n)[:, None] & (column < D)[None, :]
+    at = (cloud * n + row)[:, None] * D + column[None, :]
+    c = tl.load(centre + cloud * D + column, mask=column < D, other=0.0)
+    point = tl.where(there, tl.load(z + at, mask=there, other=0.0) - c[None, :].to(z.dtype.element_ty), 0.0)
+    to = cloud * padded_n + row
+    tl.store(u + to[:, None] * DP + column[None, :], point, mask=padded)
+    tl.store(h + to, tl.sum(point.to(tl.float64) * point.to(tl.float64), axis=1).to(z.dtype.element_ty))
+    if WEIGHTED:
+        tl.store(a + to, tl.load(weights + cloud * n + row, mask=row < n, other=0.0))
+    else:
+        tl.store(a + to, (row < n).to(z.dtype.element_ty))
+    if WITH_V:
+        tl.store(v_padded + to[:, None] * DP + column[None, :], tl.load(v + at, mask=there, other=0.0), padded)
+
+
+@triton.jit
+def pairwise_kernel(
+    u, h, sources, source_h, source_a, source_v, bandwidth, weight, A_out, G_out, S_out, V_out, n, m, segment,
+    DP: tl.constexpr, DC: tl.constexpr, DK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    SCALES: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr,
+    SAME: tl.constexpr, UPPER: tl.constexpr, FORCE: tl.constexpr, WITH_V: tl.constexpr,
+):  # fmt: skip
+    """Adds A, G, S and sum_j phi_ij v_j, in float64, of BM targets and a segment of the sources to the outputs.
+
+    Args:
+        u, h: targets [clouds, n, DP], [clouds, n]; the sources [clouds, m, DP], [clouds, m]; n and m are padded.
+        A_out, G_out: [clouds, segments, n]. S_out, V_out: [clouds, segments, n, DP]. Each program adds to its own.
+        DC: how many columns of S and V a program computes. DIRECT: d2 from that many coordinates; 0: by a product.
+        SAME: targets and sources are one cloud, a point is no source of its own; UPPER: nor is one before it.
+    """
+    dtype = u.dtype.element_ty
+    part = tl.program_id(1) % segment_count(m, segment)
+    cloud = (tl.program_id(1) // segment_count(m, segment)).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BM
+    row = first + tl.arange(0, BM)
+    own = cloud * n + row
+    u += own[:, None] * DP
+    sources += cloud * m * DP
+    out = (cloud * segment_count(m, segment) + part) * n + row
+    columns = tl.program_id(2) * DC + tl.arange(0, DC)
+    here = (columns < DP)[None, :]
+    h_i = tl.load(h + own)
+    begin = part.to(tl.int64) * segment
+    end = tl.minimum(begin + segment, m)
+    if UPPER:
+        begin = tl.maximum(begin, first // BN * BN)
+    for start in range(begin, end, GROUP):
+        A = tl.zeros([BM], dtype)
+        G = tl.zeros([BM], dtype)
+        S = tl.zeros([BM, DC], dtype)
+        V = tl.zeros([BM, DC], dtype)
+        for j0 in range(start, tl.minimum(start + GROUP, end), BN):
+            j = j0 + tl.arange(0, BN)
+            if DIRECT > 0:
+                d2 = tl.zeros([BM, BN], dtype)
+                for c in tl.static_range(DIRECT):
+                    gap = tl.load(u + c) - tl.load(sources + j * DP + c)[None, :]
+                    d2 += gap * gap
+            else:
+                products = tl.zeros([BM, BN], dtype)
+                for c in range(0, DP, DK):
+                    some = c + tl.arange(0, DK)
+                    left = tl.load(u + some[None, :])
+                    right = tl.load(sources + j[None, :] * DP + some[:, None])
+                    products += tl.dot(left, right, input_precision=PRECISION, out_dtype=dtype)
+                d2 = h_i[:, None] + tl.load(source_h + cloud * m + j)[None, :] - 2 * products
+                d2 = tl.where(d2 < 0, 0.0, d2)  # NaN stays NaN
+            phi, dphi = radial(d2, bandwidth, weight, SCALES, KIND, ALPHA)
+            if SAME:
+                keep = (j[None, :] > row[:, None]) if UPPER else (j[None, :] != row[:, None])
+                phi = tl.where(keep, phi, 0.0)
+                dphi = tl.where(keep, dphi, 0.0)
+            a = tl.load(source_a + cloud * m + j)[None, :]
+            A += tl.sum(phi * a, axis=1)
+            if FORCE:
+                dphi *= a
+                G += tl.sum(dphi, axis=1)
+                right = tl.load(sources + j[:, None] * DP + columns[None, :], mask=here, other=0.0)
+                S += tl.dot(dphi, right, input_precision=PRECISION, out_dtype=dtype)
+                if WITH_V:
+                    right = tl.load(source_v + (cloud * m + j)[:, None] * DP + columns[None, :], mask=here, other=0.0)
+                    V += tl.dot(phi, right, input_precision=PRECISION, out_dtype=dtype)
+        if tl.program_id(2) == 0:
+            tl.store(A_out + out, tl.load(A_out + out) + A.to(tl.float64))
+        if FORCE:
+            if tl.program_id(2) == 0:
+                tl.store(G_out + out, tl.load(G_out + out) + G.to(tl.float64))
+            to = out[:, None] * DP + columns[None, :]
+            tl.store(S_out + to, tl.load(S_out + to, mask=here) + S.to(tl.float64), mask=here)
+            if WITH_V:
+                tl.store(V_out + to, tl.load(V_out + to, mask=here) + V.to(tl.float64), mask=here)
+
+
+@triton.jit
+def segment_count(m, segment):
+    return (m + segment - 1) // segment
+
+
+class Cloud:
+    """A cloud as the kernels take it, padded."""
+
+    def __init__(self, z: Tensor, weights: Tensor | None, v: Tensor | None, centre: Tensor, dp: int) -> None:
+        clouds, n, d = z.shape
+        self.n, self.padded = n, triton.cdiv(n, PADDING) * PADDING
+        self.u = z.new_empty(clouds, self.padded, dp)
+        self.h, self.a = z.new_empty(clouds, self.padded), z.new_empty(clouds, self.padded)
+        self.v = None if v is None else torch.empty_like(self.u)
+        columns = triton.next_power_of_2(dp)
+        block = max(1, min(PADDING, 4096 // columns))
+        prepare[(self.padded // block, clouds)](
+            z.contiguous(), _pointer(weights, z), _pointer(v, z), centre, self.u, self.h, self.a,
+            _pointer(self.v, z), n, self.padded, d, dp, columns, block, weights is not None, v is not None,
+        )  # fmt: skip
+
+
+def _pointer(t: Tensor | None, other: Tensor) -> Tensor:
+    return other if t is None else t.contiguous()
+
+
+def _sums(
+    targets: Cloud, sources: Cloud, scales: tuple[Tensor, Tensor], kind: str, alpha: float, d: int, upper: bool,
+    force: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """A [clouds, n], G [clouds, n], S and sum phi v [clouds, n, DP] in float64; the last three for forces."""
+    clouds, n, dp = targets.u.shape
+    m, with_v = sources.padded, force and sources.v is not None
+    direct = d if d <= DIRECT_MOST else 0
+    bm, bn, dc, warps, stages = tile(dp, targets.u.itemsize, with_v)
+    chunks = triton.cdiv(dp, dc) if force else 1
+    programs = n // bm * clouds * chunks
+    segment = triton.cdiv(triton.cdiv(m, triton.cdiv(PROGRAMS, programs)), GROUP) * GROUP
+    segments = triton.cdiv(m, segment)
+    wide = {"dtype": torch.float64, "device": targets.u.device}
+    A = torch.zeros(clouds, segments, n, **wide)
+    G = torch.zeros_like(A) if force else A
+    S = torch.zeros(clouds, segments, n, dp, **wide) if force else A
+    V = torch.zeros_like(S) if with_v else A
+    exact = targets.u.dtype == torch.float64
+    precision = "ieee" if exact else "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    grid = (n // bm, clouds * segments, chunks)
+    pairwise_kernel[grid](
+        targets.u, targets.h, sources.u, sources.h, sources.a, _pointer(sources.v, sources.u), *scales,
+        A, G, S, V, n, m, segment, dp, dc, DEPTH, bm, bn, GROUP, len(scales[0]), kind, alpha, precision,
+        direct, targets is sources, upper, force, with_v, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    A, G, S, V = (t.sum(1)[:, : targets.n] for t in (A, G, S, V))
+    return A, G if force else None, S if force else None, V if with_v else None
+
+
+@cache
+def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+@torch.library.custom_op("infovae_fast::pairwise_triton", mutates_args=())
+def pairwise(
+    x: Tensor, y: Tensor | None, v: Tensor | None, a: Tensor | None, b: Tensor | None, rbf: bool,
+    bandwidth: Sequence[float], lengths: Tensor | None, weight: Sequence[float], alpha: float, w: Sequence[float],
+    energy: bool, x_force: bool, y_force: bool, potentials: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op infovae_fast::pairwise of csrc/bindings.cpp."""
+    d, batch = x.shape[-1], x.shape[:-2]
+    flat = [None if t is None else t.reshape(-1, *t.shape[len(batch) :]) for t in (x, y, v, a, b)]
+    x_, y_, v_, a_, b_ = flat
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        total = x_.sum(1, dtype=torch.float64) + (0 if y_ is None else y_.sum(1, dtype=torch.float64))
+        centre = total / (x_.shape[1] + (0 if y_ is None else y_.shape[1]))  # [clouds, D]
+        dp = triton.cdiv(d, DEPTH) * DEPTH
+        clouds = [Cloud(x_, a_, v_, centre, dp)] + ([] if y_ is None else [Cloud(y_, b_, None, centre, dp)])
+        scales = _table(tuple(bandwidth), x.device) if lengths is None else lengths, _table(tuple(weight), x.device)
+        kind = "rbf" if rbf else "rq"
+        results = _assemble(clouds, scales, kind, alpha, d, w, energy, (x_force, y_force), potentials)
+    shapes = (
+        batch,
+        x.shape,
+        x.shape if y is None else y.shape,
+        x.shape[:-1],
+        x.shape[:-1] if y is None else y.shape[:-1],
+    )
+    dtypes = (torch.float64, *[x.dtype] * 4)
+    return tuple(
+        x.new_empty(0, dtype=dtype) if t is None else t.to(dtype).reshape(shape).contiguous()
+        for t, shape, dtype in zip(results, shapes, dtypes, strict=True)
+    )
+
+
+def _assemble(
+    clouds: list[Cloud], scales: tuple[Tensor, Tensor], kind: str, alpha: float, d: int, w: Sequence[float],
+    energy: bool, forces: tuple[bool, bool], potentials: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    E: Tensor | float = 0.0
+    F: list[Tensor | None] = [None, None]
+    P: list[Tensor | None] = [None, None]
+    wanted = [(force, potentials) for force in forces[: len(clouds)]]
+    full = [any(pair) for pair in wanted]
+    both = len(clouds) == 2
+    for k, own in enumerate(clouds):
+        # Pairs of both clouds are visited by those whose rows are wanted; if none are, by x.
+        sees_other = both and (full[k] or (energy and k == 0 and not any(full)))
+        if not full[k] and not energy:
+            continue
+        jobs = [(own, w[0] if k == 0 else w[2], 1.0 if full[k] else 2.0)]
+        if sees_other:
+            jobs.append((clouds[1 - k], w[1], 1.0 if all(full) else 2.0))
+        for sources, factor, share in jobs:
+            upper = sources is own and not full[k]
+            A, G, S, V = _sums(own, sources, scales, kind, alpha, d, upper, forces[k])
+            own_a = own.a[:, : own.n].double()
+            E = E + share * factor * (own_a * A).sum(1)
+            if potentials:
+                P[k] = factor * A + (0 if P[k] is None else P[k])
+            if forces[k]:
+                u = own.u[:, : own.n, :d].double()
+                F_here = 2 * factor * own_a[..., None] * (G[..., None] * u - S[..., :d])
+                F_here = F_here if V is None else F_here + V[..., :d]
+                F[k] = F_here if F[k] is None else F[k] + F_here
+    return [E if energy else None, *F, *P]
+
+
+@pairwise.register_fake
+def _(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force, potentials):
+    other = x if y is None else y
+    wanted = (
+        (energy, x.shape[:-2], torch.float64),
+        (x_force, x.shape, x.dtype),
+        (y_force and y is not None, other.shape, x.dtype),
+        (potentials, x.shape[:-1], x.dtype),
+        (potentials and y is not None, other.shape[:-1], x.dtype),
+    )
+    return tuple(x.new_empty(shape if there else (0,), dtype=dtype) for there, shape, dtype in wanted)

@@ -1,0 +1,143 @@
+"""The Triton kernels of `pairwise`: in the interpreter without a GPU, and compiled for GPUs that are not here."""
+
+import itertools
+
+import pytest
+import torch
+
+from infovae_fast import IMQ, RBF, RationalQuadratic
+from infovae_fast.pairwise import _scales, pairwise_reference
+from tests.conftest import ARCHITECTURES, compile_ahead
+from tests.oracle import check, near, pairwise_scales
+
+kernels = pytest.importorskip("infovae_fast.kernels.pairwise")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = [RBF(), RBF([0.5, 3.0]), IMQ(), RationalQuadratic(alpha=2.5)]
+WEIGHTS = (0.7, -0.4, 0.3)
+
+
+def clouds(n, m, d, dtype=torch.float32, batch=()):
+    torch.manual_seed(n + 7 * m + 31 * d)
+    return [(torch.randn(*batch, k, d, dtype=dtype) * s + 3).to(DEVICE) for k, s in ((n, 1), (m, 1.5), (n, 1))]
+
+
+def run(x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False):
+    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS)
+    return kernels.pairwise(x, y, v, a, b, *settings, energy, *force, potentials)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
+@pytest.mark.parametrize("d", [1, 4, 5, 17, 80, 150])
+def test_it_meets_the_rule(d, kernel):
+    for n, m in ((1, 1), (66, 31)):
+        for dtype in (torch.float32, torch.float64) if d in (4, 17) else (torch.float32,):
+            x, y, v = clouds(n, m, d, dtype)
+            for other, velocity in ((y, None), (y, v)):
+                E, F, *_ = run(x, other, velocity, kernel=kernel)
+                truth = pairwise_reference(x.double(), y.double(), None if velocity is None else v.double(), kernel,
+                                           WEIGHTS, True, True)  # fmt: skip
+                if dtype == torch.float64:
+                    near(E.cpu(), truth[0].cpu())
+                    near(F.cpu(), truth[1].cpu())
+                    continue
+                yardstick = pairwise_reference(x, other, velocity, kernel, WEIGHTS, True, True)
+                scale = pairwise_scales(x, other, velocity, kernel, WEIGHTS)
+                check(E, truth[0], yardstick[0], scale[0], dtype)
+                check(F, truth[1], yardstick[1], scale[1])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_every_combination_of_outputs_and_weights(weighted):
+    x, y, _ = clouds(70, 90, 6, torch.float64)
+    a, b = torch.rand(70).double().to(DEVICE), (torch.rand(90).double() - 0.3).to(DEVICE)
+    a, b = (a, b) if weighted else (None, None)
+    leaves = [t.requires_grad_() for t in (x, y, a, b) if t is not None]
+    E, _ = pairwise_reference(x, y, None, IMQ(1.3), WEIGHTS, True, False, a, b)
+    truth = dict(zip("xyab", (g / 2 for g in torch.autograd.grad(E, leaves)), strict=False))
+    inputs = [None if t is None else t.detach() for t in (x, y, None, a, b)]
+    for energy, fx, fy, p in itertools.product([True, False], repeat=4):
+        out = run(*inputs, kernel=IMQ(1.3), energy=energy, force=(fx, fy), potentials=p)
+        wanted = (energy, fx, fy, p and weighted, p and weighted)
+        for got, there, exact in zip(out, wanted, (E, *(truth.get(k) for k in "xyab")), strict=True):
+            if there:
+                near(got.cpu(), exact.detach().cpu())
+        assert [t.numel() > 0 for t in out] == [energy, fx, fy, p, p]
+
+
+def test_several_segments_and_groups_are_one(monkeypatch):
+    x, y, v = clouds(100, 300, 9, torch.float64)
+    whole = run(x, y, v)
+    monkeypatch.setattr(kernels, "GROUP", 64)
+    monkeypatch.setattr(kernels, "PROGRAMS", 10**6)
+    for one, other in zip(whole, run(x, y, v), strict=True):
+        near(one.cpu(), other.cpu()) if one.numel() else None
+
+
+def test_a_batch_is_each_cloud():
+    x, y, v = clouds(40, 30, 4, torch.float64, batch=(2, 3))
+    E, F, *_ = run(x, y, v)
+    for i, j in itertools.product(range(2), range(3)):
+        one = run(x[i, j], y[i, j], v[i, j])
+        near(E[i, j].cpu(), one[0].cpu())
+        near(F[i, j].cpu(), one[1].cpu())
+
+
+def test_bandwidths_in_memory():
+    x, y, _ = clouds(40, 30, 4)
+    given, in_memory = run(x, y, kernel=RBF([0.5, 2.0])), run(x, y, kernel=RBF(torch.tensor([0.5, 2.0], device=DEVICE)))
+    assert all(torch.equal(one, other) for one, other in zip(given, in_memory, strict=True))
+
+
+def test_nan_stays_visible():
+    for kernel in KERNELS:
+        x, y, _ = clouds(66, 31, 5)
+        x[7, 1] = torch.nan
+        E, F, *_ = run(x, y, kernel=kernel)
+        assert E.isnan() and F.isnan().all()
+
+
+def test_schema_and_fake():
+    x, y, _ = clouds(9, 5, 3)
+    args = (x, y, None, None, None, True, [1.0], None, [1.0], 1.0, list(WEIGHTS), True, True, True, False)
+    torch.library.opcheck(torch.ops.infovae_fast.pairwise_triton.default, args)
+
+
+CASES = [  # padded dimension and kernel
+    (16, {}), (16, {"DIRECT": 1}), (16, {"DIRECT": 4}), (16, {"KIND": "rq", "SCALES": 7, "ALPHA": 2.5}), (32, {}),
+    (80, {}), (128, {}), (512, {}), (80, {"FORCE": False, "UPPER": True}), (80, {"KIND": "rq", "SCALES": 7}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_v", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_it_compiles_without_spilling(dtype, with_v):
+    samples = dict.fromkeys(["u", "h", "sources", "source_h", "source_a", "source_v"], f"*{dtype}")
+    wide = dict.fromkeys(["bandwidth", "weight", "A_out", "G_out", "S_out", "V_out"], "*fp64")
+    cases = []
+    for dp, more in CASES if dtype == "fp32" else CASES[2:6]:
+        if with_v and "FORCE" in more:
+            continue
+        tile = kernels.tile(dp, {"fp32": 4, "fp64": 8}[dtype], with_v)
+        constants = {
+            "DP": dp, "DC": tile.columns, "DK": kernels.DEPTH, "BM": tile.targets, "BN": tile.sources,
+            "GROUP": kernels.GROUP, "SCALES": 1, "KIND": "rbf", "ALPHA": 1.0,
+            "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "DIRECT": 0, "SAME": True, "UPPER": False,
+            "FORCE": True, "WITH_V": with_v,
+        } | more  # fmt: skip
+        sizes = {"n": "i32", "m": "i32", "segment": "i32"}
+        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+        cases.append(samples | wide | sizes | {name: [value] for name, value in constants.items()} | launch)
+    found = compile_ahead("infovae_fast.kernels.pairwise", "pairwise_kernel", cases)
+    for case, resources in zip((case for case in cases for _ in ARCHITECTURES), found, strict=True):
+        assert resources["stack"] == resources["local"] == 0, (case, resources)
+        assert resources["shared"] <= 96 * 1024, (case, resources)
+
+
+def test_the_preparation_compiles_without_spilling():
+    pointers = dict.fromkeys(["z", "weights", "v", "u", "h", "a", "v_padded"], "*fp32") | {"centre": "*fp64"}
+    order = ["z", "weights", "v", "centre", "u", "h", "a", "v_padded"]
+    constants = {"D": 80, "DP": 80, "COLUMNS": 128, "BLOCK": 32, "WEIGHTED": True, "WITH_V": True}
+    case = {name: pointers[name] for name in order} | {"n": "i32", "padded_n": "i32"}
+    found = compile_ahead("infovae_fast.kernels.pairwise", "prepare", [case | {k: [c] for k, c in constants.items()}])
+    assert all(resources["stack"] == resources["local"] == 0 for resources in found), found
