@@ -317,6 +317,8 @@ def test_float32_accuracy(backend, dim, name):
     The unbiased estimate has expectation zero here, so that its relative error has no bound where it happens to fall
     near zero: it is judged against its standard deviation, or its size where that is larger.
     """
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("triton: its interpreter would take minutes for these clouds of 1,000 points")
     kernel = BAR_KERNELS[name](dim).at(dim)
     require_pairwise(backend, torch.zeros(1, dim), torch.zeros(1, dim), kernel=kernel)
     truths, errors = [], []

@@ -154,7 +154,7 @@ def test_it_compiles_without_spilling(architecture, tmp_path):
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     done = subprocess.run(
         [
-            *"nvcc -std=c++17 -O3 -Icsrc -Xptxas -v -c -gencode".split(),
+            *["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode"],
             target,
             SOURCES[0],
             "-o",

@@ -11,6 +11,14 @@ from tests.conftest import ARCHITECTURES, compile_ahead
 from tests.oracle import check, near, pairwise_scales
 
 kernels = pytest.importorskip("infovae_fast.kernels.pairwise")
+SETTINGS = kernels.tile, kernels.DEPTH  # before the other tests' larger ones
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "tile", SETTINGS[0])
+    monkeypatch.setattr(kernels, "DEPTH", SETTINGS[1])
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [RBF(), RBF([0.5, 3.0]), IMQ(), RationalQuadratic(alpha=2.5)]
