@@ -1,9 +1,9 @@
 """Time the operators against what people write: `python -m benchmarks.run --out benchmarks/results/NAME.jsonl`.
 
 Every row is one case and one implementation: median, 20th and 80th percentile of the seconds of value and gradient,
-and the largest error of each against float64, relative to the largest component. The implementations of a case take
-turns in one process, so that their ratios stand although the machine is shared. Of ours, a result whose error is above
-`LARGEST_ERROR` is not timed.
+the largest error of each against float64, relative to the largest component, and the memory that a first call takes
+beyond its inputs, measured in a process of its own. The implementations of a case take turns in one process, so that
+their ratios stand although the machine is shared. Of ours, a result whose error is above `LARGEST_ERROR` is not timed.
 """
 
 import argparse
@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -34,10 +36,33 @@ def measure(run: Callable[[], Any]) -> float:
 
 def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
     (g, value), (g_true, value_true) = out, truth
-    found = {"error": ((g.double() - g_true).abs().max() / g_true.abs().max()).item()}
+    found = {}
+    if g is not None and g_true is not None:
+        found["error"] = ((g.double() - g_true).abs().max() / g_true.abs().max()).item()
     if value is not None and value_true is not None:
         found["value_error"] = abs(value.item() / value_true.item() - 1)
     return found
+
+
+def memory(case: pairwise.Case, name: str) -> float:
+    """MiB that a first call takes beyond its inputs, in a process of its own."""
+    code = (
+        "import resource, torch; from benchmarks import pairwise, run; import infovae_fast._C\n"
+        f"case = pairwise.{case!r}; x, y = case.inputs(); small = pairwise.Case(case.what, 64, case.d, case.gradient)\n"
+        f"f = run.implementations(True)[{name!r}]; f(small, *small.inputs())\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; f(case, x, y)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+
+
+def implementations(compiled: bool) -> dict[str, Callable[..., Any]]:
+    """By name, ours first."""
+    found: dict[str, Callable[..., Any]] = {"infovae_fast cpp": pairwise.ours("cpp")} | pairwise.COMPETITORS
+    if find_spec("pykeops") is None:
+        del found["KeOps"]
+    return found | ({"torch.compile": pairwise.compiled()} if compiled else {})
 
 
 def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], rounds: int) -> list[dict[str, Any]]:
@@ -46,8 +71,9 @@ def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], r
     rows = {}
     for name, run in implementations.items():
         rows[name] = errors(run(case, x, y), exact)
-        if name.startswith("infovae_fast") and rows[name]["error"] > LARGEST_ERROR:
+        if name.startswith("infovae_fast") and rows[name].get("error", 0) > LARGEST_ERROR:
             raise SystemExit(f"{case} {name}: error {rows[name]['error']:.1e}, not timed")
+        rows[name]["memory_mib"] = memory(case, name)
     times: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(rounds):
         for name, run in implementations.items():
@@ -64,10 +90,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
     parser.add_argument("--large", action="store_true", help="also N = 16,384, ours alone")
     options = parser.parse_args()
-    theirs = {"eager expanded": pairwise.eager(pairwise.expanded), "eager cdist": pairwise.eager(pairwise.cdist)}
-    if options.compile:
-        theirs["torch.compile"] = pairwise.compiled()
-    native = {"infovae_fast cpp": pairwise.ours("cpp")}
+    everything = implementations(options.compile)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     machine = {
         "device": platform.processor() or platform.machine(),
@@ -78,14 +101,17 @@ def main() -> None:
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
     }
     for case in pairwise.CASES + (pairwise.LARGE if options.large else []):
-        rows = bench(case, native | ({} if case in pairwise.LARGE else theirs), 5 if case.n > 1024 else 50)
+        some = everything if case in pairwise.CASES else dict(list(everything.items())[:1])
+        if case.n * case.n * case.d > 2**25:  # gigabytes
+            some = {name: run for name, run in some.items() if name != "eager differences"}
+        rows = bench(case, some, 7 if case.n * case.d > 10240 else 50)
         ours = rows[0]["median_s"]
         for row in rows:
-            problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {row['implementation']:<18}"
+            mode = "" if case.gradient else "value"
+            problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {mode:<6} {row['implementation']:<18}"
             time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.1f}x"
-            print(
-                f"{problem} {time_taken}  error {row['error']:.1e}  value {row.get('value_error', 0):.1e}", flush=True
-            )
+            found = f"error {row.get('error', 0):.1e}  value {row.get('value_error', 0):.1e}"
+            print(f"{problem} {time_taken}  {found}  {row['memory_mib']:7.0f} MiB", flush=True)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 with options.out.open("a") as file:

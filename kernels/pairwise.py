@@ -228,7 +228,10 @@ def pairwise(
         centre = total / (x_.shape[1] + (0 if y_ is None else y_.shape[1]))  # [clouds, D]
         dp = triton.cdiv(d, DEPTH) * DEPTH
         clouds = [Cloud(x_, a_, v_, centre, dp)] + ([] if y_ is None else [Cloud(y_, b_, None, centre, dp)])
-        scales = _table(tuple(bandwidth), x.device) if lengths is None else lengths, _table(tuple(weight), x.device)
+        scales = (
+            _table(tuple(bandwidth), x.device) if lengths is None else lengths.to(x.device),
+            _table(tuple(weight), x.device),
+        )
         kind = "rbf" if rbf else "rq"
         results = _assemble(clouds, scales, kind, alpha, d, w, energy, (x_force, y_force), potentials)
     shapes = (

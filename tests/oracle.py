@@ -28,10 +28,16 @@ from infovae_fast.radial import IMQ, RBF, Kernel, RationalQuadratic
 EXACT = 1e-12
 
 
+device = "cpu"  # of the numbers that `normal` makes
+
+
 @pytest.fixture(params=backends.NAMES, scope="session")
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend's name; the test asks `require` whether it runs here."""
-    return request.param
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend's name, and its device for `normal`; the test asks `require` whether it runs here."""
+    global device
+    device = "cuda" if request.param in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    yield request.param
+    device = "cpu"
 
 
 @contextmanager
@@ -92,7 +98,7 @@ def check(
 
 def near(out: Any, truth: Any) -> None:
     """Agreement within `EXACT` of the largest component."""
-    out, truth = (np.asarray(t.detach() if isinstance(t, Tensor) else t, dtype=np.float64) for t in (out, truth))
+    out, truth = (np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64) for t in (out, truth))
     assert out.shape == truth.shape, (out.shape, truth.shape)
     error, size = np.abs(out - truth).max(), np.abs(truth).max()
     assert error <= EXACT * size, f"error {error:.3e} at size {size:.3e}"
@@ -232,7 +238,7 @@ def pair_sum(
     terms: Iterator[tuple[float, Point, Point]], x: Tensor, y: Tensor, k: Textbook
 ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
     """sum c k(a, b) over the terms, and its derivatives to x, y and the bandwidths."""
-    points = {"x": x.detach().double().numpy(), "y": y.detach().double().numpy()}
+    points = {"x": x.detach().double().cpu().numpy(), "y": y.detach().double().cpu().numpy()}
     gradient = {name: np.zeros_like(p) for name, p in points.items()}
     values, by_bandwidth = [], np.zeros(len(k.bandwidths))
     for c, (p, i), (q, j) in terms:
@@ -249,7 +255,7 @@ def force_loop(
     x: Tensor, y: Tensor | None, v: Tensor | None, k: Textbook, weights: tuple[float, float, float]
 ) -> np.ndarray:
     """F_i = sum_{j != i} [w_ij 2 phi'(d2_ij) (z_i - z_j) + phi(d2_ij) v_j], i in x."""
-    z = x.numpy() if y is None else np.concatenate([x.numpy(), y.numpy()])
+    z = x.cpu().numpy() if y is None else np.concatenate([x.cpu().numpy(), y.cpu().numpy()])
     F = np.zeros(x.shape)
     for i, j in itertools.product(range(len(x)), range(len(z))):
         if i != j:
@@ -257,13 +263,13 @@ def force_loop(
             d2 = math.fsum(d * d for d in difference)
             F[i] += weights[0 if j < len(x) else 1] * 2 * k.dphi(d2) * difference
             if v is not None and j < len(x):
-                F[i] += k.phi(d2) * v[j].numpy()
+                F[i] += k.phi(d2) * v[j].cpu().numpy()
     return F
 
 
 def stein_loop(z: Tensor, score: Callable[[np.ndarray], np.ndarray], k: Textbook) -> np.ndarray:
     """phi*_i = 1/N sum_j [k(z_j, z_i) score(z_j) + grad_{z_j} k(z_j, z_i)] (Liu & Wang, 2016)."""
-    points = z.numpy()
+    points = z.cpu().numpy()
     direction = np.zeros_like(points)
     for i, j in itertools.product(range(len(z)), repeat=2):
         difference = points[j] - points[i]
@@ -274,4 +280,5 @@ def stein_loop(z: Tensor, score: Callable[[np.ndarray], np.ndarray], k: Textbook
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers, the same on every call."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return numbers.to(device, dtype)

@@ -239,6 +239,25 @@ def test_equal_weights_are_none_and_gradients_reach_the_weights(backend, estimat
     assert torch.autograd.gradcheck(lambda a, x: mmd(x, y, None, estimator, x_weights=a, backend=backend), (a, x))
 
 
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_progress(backend, estimator, monkeypatch):
+    x, y = samples(11, 7)
+    require_pairwise(backend, x, y, kernel=RBF())
+    monkeypatch.setattr("infovae_fast.divergences.CHUNK", 4)
+    calls = []
+    leaf = x.clone().requires_grad_()
+    value = mmd(leaf, y, None, estimator, progress=lambda *call: calls.append(call), backend=backend)
+    near(value, mmd(x, y, None, estimator, backend=backend))
+    assert calls == [(k, 15) for k in range(1, 16)]  # 3 and 2 parts: 6 + 3 pairs of parts of a cloud, 6 of both
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(mmd(x, y, None, estimator, backend=backend), x)
+    near(torch.autograd.grad(value, leaf)[0], slope)
+    with pytest.raises(ValueError, match="progress is for estimator='biased' or 'unbiased' without weights"):
+        mmd(x, y, x_weights=torch.ones(11), progress=print)
+    with pytest.raises(ValueError, match="progress is for"):
+        mmd(x[:7], y, estimator="linear", progress=print)
+
+
 def test_weights_that_cannot_be():
     x, y = samples(4, 4)
     with pytest.raises(ValueError, match="estimator='linear' takes no weights of the points"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
+from infovae_fast.backends import native_missing
 from infovae_fast.pairwise import _scales, pairwise_reference
 from tests.oracle import check, near, pairwise_scales
 from tests.simt import ROOT
@@ -33,8 +34,12 @@ def clouds(n, m, d, dtype=torch.float32, batch=()):
 def run(
     x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False, **more
 ):
-    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS)
-    return leaf(x, y, v, a, b, *settings, energy, *force, potentials, **more)
+    """On a GPU where there is one and the extension is built for it."""
+    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS, energy, *force, potentials)
+    if not torch.cuda.is_available() or native_missing("cuda") is not None:
+        return leaf(x, y, v, a, b, *settings, **more)
+    inputs = [None if t is None else t.cuda() for t in (x, y, v, a, b)]
+    return tuple(t.cpu() for t in torch.ops.infovae_fast.pairwise(*inputs, *settings))
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
