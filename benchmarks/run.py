@@ -47,11 +47,11 @@ def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
 def memory(case: pairwise.Case, name: str) -> float:
     """MiB that a first call takes beyond its inputs, in a process of its own."""
     code = (
-        "import resource, torch; from benchmarks import pairwise, run; import infovae_fast._C\n"
+        "from benchmarks import pairwise, run; import infovae_fast._C\n"
+        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         f"case = pairwise.{case!r}; x, y = case.inputs(); small = pairwise.Case(case.what, 64, case.d, case.gradient)\n"
-        f"f = run.implementations(True)[{name!r}]; f(small, *small.inputs())\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; f(case, x, y)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        f"f = run.implementations(True)[{name!r}]; f(small, *small.inputs()); before = peak(); f(case, x, y)\n"
+        "print((peak() - before) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
@@ -88,7 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
     parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
-    parser.add_argument("--large", action="store_true", help="also N = 16,384, ours alone")
+    parser.add_argument("--large", action="store_true", help="also N = 16,384 and 65,536, ours alone")
+    parser.add_argument("--bar", action="store_true", help="only the cases of the README")
     options = parser.parse_args()
     everything = implementations(options.compile)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
@@ -100,7 +101,8 @@ def main() -> None:
         "commit": commit,
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
     }
-    for case in pairwise.CASES + (pairwise.LARGE if options.large else []):
+    cases = pairwise.README if options.bar else pairwise.CASES
+    for case in cases + (pairwise.LARGE if options.large else []):
         some = everything if case in pairwise.CASES else dict(list(everything.items())[:1])
         if case.n * case.n * case.d > 2**25:  # gigabytes
             some = {name: run for name, run in some.items() if name != "eager differences"}

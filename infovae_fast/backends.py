@@ -56,14 +56,20 @@ def choose(operator: str, table: Sequence[Backend], backend: str, *inputs: Any) 
     raise RuntimeError(f"backend={name!r} cannot run {operator}: {why}. Available here: {available}.")
 
 
+_built = {"cpp": False, "cuda": False}  # and loaded
+
+
 def native_missing(part: str = "cpp") -> str | None:
     """Why the native operators ("cpp" or "cuda") are not there; loads them the first time it is called."""
+    if _built[part]:
+        return None
     try:
         from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]
     except ImportError as error:
         return f"the C++ extension cannot be loaded ({error}); pip install --no-build-isolation -e ."
     built = getattr(_C, part)
-    return None if built == "built" else built
+    _built[part] = built == "built"
+    return None if _built[part] else built
 
 
 def triton_missing() -> str | None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from infovae_fast.pairwise import as_cloud, at_least_float32, energy, force
+from infovae_fast.pairwise import as_cloud, at_least_float32, energy, energy_of_clouds, force
 from infovae_fast.radial import PRESETS, RBF, Kernel
 
 Estimator = Literal["unbiased", "biased", "linear", "block"]
@@ -117,7 +117,7 @@ def _energy(
     progress: Callable[[int, int], object] | None,
 ) -> Tensor:
     if progress is None:
-        return energy(x, y, kernel=kernel, weights=weights, backend=backend)
+        return energy_of_clouds(x, y, kernel, weights, backend)
     w_xx, w_xy, w_yy = weights
     xs, ys = x.split(CHUNK), y.split(CHUNK)
     jobs: list[tuple[Tensor, Tensor | None, tuple[float, float, float]]] = []
