@@ -1,5 +1,6 @@
 # make demo     set up, then train on real digits: demo/report.html
 # make test     set up, then every check and every test
+# make bench    set up, then measure: benchmarks/results/here.jsonl, the table in README.md (competitors that are installed)
 # make clean    remove what was built (not .venv, whose downloads take minutes)
 #
 # The set-up goes to .venv and is skipped while nothing that it depends on has changed. Variables:
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/.built
 	$(BIN)/python -m infovae_fast.reproduce.small_data --out demo
@@ -24,6 +25,13 @@ test: .venv/.built
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+bench: .venv/.built
+	@rm -f benchmarks/results/here.jsonl
+	$(BIN)/python -m benchmarks.run --out benchmarks/results/here.jsonl
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(BIN)/python -m benchmarks.run --compile --large --out benchmarks/results/here.jsonl
+	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

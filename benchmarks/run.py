@@ -44,8 +44,8 @@ def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
     return found
 
 
-def memory(case: pairwise.Case, name: str) -> float:
-    """MiB that a first call takes beyond its inputs, in a process of its own."""
+def memory(case: pairwise.Case, name: str) -> float | None:
+    """MiB that a first call takes beyond its inputs, in a process of its own; None where that fails."""
     code = (
         "from benchmarks import pairwise, run; import infovae_fast._C\n"
         "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
@@ -54,7 +54,7 @@ def memory(case: pairwise.Case, name: str) -> float:
         "print((peak() - before) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
 def implementations(compiled: bool) -> dict[str, Callable[..., Any]]:
@@ -113,7 +113,7 @@ def main() -> None:
             problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {mode:<6} {row['implementation']:<18}"
             time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.1f}x"
             found = f"error {row.get('error', 0):.1e}  value {row.get('value_error', 0):.1e}"
-            print(f"{problem} {time_taken}  {found}  {row['memory_mib']:7.0f} MiB", flush=True)
+            print(f"{problem} {time_taken}  {found}  {row['memory_mib'] or 0:7.0f} MiB", flush=True)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 with options.out.open("a") as file:
