@@ -207,6 +207,52 @@ def mmd_scale(x, y, kernel, estimator):
     return oracle.pairwise_scales(x, y, None, kernel, mmd_weights(n, m, estimator))[0] + diagonal
 
 
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "by columns": lambda t: t.T.contiguous().T,
+    "every other": lambda t: t.repeat_interleave(2, 0)[::2],
+    "offset": lambda t: torch.cat([t[:1], t])[1:],
+    "one row expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hundred_random_cases(seed):
+    """N, M, D, dtype, layout, kernel, estimator and spread at random, by the accuracy rule."""
+    require_pairwise("cpp", torch.zeros(1, 1), kernel=RBF())
+    draw = np.random.default_rng(seed)
+    dtypes = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    for _ in range(100):
+        n, m, d = (int(2 ** draw.uniform(1, most)) for most in (6.5, 6.5, 6))
+        dtype, estimator = dtypes[draw.integers(5)], ["biased", "unbiased"][draw.integers(2)]
+        kernel, shift = KERNELS[draw.integers(len(KERNELS))].build(), draw.choice([0.0, 0.0, 30.0])
+        layouts = draw.choice(list(LAYOUTS), 2)
+        x, y = (
+            LAYOUTS[layout](torch.from_numpy(draw.normal(size=(k, d)) + shift).to(dtype))
+            for layout, k in zip(layouts, (n, m), strict=True)
+        )
+
+        def value_and_slope(x, y, backend, kernel=kernel, estimator=estimator):
+            leaf = x.detach().requires_grad_()
+            value = mmd(leaf, y, kernel, estimator, backend=backend)
+            return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+        computed = torch.promote_types(dtype, torch.float32)
+        truth, yardstick = value_and_slope(x.double(), y.double(), "reference"), value_and_slope(x, y, "reference")
+        out = value_and_slope(x, y, "cpp")
+        scales = (
+            mmd_scale(x, y, kernel, estimator),
+            2 * oracle.pairwise_scales(x, y, None, kernel, mmd_weights(n, m, estimator))[1],
+        )
+        # Where all pairs are the same pair, so are their rounding errors: nothing averages out.
+        coherent = 2 if "one row expanded" in layouts else 1
+        for k, eps_of in enumerate((computed, dtype)):
+            if dtype == torch.float64:  # the truth is the yardstick
+                assert (out[k] - truth[k]).abs().max() <= EXACT * scales[k].max()
+            else:
+                check(out[k], truth[k], yardstick[k], coherent * scales[k], eps_of)
+
+
 @each_kernel
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 def test_importance_weights(backend, book, estimator):
