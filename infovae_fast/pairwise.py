@@ -1,12 +1,13 @@
 """OPERATOR: energy and force of a point cloud.
 
 Put two samples in one cloud z = [x; y], x [N, D] and y [M, D], with a weight w_ij that knows only the block of a pair
-(w_xx, w_xy, w_yy), and a radial kernel phi of the squared distance d2_ij = |z_i - z_j|^2:
+(w_xx, w_xy, w_yy), weights a_i of the points (1 if not given), and a radial kernel phi of the squared distance
+d2_ij = |z_i - z_j|^2:
 
-    energy   E   = sum_{i != j} w_ij phi(d2_ij) = w_xx sum_xx + 2 w_xy sum_xy + w_yy sum_yy
+    energy   E   = sum_{i != j} w_ij a_i a_j phi(d2_ij) = w_xx sum_xx + 2 w_xy sum_xy + w_yy sum_yy
     force    F_i = sum_{j != i} [ w_ij 2 phi'(d2_ij) (z_i - z_j) + phi(d2_ij) v_j ]     for i in x; v optional
 
-E has dE/dx = 2 F (v = 0). MMD is an energy, its gradient a force, the Stein direction a force: see `divergences`.
+E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient a force, the Stein direction a force: see `divergences`.
 
 * The diagonal is never evaluated: it is known exactly and its gradient is zero.
 * The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin.
@@ -14,7 +15,9 @@ E has dE/dx = 2 F (v = 0). MMD is an energy, its gradient a force, the Stein dir
   float64: an MMD is a small difference of large sums, and so is its gradient.
 * Memory: tiles of at most 2^24 pairs, recomputed in the backward pass when there are several.
 
-`energy` is differentiable, twice, to x, y and the bandwidth; `force` to x, y, v and the bandwidth.
+`energy` is differentiable, twice, to x, y, a and the bandwidth; `force` to x, y, v and the bandwidth. The fast backends
+give the first derivatives of the energy to x, y and a, from the same pass as its value; "auto" takes the reference for
+the others and under torch.func transforms such as vmap.
 Leading dimensions [..., N, D] are a batch of clouds, each with an energy and forces of its own.
 """
 
