@@ -7,7 +7,7 @@ d2_ij = |z_i - z_j|^2:
     energy   E   = sum_{i != j} w_ij a_i a_j phi(d2_ij) = w_xx sum_xx + 2 w_xy sum_xy + w_yy sum_yy
     force    F_i = sum_{j != i} [ w_ij 2 phi'(d2_ij) (z_i - z_j) + phi(d2_ij) v_j ]     for i in x; v optional
 
-E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient a force, the Stein direction a force: see `divergences`.
+E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient and the Stein direction are forces: see `divergences`.
 
 * The diagonal is never evaluated: it is known exactly and its gradient is zero.
 * The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin.
