@@ -475,5 +475,7 @@ def _check_result(result: Tensor, **samples: Tensor) -> None:
 
 
 def _on_host(t: Tensor) -> bool:
-    """Whether a look at the values is free: on a GPU it would synchronise, in `torch.compile` break the graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a look at the values is free: on a GPU it would synchronise, elsewhere there may be none."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()

@@ -304,6 +304,14 @@ def test_progress(backend, estimator, monkeypatch):
         mmd(x[:7], y, estimator="linear", progress=print)
 
 
+def test_func_transforms():
+    x, y = normal(3, 6, 2, seed=1), normal(3, 5, 2, seed=2)
+    together = torch.func.vmap(mmd)(x, y)
+    near(together, torch.stack([mmd(a, b) for a, b in zip(x, y, strict=True)]))
+    leaf = x[0].clone().requires_grad_()
+    near(torch.func.grad(mmd)(x[0], y[0]), torch.autograd.grad(mmd(leaf, y[0]), leaf)[0])
+
+
 def test_weights_that_cannot_be():
     x, y = samples(4, 4)
     with pytest.raises(ValueError, match="estimator='linear' takes no weights of the points"):

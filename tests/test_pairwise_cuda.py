@@ -150,6 +150,8 @@ def test_what_has_no_room_is_said():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="at most 18 coordinates, 32 scales and 65535 clouds"):
             run(torch.randn(4, 19))
+        with pytest.raises(RuntimeError, match="at most 18 coordinates, 32 scales and 65535 clouds"):
+            run(torch.randn(4, 3), kernel=RBF([1.0 + k for k in range(400)]))
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])

@@ -394,8 +394,10 @@ Plan<T> plan(const PairwiseProblem<T>& q, int64_t clouds, int processors) {
     w.z[0] = q.x, w.z[1] = q.y, w.v = q.v, w.a[0] = q.a, w.a[1] = q.b;
     w.n[0] = q.n, w.n[1] = q.y == nullptr ? 0 : q.m, w.d = int(q.d);
     w.rbf = q.radial.rbf, w.scales = int(q.radial.weight.size()), w.alpha = q.radial.alpha;
-    std::copy(q.radial.bandwidth.begin(), q.radial.bandwidth.end(), w.bandwidth);
-    std::copy(q.radial.weight.begin(), q.radial.weight.end(), w.weight);
+    const auto copy = [](const std::vector<double>& from, double* to) {  // more than fit are refused before the launch
+        std::copy_n(from.begin(), std::min<size_t>(from.size(), kMaxScales), to);
+    };
+    copy(q.radial.bandwidth, w.bandwidth), copy(q.radial.weight, w.weight);
     w.within[0] = q.w_xx, w.within[1] = q.w_yy, w.between = q.w_xy;
     w.force[0] = q.x_force, w.force[1] = q.y_force, w.potential[0] = q.x_potential, w.potential[1] = q.y_potential;
     w.energy = q.energy;
