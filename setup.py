@@ -36,7 +36,7 @@ if MODE != "none":
 
 CXX_NAMES = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
 CXX = next((name for name in CXX_NAMES if shutil.which(name.split()[0])), None)
-CPP_SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+CPP_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")))
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 FLAGS = ["-O3", "-g0"]  # no -march=native: the wheel may travel; no -ffast-math: the answers may not change
 

@@ -254,6 +254,23 @@ def _run_leaf(
     return leaf()(x, y, None, a, b, *settings, True, False, False, False)[0], None
 
 
+def _run_native(
+    x: Tensor,
+    y: Tensor | None,
+    v: Tensor | None,
+    kernel: Kernel,
+    weights: Weights,
+    energy: bool,
+    force: bool,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_run_leaf` of the native leaf. Its derivatives are native too: at small N Python would take most of the time."""
+    if force or x.dtype.itemsize < 4:
+        return _run_leaf(_native, x, y, v, kernel, weights, energy, force, a, b)
+    return torch.ops.infovae_fast.energy.default(x, y, a, b, *_scales(kernel.at(x.shape[-1])), weights), None
+
+
 def _scales(kernel: Kernel) -> tuple[bool, Sequence[float], Tensor | None, Sequence[float], float]:
     """As a leaf takes them; a bandwidth in a tensor stays there, so that nothing waits for a GPU."""
     rbf, alpha = isinstance(kernel, RBF), getattr(kernel, "alpha", 1.0)
@@ -305,9 +322,9 @@ class _Once(torch.autograd.Function):
 
 
 BACKENDS = (
-    Backend("cuda", _cuda_reason, partial(_run_leaf, _native)),
+    Backend("cuda", _cuda_reason, _run_native),
     Backend("triton", _triton_reason, partial(_run_leaf, _triton)),
-    Backend("cpp", _cpp_reason, partial(_run_leaf, _native)),
+    Backend("cpp", _cpp_reason, _run_native),
     Backend("reference", lambda *inputs: None, pairwise_reference),
 )
 

@@ -146,6 +146,25 @@ def test_schema_and_fake(force):
     torch.library.opcheck(torch.ops.infovae_fast.pairwise.default, args)
 
 
+@pytest.mark.parametrize("clouds_of", [(), (3,)])
+def test_energy_and_its_derivatives_are_one_operator(clouds_of):
+    """opcheck: schema, autograd registration, fake tensors and AOT autograd; and twice the forces and potentials."""
+    torch.manual_seed(0)
+    x, y, a, b = (torch.randn(*clouds_of, *shape) for shape in ((9, 3), (5, 3), (9,), (5,)))
+    inputs = [t.requires_grad_() for t in (x, y, a, b)]
+    args = (x, y, a, b, True, [1.0], None, [1.0], 1.0, list(WEIGHTS))
+    torch.library.opcheck(torch.ops.infovae_fast.energy.default, args)
+    value = torch.ops.infovae_fast.energy(*args)
+    upstream = torch.randn(clouds_of, dtype=torch.float64)
+    gradients = torch.autograd.grad(value, inputs, upstream)
+    with torch.no_grad():
+        out = native(x, y, None, a, b, RBF(1.0), force=(True, True), potentials=True)
+    assert torch.equal(value, out[0])
+    for gradient, half in zip(gradients, out[1:], strict=True):
+        factor = (2 * upstream).float().reshape(clouds_of + (1,) * (half.ndim - len(clouds_of)))
+        assert gradient.dtype == torch.float32 and torch.allclose(gradient, factor * half, rtol=1e-6)
+
+
 def test_refusals():
     x, y, v = clouds(9, 5, 3)
     with pytest.raises(TypeError, match="accepted: float32, float64"):

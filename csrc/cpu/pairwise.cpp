@@ -235,19 +235,34 @@ struct Cloud {
     void fill(int64_t d, int64_t dp, const double* mean, double scale, bool fold_v, T v_factor) {
         const int64_t padded = round_up(n, kChunk);
         at::parallel_for(0, padded / kChunk, std::max<int64_t>(1, 65536 / (kChunk * d)), [&](int64_t begin, int64_t end) {
+            std::fill_n(u + begin * kChunk * dp, (end - begin) * kChunk * dp, T(0));
             for (int64_t j = begin * kChunk; j < end * kChunk; ++j) {
-                double square = 0;
                 a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
-                for (int64_t c = 0; c < dp; ++c) {
-                    const T value = j < n && c < d ? T((double(z[j * d + c]) - mean[c]) * scale) : T(0);  // rounded once
-                    u[j * dp + c] = value;
-                    square += double(value) * value;
-                    if (ut != nullptr && c < d) ut[(j / kChunk) * kChunk * d + c * kChunk + j % kChunk] = value;
-                    const T given = given_v != nullptr && j < n && c < d ? given_v[j * d + c] : T(0);
-                    if (p != u) p[j * dp + c] = a[j] * value + (fold_v ? v_factor * given : T(0));
-                    if (v != nullptr) v[j * dp + c] = given;
+                T* row = u + j * dp;
+                if (j < n) {
+                    const T* in = z + j * d;
+                    for (int64_t c = 0; c < d; ++c) row[c] = T((double(in[c]) - mean[c]) * scale);  // rounded once
                 }
-                h[j] = T(square / 2);
+                double squares[2] = {};
+                for (int64_t c = 0; c + 1 < dp; c += 2) {  // dp is even
+                    squares[0] += double(row[c]) * row[c];
+                    squares[1] += double(row[c + 1]) * row[c + 1];
+                }
+                h[j] = T((squares[0] + squares[1]) / 2);
+                if (ut != nullptr) {
+                    for (int64_t c = 0; c < d; ++c) ut[(j / kChunk * d + c) * kChunk + j % kChunk] = row[c];
+                }
+                const auto given = [&](int64_t c) {
+                    return given_v != nullptr && j < n && c < d ? given_v[j * d + c] : T(0);
+                };
+                if (p != u) {
+                    for (int64_t c = 0; c < dp; ++c) {
+                        p[j * dp + c] = a[j] * row[c] + (fold_v ? v_factor * given(c) : T(0));
+                    }
+                }
+                if (v != nullptr) {
+                    for (int64_t c = 0; c < dp; ++c) v[j * dp + c] = given(c);
+                }
             }
         });
     }
