@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zero.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #ifdef WITH_CUDA
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
+#include "masked_conv.h"
 #include "pairwise.h"
 #include "radial.h"
 
@@ -165,6 +167,119 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     return out;
 }
 
+Gate gate_of(std::string_view name) {
+    TORCH_CHECK_VALUE(name == "" || name == "tanh" || name == "glu", "gate: got '", name, "'; accepted: '', tanh, glu");
+    return name == "tanh" ? Gate::tanh : name == "glu" ? Gate::glu : Gate::none;
+}
+
+Tensor image(const Tensor& like, c10::SymInt channels) {  // [N, channels, H, W]
+    const auto s = like.sym_sizes();
+    return at::empty_symint({s[0], std::move(channels), s[2], s[3]}, like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+std::tuple<Tensor, Tensor> masked_conv_forward_empty(const Tensor& x, const Tensor& weight,
+                                                     const std::optional<Tensor>& /*bias*/,
+                                                     const std::optional<Tensor>& /*condition*/,
+                                                     at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/, std::string_view gate, bool keep) {
+    const bool gated = gate_of(gate) != Gate::none;
+    const c10::SymInt cout = weight.sym_size(2);
+    return {image(x, gated ? cout / 2 : cout), image(x, gated && keep ? cout : 0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_empty(const Tensor& /*gradient*/, const Tensor& x,
+                                                                      const Tensor& weight, const Tensor& /*f*/,
+                                                                      at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/, std::string_view gate,
+                                                                      bool to_x, bool to_weight, bool sums) {
+    const auto make = [&](bool wanted, c10::SymIntArrayRef shape) {
+        return wanted ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
+    };
+    return {image(x, to_x ? x.sym_size(1) : 0), make(to_weight, weight.sym_sizes()),
+            image(x, gate_of(gate) != Gate::none ? weight.sym_size(2) : 0),
+            make(sums, {x.sym_size(0), weight.sym_size(2)})};
+}
+
+MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, at::IntArrayRef colours,
+                   std::string_view gate) {
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
+                     "; accepted: float32, float64");
+    TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 3 && weight.size(1) == x.size(1) &&
+                          weight.size(0) * 2 == int64_t(taps.size()),
+                      "x ", x.sizes(), ", weight ", weight.sizes(), " and ", taps.size() / 2,
+                      " taps; accepted: [N, Cin, H, W], [taps, Cin, Cout]");
+    TORCH_CHECK_VALUE(colours.size() == 3 && colours[0] > 0 && x.size(1) % colours[0] == 0 &&
+                          weight.size(2) % (colours[0] * (gate.empty() ? 1 : 2)) == 0,
+                      "colours: got ", colours, "; accepted: (groups, interleaved, own), groups of equal size");
+    MaskedConv conv{x.size(0), x.size(2), x.size(3), x.size(1), weight.size(2), {},
+                    {colours[0], colours[1] != 0, colours[2] != 0}, !gate.empty()};
+    for (size_t k = 0; k < taps.size(); k += 2) conv.taps.push_back({taps[k], taps[k + 1]});
+    return conv;
+}
+
+// An image [N, C, H, W] as an array [N, H, W, C] of x's type.
+Tensor pixels(const Tensor& t, const Tensor& x, int64_t channels) {
+    TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), "got ", t.scalar_type(), " beside ", x.scalar_type());
+    TORCH_CHECK_VALUE(t.dim() == 4 && t.size(0) == x.size(0) && t.size(1) == channels && t.size(2) == x.size(2) &&
+                          t.size(3) == x.size(3),
+                      "got shape ", t.sizes(), " beside x ", x.sizes(), "; accepted: ", channels, " channels");
+    return t.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor& weight,
+                                                   const std::optional<Tensor>& bias,
+                                                   const std::optional<Tensor>& condition, at::IntArrayRef taps, at::IntArrayRef colours,
+                                                   std::string_view gate, bool keep) {
+    const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
+    auto out = masked_conv_forward_empty(x, weight, bias, condition, taps, colours, gate, keep);
+    if (x.numel() == 0) return out;
+    const bool spatial = condition.has_value() && condition->dim() == 4;
+    const auto flat = [&](const Tensor& t, int64_t size) {
+        TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), "got ", t.scalar_type(), " beside ", x.scalar_type());
+        TORCH_CHECK_VALUE(t.numel() == size, "got shape ", t.sizes(), "; accepted: ", size, " elements");
+        return t.contiguous();
+    };
+    const Tensor xs = pixels(x, x, conv.cin), ws = flat(weight, weight.numel());
+    const Tensor bs = bias.has_value() ? flat(*bias, conv.cout) : Tensor();
+    const Tensor cs = spatial                 ? pixels(*condition, x, conv.cout)
+                      : condition.has_value() ? flat(*condition, conv.n * conv.cout)
+                                              : Tensor();
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv", [&] {
+        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr; };
+        auto& [result, f] = out;
+        masked_conv<scalar_t>(conv, in(xs), in(ws), in(bs), in(cs), spatial, gate_of(gate),
+                              result.mutable_data_ptr<scalar_t>(),
+                              f.numel() > 0 ? f.mutable_data_ptr<scalar_t>() : nullptr);
+    });
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor& gradient, const Tensor& x,
+                                                                    const Tensor& weight, const Tensor& f,
+                                                                    at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate,
+                                                                    bool to_x, bool to_weight, bool sums) {
+    const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
+    auto out = masked_conv_backward_empty(gradient, x, weight, f, taps, colours, gate, to_x, to_weight, sums);
+    auto& [x_gradient, weight_gradient, f_gradient, pixel_sums] = out;
+    if (x.numel() == 0) {
+        weight_gradient.zero_(), pixel_sums.zero_();
+        return out;
+    }
+    const bool gated = gate_of(gate) != Gate::none;
+    const Tensor g = pixels(gradient, x, gated ? conv.cout / 2 : conv.cout), xs = pixels(x, x, conv.cin);
+    const Tensor fs = gated ? pixels(f, x, conv.cout) : Tensor(), ws = weight.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv_backward", [&] {
+        using T = scalar_t;
+        if (gated) {
+            gate_gradient<T>(conv.n * conv.h * conv.w, conv.cout, gate_of(gate), fs.const_data_ptr<T>(),
+                             g.const_data_ptr<T>(), f_gradient.template mutable_data_ptr<T>());
+        }
+        const auto result = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr; };
+        masked_conv_gradients<T>(conv, xs.const_data_ptr<T>(), ws.const_data_ptr<T>(),
+                                 gated ? f_gradient.template const_data_ptr<T>() : g.const_data_ptr<T>(),
+                                 result(x_gradient), result(weight_gradient), result(pixel_sums));
+    });
+    return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(infovae_fast, m) {
@@ -178,11 +293,22 @@ TORCH_LIBRARY(infovae_fast, m) {
           "float[] weight, float alpha, float[] w, bool energy, bool x_force, bool y_force, bool potentials) -> "
           "(Tensor energy, Tensor x_force, Tensor y_force, Tensor x_potential, Tensor y_potential)",
           {at::Tag::pt2_compliant_tag});
+    // out, and with a gate (not "") what goes into it if it is to be kept; taps = (dy_0, dx_0, dy_1, ...), colours =
+    // (groups, are they interleaved, does the last tap join a group to itself).
+    m.def("masked_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int[] taps, int[] colours, str gate, bool keep) "
+          "-> (Tensor out, Tensor f)",
+          {at::Tag::pt2_compliant_tag});
+    // From the gradient to out: to x, to weight, with a gate to f, and the sums of the last over pixels, [N, Cout].
+    m.def("masked_conv_backward(Tensor gradient, Tensor x, Tensor weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, "
+          "bool to_weight, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor f_gradient, Tensor sums)",
+          {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
     m.impl("radial", radial_cpu);
     m.impl("pairwise", pairwise_native);
+    m.impl("masked_conv_forward", masked_conv_forward_cpu);
+    m.impl("masked_conv_backward", masked_conv_backward_cpu);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) { m.impl("pairwise", pairwise_native); }
@@ -190,6 +316,8 @@ TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) { m.impl("pairwise", pairwise_native);
 TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
     m.impl("radial", radial_empty);
     m.impl("pairwise", pairwise_empty);
+    m.impl("masked_conv_forward", masked_conv_forward_empty);
+    m.impl("masked_conv_backward", masked_conv_backward_empty);
 }
 
 }  // namespace infovae_fast

@@ -32,7 +32,7 @@ with a gradient of exactly zero. V0 and V see finished rows only, in all groups:
 whatever it may not see. Hence products of matrices, whose rows never meet: 0 * NaN in a dense masked kernel is NaN,
 and a convolution library may transform whole tiles (Winograd, FFT).
 
-* Differentiable, to any order, to x, weight, bias and condition.
+* Differentiable to x, weight, bias and condition; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and gate follow in this order.
@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infovae_fast.backends import Backend, choose
+from infovae_fast.backends import Backend, choose, native_missing
 
 
 class Mask(NamedTuple):
@@ -148,7 +148,26 @@ def _from_groups(values: Tensor, mask: Mask, halves: int = 1) -> Tensor:
     return values.unflatten(-1, (halves, -1)).movedim(-3, place).flatten(-3)
 
 
-BACKENDS = (Backend("reference", lambda *inputs: None, masked_conv_reference),)
+def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, and x is on {x.device}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need the reference"
+    return native_missing()
+
+
+def _masked_conv_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition))
+    offsets = [offset for tap in mask.taps for offset in tap]
+    colours = (mask.groups, mask.group_order == "interleaved", mask.visible(0))
+    return torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, colours, mask.gate or "").to(x.dtype)
+
+
+BACKENDS = (
+    Backend("cpp", _cpp_reason, _masked_conv_cpp),
+    Backend("reference", lambda *inputs: None, masked_conv_reference),
+)
 
 
 def masked_conv2d(

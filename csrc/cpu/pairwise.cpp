@@ -15,14 +15,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <type_traits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include <vector>
+
+#include "vector.h"
 
 namespace infovae_fast {
 namespace {
@@ -34,31 +29,6 @@ constexpr int kChunk = 256;   // sources that stay in the cache; summed in T bef
 constexpr int kMaxSmall = 16; // coordinates that fit the registers
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
-
-template <typename T>
-using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-template <int n>
-using Count = std::integral_constant<int, n>;
-
-// 2^r = sum c_i r^i for |r| <= 1/2: minimax polynomials, relative error 7.5e-8 (float) and 3e-18 (double).
-template <typename T>
-struct Exp2;
-template <>
-struct Exp2<float> {
-    static constexpr float lowest = -126, magic = 12582912;  // 1.5 2^23
-    static constexpr int mantissa = 23, degree = 5;
-    static constexpr float c[] = {1.00000007165471414f,   0.693146967065035214f,  0.240221197237107197f,
-                                  0.0555071327185564420f, 0.00967554134312132739f, 0.00132764726319508761f};
-};
-template <>
-struct Exp2<double> {
-    static constexpr double lowest = -1022, magic = 6755399441055744;  // 1.5 2^52
-    static constexpr int mantissa = 52, degree = 11;
-    static constexpr double c[] = {0.9999999999999999971,     0.69314718055994533046,     0.24022650695910156204,
-                                   0.055504108664819921605,   0.0096181291075883352443,   0.0013333558146789921722,
-                                   0.00015403530462514432062, 0.000015252733489988525649, 1.321543308967639918e-6,
-                                   1.0178198021671930844e-7,  7.0741056135081427963e-9,   4.4352827069572771511e-10};
-};
 
 // Q(q) of log2 m = s Q(s^2), s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)): relative error 7e-10 and 5e-23.
 template <typename T>
@@ -104,20 +74,19 @@ struct Sources {
     const T *p, *v;          // [m, dp], what g and phi multiply; v may be null
 };
 
-inline int64_t clamp(int64_t i, int64_t low, int64_t high) { return i < low ? low : i > high ? high : i; }
-
 namespace baseline {
 #define VECTOR_BYTES 16
+#include "lanes.inc"
 #include "pairwise.inc"
 #undef VECTOR_BYTES
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAVE_AVX 1
+#ifdef HAVE_AVX
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define VECTOR_BYTES 32
+#include "lanes.inc"
 #include "pairwise.inc"
 #undef VECTOR_BYTES
 }  // namespace avx2
@@ -127,31 +96,13 @@ namespace avx2 {
 namespace avx512 {
 #define VECTOR_BYTES 64
 #define ISA_AVX512
+#include "lanes.inc"
 #include "pairwise.inc"
 #undef ISA_AVX512
 #undef VECTOR_BYTES
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
-
-enum class Unit { baseline, avx2, avx512 };
-
-Unit best_unit() {
-    Unit best = Unit::baseline;
-#ifdef HAVE_AVX
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Unit::avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw")) {
-        best = Unit::avx512;
-    }
-    if (const char* most = std::getenv("INFOVAE_FAST_VECTOR_UNIT")) {  // to test the others on a machine that has more
-        if (!std::strcmp(most, "baseline")) best = Unit::baseline;
-        if (!std::strcmp(most, "avx2")) best = std::min(best, Unit::avx2);
-    }
-#endif
-    return best;
-}
-const Unit kUnit = best_unit();
 
 template <typename T>
 auto rows_function() {
@@ -161,58 +112,6 @@ auto rows_function() {
 #endif
     return &baseline::rows<T>;
 }
-
-// Memory for one call, kept for the next one: touching new pages takes longer than most calls.
-class Workspace {
-public:
-    static constexpr size_t kKept = size_t(32) << 20;
-    Workspace() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        std::swap(memory_, kept_);
-        std::swap(size_, kept_size_);
-    }
-    ~Workspace() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (size_ <= kKept && size_ > kept_size_) {
-            std::swap(memory_, kept_);
-            std::swap(size_, kept_size_);
-        }
-        std::free(memory_);
-    }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-    char* reserve(size_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = 0;
-            memory_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-            if (memory_ == nullptr) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return memory_;
-    }
-
-private:
-    char* memory_ = nullptr;
-    size_t size_ = 0;
-    static inline std::mutex mutex_;
-    static inline char* kept_ = nullptr;
-    static inline size_t kept_size_ = 0;
-};
-
-// Hands out aligned pieces of memory; with a null start it only counts what is needed.
-struct Carver {
-    char* start;
-    size_t used = 0;
-    template <typename T>
-    T* take(int64_t count) {
-        T* piece = start == nullptr ? nullptr : reinterpret_cast<T*>(start + used);
-        used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-        return piece;
-    }
-};
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <typename T>
 struct Cloud {

@@ -1,0 +1,148 @@
+"""The C++ backend of `masked_conv`: every vector unit, any number of threads, its operators, saturated gates."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from infovae_fast import backends
+from infovae_fast.masked_conv import Mask, masked_conv2d
+
+pytestmark = pytest.mark.skipif(backends.native_missing() is not None, reason=str(backends.native_missing()))
+
+# n, h, w, cin, cout, window, k, data_channels, gate, spatial: strips of pixels and vectors of channels that do not
+# come out even, more rows than fit one task, colours.
+CASES = [
+    (3, 5, 7, 6, 12, "B", 3, 1, None, None),
+    (2, 28, 28, 1, 64, "A", 7, 1, "tanh", False),
+    (1, 9, 29, 64, 128, "V", 3, 1, "tanh", True),
+    (2, 3, 4, 40, 66, "H", 3, 1, "glu", False),
+    (1, 90, 40, 70, 33, "V0", 5, 1, None, True),
+    (20, 2, 2, 5, 1, "B", 1, 1, None, None),
+    (2, 6, 5, 9, 102, "A", 5, 3, "tanh", True),
+]
+
+
+def problem(n, h, w, cin, cout, window, k, data_channels, gate, spatial, dtype=torch.float32):
+    torch.manual_seed(0)
+    mask = Mask(window, k, data_channels, "interleaved", gate)
+    weight = torch.randn(len(mask.taps), cin, cout) / (len(mask.taps) * cin) ** 0.5
+    condition = None if spatial is None else torch.randn(n, cout, *((h, w) if spatial else ()))
+    tensors = (torch.randn(n, cin, h, w), weight, torch.randn(cout), condition)
+    return mask._asdict(), [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
+
+
+def results(options, tensors, backend):
+    """The output and every gradient, by a fixed upstream one."""
+    x, weight, bias, condition = tensors
+    out = masked_conv2d(x, weight, bias, condition=condition, backend=backend, **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [t for t in tensors if t is not None], upstream)]
+
+
+def sweep():
+    for case in CASES:
+        options, tensors = problem(*case)
+        truth = results(
+            options, [None if t is None else t.detach().double().requires_grad_() for t in tensors], "reference"
+        )
+        double = results(options, [None if t is None else t.detach().double().requires_grad_() for t in tensors], "cpp")
+        yardstick, out = results(options, tensors, "reference"), results(options, tensors, "cpp")
+        for t, d, y, o in zip(truth, double, yardstick, out, strict=True):
+            size = t.abs().max()
+            assert (d - t).abs().max() <= 1e-13 * size, case
+            assert (o - t).abs().max() <= 2 * (y - t).abs().max() + 1e-6 * size, case
+
+
+@pytest.mark.parametrize("unit", ["avx512", "avx2", "baseline"])
+def test_every_vector_unit_meets_the_rule(unit):
+    """In a process of its own, held to the unit; a machine without it runs the best it has below that."""
+    environment = os.environ | {"INFOVAE_FAST_VECTOR_UNIT": unit, "OMP_NUM_THREADS": "1"}
+    code = """from tests.test_masked_conv_native import sweep
+sweep()
+from infovae_fast import _C
+print(_C.build_info()["vector unit here"])"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != unit:
+        pytest.skip(f"this processor has no {unit}; {done.stdout.strip()} passed in its place")
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        for case in CASES:
+            found = []
+            for count in (1, 2, 3, 2):
+                torch.set_num_threads(count)
+                found.append(results(*problem(*case), "cpp"))
+            assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("gate", ["tanh", "glu"])
+def test_saturated_gates_keep_their_digits(gate):
+    """tanh(a) sigmoid(b) and its derivatives, relative to float64, far from zero on both sides and next to it."""
+    axis = torch.tensor([-30.0, -12.0, -3.0, -1e-3, -1e-30, 0.0, 1e-30, 1e-3, 3.0, 12.0, 30.0])
+    a, b = (t.flatten()[:, None, None, None] for t in torch.meshgrid(axis, axis, indexing="ij"))
+    x = torch.cat([a, b], 1).requires_grad_()  # [121, 2, 1, 1]
+    weight = torch.eye(2)[None]
+    out = masked_conv2d(x, weight, window="B", kernel_size=1, gate=gate, backend="cpp")
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    a, b = a.double(), b.double()
+    tanh, sigmoid = torch.tanh(a), torch.sigmoid(b)
+    by_a = sigmoid * (1 / torch.cosh(a).square() if gate == "tanh" else 1)
+    by_b = (tanh if gate == "tanh" else a) * sigmoid * torch.sigmoid(-b)
+    for got, exact in ((out, (tanh if gate == "tanh" else a) * sigmoid), (slope, torch.cat([by_a, by_b], 1))):
+        assert torch.allclose(got.double(), exact, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]])
+def test_operators_are_well_formed(case):
+    """opcheck: schema, autograd registration, fake tensors and AOT autograd."""
+    options, (x, weight, bias, condition) = problem(*case)
+    mask = Mask(**options)
+    taps = [offset for tap in mask.taps for offset in tap]
+    colours, gate = (mask.groups, 1, mask.visible(0)), mask.gate or ""
+    ops = torch.ops.infovae_fast
+    torch.library.opcheck(ops.masked_conv.default, (x, weight, bias, condition, taps, colours, gate))
+    x, weight, bias, condition = (None if t is None else t.detach() for t in (x, weight, bias, condition))
+    out, f = ops.masked_conv_forward(x, weight, bias, condition, taps, colours, gate, True)
+    torch.library.opcheck(
+        ops.masked_conv_forward.default,
+        (x, weight, bias, condition, taps, colours, gate, True),
+        test_utils="test_schema",
+    )
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            ops.masked_conv_backward.default, (torch.ones_like(out), x, weight, f, taps, colours, gate, *wanted)
+        )
+
+
+def test_refusals():
+    x, weight = torch.zeros(2, 4, 5, 5), torch.zeros(5, 4, 8)
+    run = torch.ops.infovae_fast.masked_conv
+    with pytest.raises(TypeError, match="accepted: float32, float64"):
+        run(x.half(), weight, None, None, [0] * 10, [1, 1, 1], "")
+    with pytest.raises(TypeError, match="got Double beside Float"):
+        run(x, weight.double(), None, None, [0] * 10, [1, 1, 1], "")
+    with pytest.raises(ValueError, match="4 taps; accepted"):
+        run(x, weight, None, None, [0] * 8, [1, 1, 1], "")
+    with pytest.raises(ValueError, match="gate: got 'swish'"):
+        run(x, weight, None, None, [0] * 10, [1, 1, 1], "swish")
+    with pytest.raises(ValueError, match="groups of equal size"):
+        run(x, weight, None, None, [0] * 10, [3, 1, 1], "")
+    with pytest.raises(ValueError, match="beside x"):
+        run(x, weight, None, torch.zeros(2, 8, 5, 4), [0] * 10, [1, 1, 1], "")
+
+
+def test_second_derivatives_point_to_the_reference():
+    options, tensors = problem(*CASES[0])
+    x, weight, bias, _ = tensors
+    out = masked_conv2d(x, weight, bias, backend="cpp", **options)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
+        torch.autograd.grad(first.sum(), weight)
