@@ -19,14 +19,16 @@ from infovae_fast.divergences import (
 )
 from infovae_fast.likelihoods import (
     Bernoulli,
+    Categorical,
     DiscretizedLogisticMixture,
     Gaussian,
     bernoulli_nll,
+    categorical_nll,
     discretized_logistic_mixture_nll,
     gaussian_nll,
 )
 from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
-from infovae_fast.models import InfoVAE
+from infovae_fast.models import GatedPixelCNN, InfoVAE, PixelSampler
 from infovae_fast.normal_prior import NormalMMDLoss, mmd_to_normal
 from infovae_fast.objective import (
     Objective,
@@ -58,7 +60,9 @@ __all__ = [
     "RBF",
     "AdversarialLoss",
     "Bernoulli",
+    "Categorical",
     "DiscretizedLogisticMixture",
+    "GatedPixelCNN",
     "Gaussian",
     "ImageData",
     "InfoVAE",
@@ -67,12 +71,14 @@ __all__ = [
     "MaskedConv2d",
     "NormalMMDLoss",
     "Objective",
+    "PixelSampler",
     "RationalQuadratic",
     "SteinLoss",
     "aae",
     "bernoulli_nll",
     "beta_vae",
     "binarize",
+    "categorical_nll",
     "cmmd",
     "discretized_logistic_mixture_nll",
     "elbo",

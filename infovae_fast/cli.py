@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ def evaluate(run: str, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]
     return metrics
 
 
-def sample(run: str, n: int = 64, *, out: str | None = None, seed: int = 0, mean: bool = True) -> Path:
+def sample(
+    run: str,
+    n: int = 64,
+    *,
+    out: str | None = None,
+    seed: int = 0,
+    mean: bool = True,
+    progress: bool | None = None,
+) -> Path:
     """Draw images from the model of a finished run and write them as one PNG.
 
     Args:
@@ -35,6 +43,7 @@ def sample(run: str, n: int = 64, *, out: str | None = None, seed: int = 0, mean
         out: the PNG; default RUN/samples.png.
         seed: of the draws.
         mean: show the mean of p(x|z); false draws from it.
+        progress: show a bar of the rows that a PixelCNN has drawn; default: if standard error is a terminal.
     """
     import torch
 
@@ -45,21 +54,39 @@ def sample(run: str, n: int = 64, *, out: str | None = None, seed: int = 0, mean
     model = load_model(run)
     torch.manual_seed(seed)
     path = Path(out or Path(run) / "samples.png")
-    save_png(path, image_grid(model.sample(n, mean=mean)))
+    callback = row_progress() if (sys.stderr.isatty() if progress is None else progress) else None
+    save_png(path, image_grid(model.sample(n, mean=mean, callback=callback)))
     print(path)
     return path
 
 
-def report(runs: Sequence[str], *, out: str = "report") -> Path:
+def row_progress() -> Callable[[int, int], None]:
+    """A callback(rows drawn, all rows) that shows a bar on standard error from its first call on."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def callback(done: int, rows: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=rows, desc="sample", unit="row", mininterval=0))
+        bars[0].update(done - bars[0].n)
+        if done == rows:
+            bars[0].close()
+
+    return callback
+
+
+def report(runs: Sequence[str], *, out: str = "report", n_samples: int = 100) -> Path:
     """Write a self-contained report.html with its pictures and metrics.json, comparing finished runs.
 
     Args:
         runs: folders of the runs.
         out: folder of the report.
+        n_samples: importance samples for the log-likelihood of each test image; most of the time, with a PixelCNN.
     """
     from infovae_fast.report import write_report
 
-    path = write_report(runs, out)
+    path = write_report(runs, out, n_samples=n_samples)
     print(path)
     return path
 

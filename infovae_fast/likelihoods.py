@@ -1,20 +1,24 @@
-"""p(x|z) from what a decoder puts out: Bernoulli, Gaussian, discretised logistic mixture.
+"""p(x|z) from what a decoder puts out: Bernoulli, Gaussian, categorical, discretised logistic mixture.
 
 A decoder maps z to `params` [N, P, *S]; the data are `x` [N, C, *S]: C channels over the axes S (none for
 vectors). A likelihood says how many channels P it needs, and gives -log p(x|z) in nats per example, the mean
-and samples. Given params the elements of x are independent, save the channels of one pixel under the mixture.
+and samples. Given params the elements of x are independent, save the channels of one pixel under the mixture:
+params[:, c::C] are those of channel c alone.
 
     Bernoulli           P = C         -log p = sum_e log(1 + exp(l_e)) - x_e l_e              l: the logits
     Gaussian            P = C or 2C   -log p = sum_e (x_e - m_e)^2 / (2 s_e^2) + log s_e + log(2 pi)/2
+    categorical         P = levels C  -log p = sum_e logsumexp_k l_ek - l_e,level(x_e)
     logistic mixture    P = 3K, 10K   -log p = -sum_pixel logsumexp_k [log w_k + sum_c log P_kc(bin of x_c)]
 
 * Units: nats, summed over all but the batch; reduction "none" gives [N], "mean" and "sum" reduce over the batch.
   The Gaussian's is the log of a density per unit of x and may be negative.
 * Computed and returned in float32 or better (float64 stays), also under autocast and for half inputs: in bfloat16
   the mixture would be off by hundreds of nats.
-* Differentiable in params, and in x except for the mixture, which is constant inside a bin. NaN in, NaN out.
+* Differentiable in params, and in x except for categorical and mixture, constant inside a bin. NaN in, NaN out.
+* `draw` is the inverse distribution function (a bit is 1 where u < p): the same x for the same params and uniforms in
+  (0, 1). A temperature divides logits and multiplies scales and deviations: below 1 it draws likelier images.
 * TypeError for anything but floating-point tensors, ValueError for shapes, names and numbers. Values are not checked,
-  lest a GPU wait for the host: Bernoulli and mixture need x in [0, 1], a tensor std must be positive.
+  lest a GPU wait for the host: all but the Gaussian need x in [0, 1], a tensor std must be positive.
 """
 
 import math
@@ -50,6 +54,21 @@ def gaussian_nll(mean: Tensor, std: float | Tensor, x: Tensor, reduction: Reduct
         (mean, x), std = _same_shape(mean=mean, x=x), _number("std", std, int | float, above=0)
     log_std = std.log() if isinstance(std, Tensor) else math.log(std)
     return _reduce(((x - mean) / std).square() / 2 + log_std + math.log(2 * math.pi) / 2, reduction)
+
+
+def categorical_nll(params: Tensor, x: Tensor, *, levels: int, reduction: Reduction = "none") -> Tensor:
+    """-log p(x|z), each element one of `levels` values k/(levels - 1) with probabilities softmax(logits)_k.
+
+    Args:
+        params: [N, levels C, *S], level after level: the logit of level k of channel c is channel k C + c.
+        x: [N, C, *S] in [0, 1], rounded to the nearest level.
+    """
+    params, x = _float32_or_better(params=params, x=x)
+    log_p = _by_level(params, levels).log_softmax(1)  # [N, levels, C, *S]
+    if log_p.shape[:1] + log_p.shape[2:] != x.shape:
+        raise ValueError(f"params {tuple(params.shape)}, x {tuple(x.shape)} must be [N, {levels} C, *S] and [N, C, *S]")
+    level = (x.nan_to_num() * (levels - 1)).round().clamp(0, levels - 1).long()
+    return _reduce((x - x).detach() - log_p.take_along_dim(level.unsqueeze(1), 1).squeeze(1), reduction)  # NaN stays
 
 
 def discretized_logistic_mixture_nll(
@@ -91,11 +110,14 @@ class Likelihood(Protocol):
     """What a VAE asks of its `likelihood=`, for data [N, C, *S] and params [N, channels(C), *S]."""
 
     name: ClassVar[str]
+    joint_channels: ClassVar[bool] = False  # the channels of a pixel depend on each other, given params
 
     def channels(self, data_channels: int) -> int: ...  # that the decoder puts out for C data channels
     def nll(self, params: Tensor, x: Tensor) -> Tensor: ...  # [N] nats per example
     def mean(self, params: Tensor) -> Tensor: ...  # [N, C, *S] in data units, float32 or better
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor: ...  # like mean
+    def uniforms(self, data_channels: int) -> int: ...  # U that a pixel takes from `draw`
+    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor: ...  # [N, U, *S] -> like mean
     def to_config(self) -> dict[str, Any]:  # plain values, for `likelihood_from_config`
         return {"name": self.name, **vars(self)}
 
@@ -117,6 +139,13 @@ class Bernoulli(Likelihood):
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
         return torch.bernoulli(self.mean(params), generator=generator)
+
+    def uniforms(self, data_channels: int) -> int:
+        return data_channels
+
+    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        p = self.mean(params / temperature)
+        return (uniforms < p).to(p.dtype)
 
 
 @dataclass(frozen=True)
@@ -152,6 +181,13 @@ class Gaussian(Likelihood):
         mean, std = self._mean_std(params)
         return mean + std * mean.new_empty(mean.shape).normal_(generator=generator)
 
+    def uniforms(self, data_channels: int) -> int:
+        return data_channels
+
+    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        mean, std = self._mean_std(params)
+        return mean + temperature * std * torch.special.ndtri(uniforms.to(mean.dtype))
+
     def _mean_std(self, params: Tensor) -> tuple[Tensor, float | Tensor]:
         (raw,) = _float32_or_better(params=params)
         std: float | Tensor | None = self.std
@@ -164,6 +200,40 @@ class Gaussian(Likelihood):
 
 
 @dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Independent elements of `levels` values in [0, 1], a softmax each; see `categorical_nll` for the order of P."""
+
+    name = "categorical"
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        _number("levels", self.levels, int, above=1)
+
+    def channels(self, data_channels: int) -> int:
+        return self.levels * data_channels
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        return categorical_nll(params, x, levels=self.levels)
+
+    def mean(self, params: Tensor) -> Tensor:
+        p = _by_level(_float32_or_better(params=params)[0], self.levels).softmax(1)  # [N, levels, C, *S]
+        values = torch.linspace(0, 1, self.levels, dtype=p.dtype, device=p.device)
+        return (p * values.view(-1, *[1] * (p.ndim - 2))).sum(1)
+
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        logits = _by_level(_float32_or_better(params=params)[0], self.levels)
+        return _first_to_ring(logits, generator).squeeze(1).to(logits.dtype) / (self.levels - 1)
+
+    def uniforms(self, data_channels: int) -> int:
+        return data_channels
+
+    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        logits = _by_level(_float32_or_better(params=params)[0], self.levels)
+        level = _inverse_cdf(logits / temperature, uniforms.unsqueeze(1)).squeeze(1)
+        return level.to(logits.dtype) / (self.levels - 1)
+
+
+@dataclass(frozen=True)
 class DiscretizedLogisticMixture(Likelihood):
     """K logistics rounded to `levels` values in [0, 1]; see `discretized_logistic_mixture_nll`. 1 or 3 channels.
 
@@ -173,6 +243,7 @@ class DiscretizedLogisticMixture(Likelihood):
     """
 
     name = "discretized_logistic_mixture"
+    joint_channels = True
     mixtures: int = 10
     levels: int = 256
 
@@ -201,10 +272,22 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
         logits, *others = _mixture(params, mixtures=self.mixtures)
-        # Of K exponential clocks with rates exp(logits) the first to ring is k with probability softmax(logits)_k.
-        k = (logits - logits.new_empty(logits.shape).exponential_(generator=generator).log()).argmax(1, keepdim=True)
+        k = _first_to_ring(logits, generator)
+        uniforms = logits.new_empty(others[0][:, :, 0].shape).uniform_(generator=generator)  # [N, C, *S]
+        return self._levels(k, others, uniforms.logit())
+
+    def uniforms(self, data_channels: int) -> int:
+        return 1 + data_channels  # of the choice of k, then of each channel
+
+    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        logits, *others = _mixture(params, mixtures=self.mixtures)
+        uniforms = uniforms.to(logits.dtype)
+        k = _inverse_cdf(logits / temperature, uniforms[:, :1])
+        return self._levels(k, others, temperature * uniforms[:, 1:].logit())
+
+    def _levels(self, k: Tensor, others: Sequence[Tensor], noise: Tensor) -> Tensor:
+        """Component k [N, 1, *S] at standard logistic noise [N, C, *S], rounded channel after channel."""
         mu, log_s, coefficients = (t.take_along_dim(k.unsqueeze(1), 2).squeeze(2) for t in others)  # [N, C, *S]
-        noise = mu.new_empty(mu.shape).uniform_(generator=generator).logit()
         half, drawn = (self.levels - 1) / 2, list[Tensor]()  # drawn: the levels of R, G, B
         for c in range(mu.shape[1]):
             y = _mean(mu, coefficients, [level / half - 1 for level in drawn]) + log_s[:, c].exp() * noise[:, c]
@@ -214,7 +297,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
 def likelihood_from_config(config: Mapping[str, Any]) -> Likelihood:
     """The inverse of `to_config`: {"name": ..., options}; ValueError, with what is accepted, for anything unknown."""
-    kinds: dict[str, Any] = {kind.name: kind for kind in (Bernoulli, Gaussian, DiscretizedLogisticMixture)}
+    kinds: dict[str, Any] = {kind.name: kind for kind in (Bernoulli, Gaussian, Categorical, DiscretizedLogisticMixture)}
     options = dict(config)
     name = options.pop("name", None)
     if name not in kinds:
@@ -237,6 +320,24 @@ def _mixture(params: Tensor, data_channels: int | None = None, mixtures: int | N
         f"params {tuple(params.shape)} fit no mixture of {mixtures or 'K'} logistics for {data_channels or '1 or 3'} "
         "data channel(s): axis 1 must be 3 K long for 1 channel, 10 K for 3; other numbers of channels do not work"
     )
+
+
+def _by_level(params: Tensor, levels: int) -> Tensor:
+    """[N, levels C, *S] -> [N, levels, C, *S]."""
+    _number("levels", levels, int, above=1)
+    if params.ndim < 2 or params.shape[1] == 0 or params.shape[1] % levels:
+        raise ValueError(f"params {tuple(params.shape)}: axis 1 must be {levels} C long, a logit for each level")
+    return params.unflatten(1, (levels, -1))
+
+
+def _first_to_ring(logits: Tensor, generator: Generator | None) -> Tensor:
+    """Of K exponential clocks [N, K, ...] with rates exp(logits) the first is k with probability softmax(logits)_k."""
+    return (logits - logits.new_empty(logits.shape).exponential_(generator=generator).log()).argmax(1, keepdim=True)
+
+
+def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """The k at which the cumulated softmax(logits) [N, K, ...] passes the uniforms [N, 1, ...]."""
+    return (logits.softmax(1).cumsum(1)[:, :-1] <= uniforms).sum(1, keepdim=True)
 
 
 def _mean(mu: Tensor, coefficients: Tensor, earlier: Sequence[Tensor]) -> Tensor:

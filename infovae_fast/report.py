@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from infovae_fast import __version__
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
-from infovae_fast.models import InfoVAE, StandardNormal
+from infovae_fast.models import InfoVAE, PixelSampler, StandardNormal
 from infovae_fast.pictures import (
     OBJECTIVES,
     image_grid,
@@ -68,8 +69,8 @@ maximum mean discrepancy as <i>D</i> the MMD-VAE.</p>"""
 NOTE = """<p class="note">Upper numbers are for the training set, lower ones for the test set; nats per image. log det
 Cov[q(z)] of codes z ~ q(z|x) is 0 where q(z) is as wide as a prior N(0, I), positive where it is wider. MMD² is
 unbiased, between one code for each image and as many draws from the prior. log p(x) is estimated by importance sampling
-with 100 draws from q(z|x), on average a lower bound, ± the standard error of its mean over the images; it is far too
-low where the effective number of samples (the median over the images) is near 1.</p>"""
+with {n_samples} draws from q(z|x), on average a lower bound, ± the standard error of its mean over the images; it is
+far too low where the effective number of samples (the median over the images) is near 1.</p>"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def write_report(
     out: str | Path,
     *,
     title: str = "InfoVAE: training runs",
+    n_samples: int = 100,
     opening: Callable[[list[Run]], Section] | None = None,
 ) -> Path:
     """Compute all metrics of finished runs and write the report into the folder `out`.
@@ -121,6 +123,7 @@ def write_report(
     Args:
         runs: folders of the runs. Of those that differ in the seed alone, the first one is shown in pictures.
         title: heading of the page.
+        n_samples: importance samples for the log-likelihood of each test image.
         opening: makes a section that comes first, from the runs.
 
     Returns:
@@ -132,13 +135,16 @@ def write_report(
     if isinstance(runs, str | Path) or not runs:
         raise ValueError(f"runs: got {runs!r}; accepted: a list of folders, as infovae-fast train writes them")
     configs = [_finished(Path(folder)) for folder in runs]  # all, before the long computation
-    opened = [_open(Path(folder), config) for folder, config in zip(runs, configs, strict=True)]
+    opened = [_open(Path(folder), config, n_samples) for folder, config in zip(runs, configs, strict=True)]
     shown = _shown(opened)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sections = [opening(opened)] if opening is not None else []
-        sections.append(_table_of_runs(opened))
-        sections += [_reconstructions(shown), _samples(shown), _latent_spaces(shown), _losses(shown)]
+        sections.append(_table_of_runs(opened, n_samples))
+        sections += [_reconstructions(shown), _samples(shown)]
+        if drawn := {name: run for name, run in shown.items() if run.model.autoregressive}:
+            sections.append(_inpainting(drawn))
+        sections += [_latent_spaces(shown), _losses(shown)]
     versions = {"infovae_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
     numbers: dict[str, Any] = {"versions": versions, "runs": [_numbers(run) for run in opened]}
     out = Path(out)
@@ -158,9 +164,9 @@ def _finished(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _open(folder: Path, config: dict[str, Any]) -> Run:
+def _open(folder: Path, config: dict[str, Any], n_samples: int) -> Run:
     model, data = InfoVAE.from_pretrained(folder / "model"), run_data(config)
-    return Run(folder, config, model, data, summarize(model, data, n_samples=100))
+    return Run(folder, config, model, data, summarize(model, data, n_samples=n_samples))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -195,7 +201,7 @@ def _numbers(run: Run) -> dict[str, Any]:
     return {"run": str(run.folder), "label": run.label, **weights, "settings": run.config, **run.metrics}
 
 
-def _table_of_runs(runs: list[Run]) -> Section:
+def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
     def cells(run: Run) -> list[str]:
         objective, train, test = run.model.objective, run.metrics["train"], run.metrics["test"]
         return [
@@ -217,7 +223,7 @@ def _table_of_runs(runs: list[Run]) -> Section:
         lines.append(f"{run.folder}: {', '.join(text for text in texts if text not in common)}")
     items = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     details = f"<details><summary>Settings of the runs</summary>{items}</details>"
-    return Section("All runs", table(header, map(cells, runs)) + NOTE + details)
+    return Section("All runs", table(header, map(cells, runs)) + NOTE.format(n_samples=n_samples) + details)
 
 
 def _gallery(kind: str, shown: dict[str, Run], draw: Callable[[Run], bytes], pixels: bool = False) -> list[Picture]:
@@ -228,21 +234,50 @@ def _gallery(kind: str, shown: dict[str, Run], draw: Callable[[Run], bytes], pix
     ]
 
 
+PIXELWISE = """ A PixelCNN draws pixel by pixel: shown is the mean of each pixel given the ones that were drawn before
+it."""
+
+
+def _test_images(run: Run) -> Tensor:
+    """Ten images of the test set, of as many classes as can be."""
+    images, labels = run.data.test_images, run.data.test_labels
+    one_each = [] if labels is None else [int((labels == label).nonzero()[0]) for label in labels.unique()]
+    return to_unit(images[one_each[:10]] if len(one_each) > 1 else images[:10], run.data.levels)
+
+
+def _pixelwise(shown: dict[str, Run]) -> str:
+    return PIXELWISE * any(run.model.autoregressive for run in shown.values())
+
+
 def _reconstructions(shown: dict[str, Run]) -> Section:
     def draw(run: Run) -> bytes:
-        images, labels = run.data.test_images, run.data.test_labels
-        one_each = [] if labels is None else [int((labels == label).nonzero()[0]) for label in labels.unique()]
-        x = to_unit(images[one_each[:10]] if len(one_each) > 1 else images[:10], run.data.levels)
+        x = _test_images(run)
         return image_png(image_grid(torch.cat([x, run.model.reconstruct(x)]), columns=len(x)))
 
-    text = "<p>Above: images of the test set. Below each: the mean of p(x|z) at the mean of q(z|x).</p>"
+    text = "<p>Above: images of the test set. Below each: the mean of p(x|z) at the mean of q(z|x)."
+    text += _pixelwise(shown) + "</p>"
     return Section("Reconstructions", text, _gallery("reconstructions", shown, draw, pixels=True))
 
 
 def _samples(shown: dict[str, Run]) -> Section:
-    text = "<p>The mean of p(x|z) for each of 60 codes z drawn from the prior.</p>"
+    text = f"<p>The mean of p(x|z) for each of 60 codes z drawn from the prior.{_pixelwise(shown)}</p>"
     pictures = _gallery("samples", shown, lambda run: image_png(image_grid(run.model.sample(60), 12)), pixels=True)
     return Section("Samples from the prior", text, pictures)
+
+
+def _inpainting(drawn: dict[str, Run]) -> Section:
+    def draw(run: Run) -> bytes:
+        x, model = _test_images(run), run.model
+        mask = torch.zeros(x.shape[1:], dtype=torch.bool)
+        mask[:, : x.shape[2] // 2] = True
+        codes = model.encode(x).mu, model.prior.sample(len(x))
+        completed = [PixelSampler(model).sample(z, known=x, known_mask=mask[None]) for z in codes]
+        return image_png(image_grid(torch.cat([x, *completed]), columns=len(x)))
+
+    text = """<p>Above: images of the test set. Below each, its upper half was given and the lower one drawn pixel by
+pixel from p(x|z): with the code of the whole image, the mean of q(z|x), then with a code drawn from the prior, so that
+only the pixels above tell what is to come.</p>"""
+    return Section("In-painting", text, _gallery("inpainting", drawn, draw, pixels=True))
 
 
 def _latent_spaces(shown: dict[str, Run]) -> Section:

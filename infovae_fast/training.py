@@ -266,12 +266,14 @@ def train(
         objective: more arguments of the preset, e.g. {"kernel": {"name": "imq", "bandwidth": 1.0}}.
         latent_dim: dimension of z.
         encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
-        decoder: likewise.
-        likelihood: "bernoulli", "gaussian", "discretized_logistic_mixture", with options likewise.
+        decoder: likewise, or "pixelcnn", e.g. {"name": "pixelcnn", "layers": 12, "maps": 32}.
+        likelihood: "bernoulli", "gaussian", "categorical", "discretized_logistic_mixture", with options likewise. The
+            levels of "categorical" are those of the data, unless they are given.
         prior: "normal", "uniform", {"name": "gaussian_mixture", "means": [[...]]}.
         root: folder of the data set's files, where it is not built in.
         train_size: keep that many training images, balanced over the classes.
-        binarize: "threshold", "static" (one seeded draw), "dynamic" (a new draw for every batch), or null.
+        binarize: "threshold", "static" (one seeded draw), "dynamic" (a new draw for every batch), or null: grey values,
+            but "dynamic" for a PixelCNN with a Bernoulli likelihood, whose pixels must be the bits that it draws.
         epochs: passes over the training set.
         evaluate_every: epochs between two validations and checkpoints.
         batch_size: images a step.
@@ -310,6 +312,7 @@ def train(
         binarize=None if config["binarize"] == "dynamic" else config["binarize"],
         seed=config["seed"],
     )
+    config |= _fitted(config, images)
     torch.manual_seed(_stream(config["seed"], -(2**20)))
     model = InfoVAE.from_config(images.shape, **model_config(config))
     module = InfoVAETraining(
@@ -339,6 +342,18 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
     objective |= {key: config[key] for key in ("alpha", "lambda_") if config[key] is not None}
     names = ("latent_dim", "encoder", "decoder", "likelihood", "prior")
     return {name: config[name] for name in names} | {"objective": objective}
+
+
+def _fitted(config: dict[str, Any], images: ImageData) -> dict[str, Any]:
+    """The settings that depend on the data."""
+    names = [c if isinstance(c, str) else c.get("name") for c in (config["decoder"], config["likelihood"])]
+    if names == ["pixelcnn", "bernoulli"] and images.levels > 2 and config["binarize"] != "dynamic":
+        print("binarize: dynamic, as this decoder draws bits; for grey values choose likelihood categorical")
+        return {"binarize": "dynamic"}
+    if names[1] == "categorical":
+        given = {} if isinstance(config["likelihood"], str) else config["likelihood"]
+        return {"likelihood": {"name": "categorical", "levels": images.levels} | given}
+    return {}
 
 
 def run_data(config: dict[str, Any]) -> ImageData:

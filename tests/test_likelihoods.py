@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from infovae_fast.likelihoods import (
     Bernoulli,
+    Categorical,
     DiscretizedLogisticMixture,
     Gaussian,
     bernoulli_nll,
+    categorical_nll,
     discretized_logistic_mixture_nll,
     gaussian_nll,
     likelihood_from_config,
@@ -25,6 +27,7 @@ LIKELIHOODS = [
     Gaussian(),
     Gaussian(std=0.3),
     Gaussian(min_std=0.0005, squash=False),
+    Categorical(levels=16),
     DiscretizedLogisticMixture(mixtures=2, levels=16),
 ]
 EXTREME_MU = (-1000.0, -30.0, -1.0, -0.4, 0.0, 1 / 255, 0.9, 1.0, 50.0)
@@ -360,7 +363,95 @@ def test_rgb_mixture_mean_is_the_sample_mean_where_nothing_clips(rng):
     torch.testing.assert_close(x.mean(0), likelihood.mean(params[None])[0], atol=0.003, rtol=0)
 
 
+# Categorical
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_categorical_is_the_textbook_sum(channels, rng):
+    params, x = random(2, 5 * channels, 2, 3, rng=rng), on_grid(2, channels, 2, 3, levels=5, rng=rng)
+    totals, mean = torch.zeros(2, dtype=torch.float64), torch.zeros_like(x)
+    for n, c, i, j in itertools.product(range(2), range(channels), range(2), range(3)):
+        logits = [params[n, k * channels + c, i, j].item() for k in range(5)]
+        weights = [math.exp(value) for value in logits]
+        totals[n] -= math.log(weights[round(4 * x[n, c, i, j].item())] / sum(weights))
+        mean[n, c, i, j] = sum(k / 4 * weight for k, weight in enumerate(weights)) / sum(weights)
+    torch.testing.assert_close(categorical_nll(params, x, levels=5), totals, rtol=1e-12, atol=0)
+    torch.testing.assert_close(Categorical(5).mean(params), mean, rtol=1e-12, atol=0)
+    assert torch.equal(categorical_nll(params, x, levels=5, reduction="mean"), Categorical(5).nll(params, x).mean())
+
+
+def test_categorical_samples_follow_the_softmax(rng):
+    params = random(8, rng=rng)  # four levels of two channels
+    x = Categorical(4).sample(params.expand(100_000, -1), rng)
+    assert set(x.unique().tolist()) == {0, 1 / 3, 2 / 3, 1}
+    for c in range(2):
+        assert chi_square((x[:, c] * 3).round().long().bincount(), params[c::2].softmax(0)) < 5
+
+
 # All of them
+
+
+def steps(likelihood):
+    """A grey pixel's params, and the values it takes at 100,000 evenly spaced uniforms."""
+    params = random(likelihood.channels(1), rng=torch.Generator().manual_seed(3))
+    n = 100_000
+    u = torch.full((n, likelihood.uniforms(1)), 0.5, dtype=torch.float64)
+    u[:, -1] = (torch.arange(n) + 0.5) / n
+    return params, likelihood.draw(params.expand(n, -1), u)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(16), DiscretizedLogisticMixture(1, 16)], ids=repr)
+def test_draw_is_the_inverse_distribution_function(likelihood):
+    """Evenly spaced uniforms give every level as often as its probability says, in order."""
+    levels = getattr(likelihood, "levels", 2)
+    params, x = steps(likelihood)
+    assert bool((x.diff(dim=0) * (-1 if levels == 2 else 1) >= 0).all())
+    values = torch.arange(levels, dtype=torch.float64)[:, None] / (levels - 1)
+    p = likelihood.nll(params.expand(levels, -1), values).neg().exp()
+    counts = (x[:, 0] * (levels - 1)).round().long().bincount(minlength=levels)
+    torch.testing.assert_close(
+        counts.double() / len(x), p, atol=2.1e-5, rtol=0
+    )  # a level gains or loses one at either end
+
+
+def test_draw_of_a_gaussian_has_its_quantiles():
+    params = torch.tensor([[0.3, -1.0]], dtype=torch.float64)
+    likelihood = Gaussian(squash=False)
+    mean, std = likelihood._mean_std(params)
+    u = torch.tensor([[0.5], [0.841344746068543], [0.022750131948179]], dtype=torch.float64)
+    wanted = mean + std * torch.tensor([[0.0], [1.0], [-2.0]])
+    torch.testing.assert_close(likelihood.draw(params.expand(3, -1), u), wanted)
+    torch.testing.assert_close(likelihood.draw(params.expand(3, -1), u, 0.5), (wanted + mean) / 2)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
+def test_draw_follows_sample(likelihood, rng):
+    """Two ways to the same distribution: means of a pixel with three channels, also of their products."""
+    params = (random(likelihood.channels(3), rng=rng) / 2).expand(100_000, -1)
+    u = torch.rand(100_000, likelihood.uniforms(3), generator=rng)
+    a, b = likelihood.draw(params, u), likelihood.sample(params, rng)
+    assert a.dtype == torch.float64 and a.shape == b.shape
+    torch.testing.assert_close(a.mean(0), b.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(torch.cov(a.T), torch.cov(b.T), atol=0.02, rtol=0.05)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
+def test_a_low_temperature_draws_the_likeliest(likelihood, rng):
+    params = random(50, likelihood.channels(1), rng=rng)
+    u = torch.rand(50, likelihood.uniforms(1), generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(
+        likelihood.draw(params, u, 1e-6), likelihood.draw(params, torch.full_like(u, 0.5), 1e-9), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
+def test_params_of_a_channel(likelihood, rng):
+    """Unless the channels of a pixel are joint, params[:, c::C] are those of channel c alone."""
+    params, x = random(2, likelihood.channels(3), 4, rng=rng), on_grid(2, 3, 4, levels=2, rng=rng)
+    if likelihood.joint_channels:
+        return
+    alone = sum(likelihood.nll(params[:, c::3], x[:, c::3]) for c in range(3))
+    torch.testing.assert_close(alone, likelihood.nll(params, x), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
@@ -457,6 +548,7 @@ def test_channels():
     assert [Bernoulli().channels(c) for c in (1, 3, 7)] == [1, 3, 7]
     assert [Gaussian(std=1).channels(c) for c in (1, 3)] == [1, 3]
     assert [Gaussian().channels(c) for c in (1, 3)] == [2, 6]
+    assert [Categorical(5).channels(c) for c in (1, 3)] == [5, 15]
     assert [DiscretizedLogisticMixture().channels(c) for c in (1, 3)] == [30, 100]
 
 
@@ -528,6 +620,9 @@ A, B, BYTES = torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3, dtype=torc
         (lambda: DiscretizedLogisticMixture().sample(A), ValueError, r"no mixture of 10 logistics for 1 or 3 data"),
         (lambda: DiscretizedLogisticMixture().mean(BYTES), TypeError, r"params must be a floating-point tensor"),
         (lambda: DiscretizedLogisticMixture().channels(2), ValueError, r"1 or 3 data channels, got 2"),
+        (lambda: Categorical(1), ValueError, r"levels must be an integer > 1, got 1"),
+        (lambda: Categorical(2).nll(A, A), ValueError, r"params \(2, 3\): axis 1 must be 2 C long"),
+        (lambda: Categorical(2).nll(B, A), ValueError, r"params \(2, 4\), x \(2, 3\) must be \[N, 2 C, \*S\]"),
         (lambda: DiscretizedLogisticMixture(mixtures=0), ValueError, r"mixtures must be an integer > 0, got 0"),
         (lambda: DiscretizedLogisticMixture(levels=True), ValueError, r"levels must be an integer > 1, got True"),
         (lambda: Gaussian(std=-1.0), ValueError, r"std must be a number > 0, got -1.0"),

@@ -1,5 +1,6 @@
 """All metrics of a trained model on a data set."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from infovae_fast.evaluation.mutual_information import mutual_information
 from infovae_fast.models import InfoVAE, Posterior
 
 BATCH = 500  # images at once
+DECODED = 50  # of them, for an autoregressive decoder, which keeps many maps a pixel
 
 
 @torch.no_grad()
@@ -37,13 +39,19 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
     """
     model.eval()
     device = next(model.parameters()).device
+    size = DECODED if model.autoregressive else BATCH
     metrics: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part, images in (("train", data.train_images), ("test", data.test_images)):
             x = to_unit(images, data.levels).to(device)
             posterior, z = encode_all(model, x)
-            nll = torch.cat([model.likelihood.nll(model.decode(z_), x_) for z_, x_ in _batches(z, x)])
+            nll = torch.cat(
+                [
+                    model.likelihood.nll(model.decode(z_, x_), x_)
+                    for z_, x_ in zip(z.split(size), x.split(size), strict=True)
+                ]
+            )
             metrics[part] = {
                 "images": len(x),
                 "reconstruction": nll.mean().item(),
@@ -53,12 +61,12 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
                 "mutual_information": mutual_information(posterior, z),
             }
         if model.prior.has_kl:
-            metrics["test"] |= _log_likelihood(model, x, n_samples)
+            metrics["test"] |= _log_likelihood(model, x.split(size), n_samples)
     return metrics
 
 
-def _log_likelihood(model: InfoVAE, x: Tensor, n_samples: int) -> dict[str, float]:
-    parts = [model.log_likelihood(batch, n_samples) for batch in x.split(BATCH)]
+def _log_likelihood(model: InfoVAE, batches: Sequence[Tensor], n_samples: int) -> dict[str, float]:
+    parts = [model.log_likelihood(x, n_samples) for x in batches]
     value = torch.cat([p.log_likelihood for p in parts])
     return {
         "log_likelihood": value.mean().item(),
@@ -66,7 +74,3 @@ def _log_likelihood(model: InfoVAE, x: Tensor, n_samples: int) -> dict[str, floa
         "effective_samples": torch.cat([p.effective_samples for p in parts]).median().item(),
         "importance_samples": n_samples,
     }
-
-
-def _batches(*tensors: Tensor) -> Any:
-    return zip(*(t.split(BATCH) for t in tensors), strict=True)

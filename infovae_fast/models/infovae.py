@@ -1,6 +1,9 @@
 """InfoVAE: encoder, decoder, likelihood, prior and objective in one module.
 
 q(z|x) = N(mu(x), diag e^logvar(x))      p(x|z) = likelihood(decoder(z))      p(z) = prior      loss = objective (Eq. 6)
+
+An autoregressive decoder, such as a PixelCNN, is given the image too: likelihood(decoder(z, x)), pixels seeing earlier
+ones only. What then is drawn, is drawn pixel by pixel (`PixelSampler`).
 """
 
 import json
@@ -14,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
+from infovae_fast.models.incremental import Callback
 from infovae_fast.models.networks import DECODERS, ENCODERS, build
+from infovae_fast.models.pixel_sampler import PixelSampler
+from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.priors import PRIORS, Posterior, Prior, StandardNormal
 from infovae_fast.objective import Objective, Terms, mmd_vae, objective_from_config
 
@@ -44,9 +50,10 @@ class InfoVAE(nn.Module):
 
     Args:
         encoder: a module [N, C, H, W] -> [N, 2 D], the mean and log-variance of q(z|x).
-        decoder: a module [N, D] -> [N, K, H, W], K = likelihood.channels(C).
+        decoder: a module [N, D] -> [N, K, H, W], K = likelihood.channels(C); or ([N, D], [N, C, H, W]) -> the same,
+            with attributes autoregressive = True and image_shape = (C, H, W).
         latent_dim: D.
-        likelihood: `Bernoulli()` (default), `Gaussian()` or `DiscretizedLogisticMixture()`.
+        likelihood: `Bernoulli()` (default), `Gaussian()`, `Categorical()` or `DiscretizedLogisticMixture()`.
         prior: a `Prior` in D dimensions; default N(0, I).
         objective: an `Objective`; default `mmd_vae()`.
     """
@@ -88,8 +95,10 @@ class InfoVAE(nn.Module):
         Args:
             shape: of an image, (C, H, W).
             latent_dim: D.
-            encoder, decoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
-            likelihood: "bernoulli", "gaussian", "discretized_logistic_mixture", with options likewise.
+            encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
+            decoder: likewise, or "pixelcnn", a `GatedPixelCNN`, e.g. `pixelcnn.R64`. The likelihood decides whether it
+                orders the colours of a pixel.
+            likelihood: "bernoulli", "gaussian", "categorical", "discretized_logistic_mixture", with options likewise.
             prior: "normal", "uniform", {"name": "gaussian_mixture", "means": ...}.
             objective: a preset of `objective.PRESETS`, or {"name": "mmd_vae", "lambda_": 500.0}.
 
@@ -102,10 +111,14 @@ class InfoVAE(nn.Module):
         if latent_dim < 1:
             raise ValueError(f"latent_dim: got {latent_dim}; accepted: 1 or more")
         p_x = likelihood_from_config({"name": likelihood} if isinstance(likelihood, str) else likelihood)
+        name = decoder if isinstance(decoder, str) else decoder.get("name", "")
+        image: tuple[int, ...] = ()
+        if getattr(DECODERS.get(name), "autoregressive", False):
+            image = (shape[0], 1 if p_x.joint_channels else shape[0])
         prior_args = () if isinstance(prior, dict) and prior.get("name") == "gaussian_mixture" else (latent_dim,)
         model = cls(
             build(ENCODERS, "encoder", encoder, shape, 2 * latent_dim),
-            build(DECODERS, "decoder", decoder, latent_dim, (p_x.channels(shape[0]), *shape[1:])),
+            build(DECODERS, "decoder", decoder, latent_dim, (p_x.channels(shape[0]), *shape[1:]), *image),
             latent_dim,
             likelihood=p_x,
             prior=build(PRIORS, "prior", prior, *prior_args),
@@ -125,15 +138,34 @@ class InfoVAE(nn.Module):
         mu, logvar = parameters.chunk(2, dim=1)
         return Posterior(mu, logvar.clamp(-30, 20))  # e^(logvar/2) and e^-logvar stay finite in float32
 
-    def decode(self, z: Tensor) -> Tensor:
-        """The parameters of p(x|z), [N, D] -> [N, K, H, W]."""
-        return self.decoder(z)
+    @property
+    def autoregressive(self) -> bool:
+        """The decoder needs the image."""
+        return getattr(self.decoder, "autoregressive", False)
+
+    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """The parameters of p(x|z), [N, D] -> [N, K, H, W].
+
+        Args:
+            x: [N, C, H, W], for an autoregressive decoder; others ignore it. With z [S N, D] of S codes for every
+                image, code s of image n in row s N + n, the images need not be repeated.
+        """
+        if not self.autoregressive:
+            return self.decoder(z)
+        if x is None:
+            raise ValueError(
+                "decode: got no x; accepted: decode(z, x), as this decoder is autoregressive: parameters depend on "
+                "earlier pixels. To draw images use PixelSampler(model).sample(z), or model.sample(n)"
+            )
+        if len(x) < len(z) and not isinstance(self.decoder, GatedPixelCNN):
+            x = x.repeat(len(z) // len(x), 1, 1, 1)
+        return self.decoder(z, x)
 
     def forward(self, x: Tensor) -> Output:
         """Encode, draw z ~ q(z|x), decode."""
         posterior = self.encode(x)
         z = posterior.rsample()
-        return Output(self.decode(z), posterior, z)
+        return Output(self.decode(z, x), posterior, z)
 
     def loss(self, x: Tensor) -> Terms:
         """The objective and its terms on a batch x [N, C, H, W]: call `.loss.backward()`."""
@@ -143,18 +175,36 @@ class InfoVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at z = mu(x), [N, C, H, W]."""
-        return self.likelihood.mean(self.decode(self.encode(x).mu))
+        """The mean of p(x|z) at z = mu(x), [N, C, H, W]; see `sample` for an autoregressive decoder's."""
+        return self._images(self.encode(x).mu)
 
     @torch.no_grad()
-    def sample(self, n: int, *, mean: bool = True) -> Tensor:
-        """n images from the model, [n, C, H, W]: z ~ p(z), then the mean of p(x|z), or a draw from it."""
-        params = self.decode(self.prior.sample(n))
+    def sample(self, n: int, *, mean: bool = True, callback: Callback | None = None) -> Tensor:
+        """n images from the model, [n, C, H, W]: z ~ p(z), then the mean of p(x|z), or a draw from it.
+
+        Args:
+            mean: of an autoregressive decoder it is the mean of every pixel given the earlier ones of a draw from
+                p(x|z), which is the mean of p(x|z) on average over the draws.
+            callback: called as callback(done, H) with the number of rows drawn, by an autoregressive decoder only.
+        """
+        z = self.prior.sample(n)
+        if self.autoregressive:
+            return self._images(z, mean, seed=int(torch.randint(2**62, ())), callback=callback)
+        return self._images(z, mean)
+
+    def _images(self, z: Tensor, mean: bool = True, **drawing: Any) -> Tensor:
+        if self.autoregressive:
+            x = PixelSampler(self).sample(z, **drawing)
+            return self.likelihood.mean(self.decode(z, x)) if mean else x
+        params = self.decode(z)
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, steps: int = 8) -> Tensor:
-        """Means of p(x|z) on the straight line from mu(a) to mu(b), [N, C, H, W] twice -> [N, steps, C, H, W]."""
+        """Means of p(x|z) on the straight line from mu(a) to mu(b), [N, C, H, W] twice -> [N, steps, C, H, W].
+
+        An autoregressive decoder draws all images of a line from the same uniforms; see `sample`.
+        """
         if a.shape != b.shape or steps < 2:
             raise ValueError(
                 f"interpolate: got shapes {tuple(a.shape)}, {tuple(b.shape)}, steps={steps}; accepted: two batches of "
@@ -162,16 +212,24 @@ class InfoVAE(nn.Module):
             )
         t = torch.linspace(0, 1, steps, device=a.device)[:, None]  # [steps, 1]
         z = self.encode(a).mu[:, None] * (1 - t) + self.encode(b).mu[:, None] * t  # [N, steps, D]
-        return self.likelihood.mean(self.decode(z.flatten(0, 1))).unflatten(0, (len(a), steps))
+        drawing: dict[str, Any] = {}
+        if self.autoregressive:
+            drawing["uniforms"] = PixelSampler(self).uniforms(len(a)).repeat_interleave(steps, 0)
+        return self._images(z.flatten(0, 1), **drawing).unflatten(0, (len(a), steps))
 
     @torch.no_grad()
-    def log_likelihood(self, x: Tensor, n_samples: int = 100, *, chunk: int = 10) -> LogLikelihood:
-        """log p(x) by importance sampling from q(z|x):
+    def log_likelihood(
+        self, x: Tensor, n_samples: int = 100, *, chunk: int = 10, proposal: str = "posterior"
+    ) -> LogLikelihood:
+        """log p(x) by importance sampling:
 
-            log p(x) ~ log 1/S sum_s w_s,   w_s = p(x|z_s) p(z_s) / q(z_s|x),   z_s ~ q(z|x)
+            log p(x) ~ log 1/S sum_s w_s,   w_s = p(x|z_s) p(z_s) / q(z_s|x),   z_s ~ q(z|x)      "posterior"
+                                            w_s = p(x|z_s),                     z_s ~ p(z)        "prior"
 
         Args:
             x: [N, C, H, W]. n_samples: S. chunk: samples decoded at once; memory is that of N * chunk images.
+            proposal: "prior" is what the paper's authors did, with 50,000 samples; it needs no density of the prior.
+                The posterior needs far fewer where z tells much about x.
 
         Returns:
             the estimate in nats with its standard error and effective sample size, [N] each. The mean log-weight is
@@ -179,7 +237,9 @@ class InfoVAE(nn.Module):
         """
         if n_samples < 1 or chunk < 1:
             raise ValueError(f"n_samples and chunk: got {n_samples} and {chunk}; accepted: 1 or more")
-        posterior = self.encode(x)
+        if proposal not in ("posterior", "prior"):
+            raise ValueError(f"proposal: got {proposal!r}; accepted: 'posterior', 'prior'")
+        posterior = self.encode(x) if proposal == "posterior" else None
         top = x.new_full((len(x),), -math.inf, dtype=torch.float64)  # the largest log-weight so far
         s1, s2 = torch.zeros_like(top), torch.zeros_like(top)  # sums of e^(log w - top) and of its square
         for start in range(0, n_samples, chunk):
@@ -191,11 +251,13 @@ class InfoVAE(nn.Module):
         error = (s2 / s1.square() - 1 / n_samples).clamp_min(0).sqrt()
         return LogLikelihood(top + s1.log() - math.log(n_samples), error, s1.square() / s2)
 
-    def _log_weights(self, x: Tensor, posterior: Posterior, s: int) -> Tensor:  # [s, N]
-        mu, logvar = (t.expand(s, *t.shape) for t in posterior)
-        z = Posterior(mu, logvar).rsample()  # [s, N, D]
-        nll = self.likelihood.nll(self.decode(z.flatten(0, 1)), x.expand(s, *x.shape).flatten(0, 1))
-        return self.prior.log_prob(z) - posterior.log_prob(z) - nll.view(s, len(x))
+    def _log_weights(self, x: Tensor, posterior: Posterior | None, s: int) -> Tensor:  # [s, N]
+        if posterior is None:
+            z = self.prior.sample(s * len(x)).unflatten(0, (s, len(x)))  # [s, N, D]
+        else:
+            z = Posterior(*(t.expand(s, *t.shape) for t in posterior)).rsample()
+        nll = self.likelihood.nll(self.decode(z.flatten(0, 1), x), x.expand(s, *x.shape).flatten(0, 1)).view(s, len(x))
+        return -nll if posterior is None else self.prior.log_prob(z) - posterior.log_prob(z) - nll
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into the folder; each file appears whole or not at all.

@@ -1,4 +1,4 @@
-"""Encoder and decoder networks: MLP and DCGAN, with the sizes of the paper's experiments as presets.
+"""Encoder and decoder networks: MLP and DCGAN, with the sizes of the paper's experiments as presets; their tables.
 
 An encoder maps images [N, C, H, W] to 2 D numbers (mean and log-variance of q(z|x)); a decoder maps z [N, D] to the
 parameters of p(x|z) [N, K, H, W], K being `likelihood.channels(C)`. Activations are leaky ReLU 0.1 in encoders and
@@ -12,6 +12,8 @@ from math import prod
 from typing import Any
 
 from torch import nn
+
+from infovae_fast.models.pixelcnn import GatedPixelCNN
 
 Shape = Sequence[int]  # (C, H, W)
 
@@ -96,7 +98,11 @@ class DCGANDecoder(nn.Sequential):
 
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPEncoder, "dcgan": DCGANEncoder}
-DECODERS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPDecoder, "dcgan": DCGANDecoder}
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLPDecoder,
+    "dcgan": DCGANDecoder,
+    "pixelcnn": GatedPixelCNN,
+}
 
 
 def build(table: Mapping[str, Callable[..., Any]], what: str, config: dict[str, Any] | str, *args: Any) -> Any:

@@ -1,0 +1,210 @@
+"""`GatedPixelCNN` a row and a pixel at a time, every number computed once: what the sampler's "cached" strategy runs.
+
+The vertical stack of row i reads finished rows: one product of matrices a layer for the whole row, one for its link.
+The horizontal stack reads its own row: one product a layer for each pixel, and for each colour that is ordered. Both
+work from one table, `Weights`, and from what z adds, `Incremental.conditions`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infovae_fast.masked_conv import MaskedConv2d, from_dense, to_dense
+from infovae_fast.models.pixelcnn import GatedPixelCNN
+
+Callback = Callable[[int, int], None]  # (rows that are done, all rows)
+Chooser = Callable[[int, int, int, Tensor], Tensor]
+
+
+def unsupported(decoder: nn.Module) -> str | None:
+    """Why "cached" cannot run, or None."""
+    if not isinstance(decoder, GatedPixelCNN):
+        return f"knows GatedPixelCNN, not {type(decoder).__name__}"
+    if decoder.variant != "gated":
+        return f"needs a vertical stack of finished rows, which variant {decoder.variant!r} does not have"
+    return None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer for incremental evaluation. Channels of h, o, skip and params are sorted by group; v has no groups."""
+
+    vertical: Tensor  # [taps * Cin, 2C], taps of V0 or V in raster order
+    vertical_bias: Tensor  # [2C]
+    link: Tensor  # [2C, 2C], to columns (group, half of the gate, map)
+    horizontal: Tensor  # [G, taps * Cin, 2C/G], taps of H0 or H; zero where a group may not look
+    horizontal_bias: Tensor  # [2C], like the columns of link
+    step: Tensor | None  # W_o [G, C, C/G]; None in the last layer
+    step_bias: Tensor | None  # [C]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a `GatedPixelCNN`, contiguous, float32 or better; rows are inputs, columns outputs."""
+
+    layers: tuple[LayerWeights, ...]
+    skip: Tensor  # [G, L * C, C/G]: sum over the layers of W_s
+    skip_bias: Tensor  # [C]
+    hidden: Tensor  # W_1 [G, C, C/G]
+    hidden_bias: Tensor  # [C]
+    output: Tensor  # W_2 [G, C, P/G]
+    output_bias: Tensor  # [P]
+
+
+@torch.no_grad()
+def prepare(decoder: GatedPixelCNN) -> Weights:
+    """The table that incremental evaluation works from: compact, in the order of its reads, masks applied."""
+    groups, maps = decoder.data_channels, decoder.maps
+    layers, skips, skip_bias = [], [], []
+    for layer in decoder.layers:
+        horizontal, out = _matrix(layer.horizontal, groups), _matrix(layer.out, groups)
+        columns = _order(2 * maps, groups, halves=2)
+        step, skip = out.split([out.shape[1] - maps, maps], 1)
+        layers.append(
+            LayerWeights(
+                vertical=_matrix(layer.vertical, 1),
+                vertical_bias=_wide(layer.vertical.bias),
+                link=_wide(layer.link.weight[0][:, columns]),
+                horizontal=_by_group(horizontal, groups, halves=2),
+                horizontal_bias=_wide(layer.horizontal.bias[columns]),
+                step=None if layer.last else _by_group(step, groups),
+                step_bias=None if layer.last else _wide(layer.out.bias[:maps][_order(maps, groups)]),
+            )
+        )
+        skips.append(_by_group(skip, groups))
+        skip_bias.append(layer.out.bias[-maps:][_order(maps, groups)])
+    _, first, _, second = decoder.head
+    return Weights(
+        layers=tuple(layers),
+        skip=torch.cat(skips, 1),
+        skip_bias=_wide(torch.stack(skip_bias).sum(0)),
+        hidden=_by_group(_matrix(first, groups), groups),
+        hidden_bias=_wide(first.bias[_order(maps, groups)]),
+        output=_by_group(_matrix(second, groups), groups),
+        output_bias=_wide(second.bias[_order(len(second.bias), groups)]),
+    )
+
+
+def _matrix(conv: MaskedConv2d, groups: int) -> Tensor:
+    """[taps * Cin, Cout]: masked blocks zero, the input channels of a tap sorted by group."""
+    options = conv.mask._asdict()
+    kernel_size = options.pop("kernel_size")
+    weight = from_dense(to_dense(conv.weight, kernel_size=kernel_size, **options), **options)
+    return _wide(weight[:, _order(weight.shape[1], groups)].flatten(0, 1))
+
+
+def _by_group(matrix: Tensor, groups: int, halves: int = 1) -> Tensor:
+    """[K, M] -> [G, K, M/G], its columns sorted by group."""
+    return matrix[:, _order(matrix.shape[1], groups, halves)].unflatten(1, (groups, -1)).movedim(1, 0).contiguous()
+
+
+def _order(channels: int, groups: int, halves: int = 1) -> Tensor:
+    """The channels (half, map, group) in the order (group, half, map)."""
+    return torch.arange(channels).view(halves, -1, groups).permute(2, 0, 1).flatten()
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
+
+
+class Incremental:
+    """`GatedPixelCNN` a row and a pixel at a time; every number is computed once.
+
+    A row of V needs the last r + 1 rows of its input; the horizontal stack keeps the one row it is in.
+    """
+
+    def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int) -> None:
+        self.weights, self.n, self.groups, self.maps = prepare(decoder), n, decoder.data_channels, decoder.maps
+        self.channels, self.height, self.width = decoder.image_shape
+        self.reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
+        self.taps = [layer.vertical.mask.taps for layer in decoder.layers]
+        columns = _order(2 * self.maps, self.groups, halves=2)
+        self.conditions = [
+            tuple(_by_row(c).to(self.weights.skip.dtype) for c in (above, beside[:, columns]))
+            for above, beside in (condition or self._nothing() for condition in decoder.conditions(z))
+        ]
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        zeros = self.weights.skip.new_zeros(1, 2 * self.maps)
+        return zeros, zeros
+
+    def run(self, choose: Chooser, callback: Callback | None = None) -> Tensor:
+        """choose(i, j, group, params [n, P/G]) -> the group's channels [n, C/G] of pixel (i, j)."""
+        new, r, w = self.weights.skip.new_zeros, self.reaches, self.width
+        x = new(self.n, self.channels, self.height, w)
+        inputs = [self.channels] + [self.maps] * (len(r) - 1)
+        # Rows of y, v_1, .. with zeros at both ends, and the row so far of y, h_1, .. with zeros at the left end.
+        rows = [
+            deque([new(self.n, w + 2 * reach, c)] * (reach + (layer > 0)), maxlen=reach + (layer > 0))
+            for layer, (reach, c) in enumerate(zip(r, inputs, strict=True))
+        ]
+        h = [new(self.n, (reach + w) * c) for reach, c in zip(r[1:], inputs[1:], strict=True)]
+        o, s, t = new(self.n, len(r), self.maps), new(self.n, self.maps), new(self.n, self.maps)
+        for i in range(self.height):
+            bases = self._row(i, rows)
+            y = new(self.n, w + 2 * r[0], self.channels)
+            state = [y.flatten(1), *h]
+            for j in range(w):
+                for group in range(self.groups):
+                    value = choose(i, j, group, self._pixel(j, group, bases, state, o, s, t))
+                    x[:, group :: self.groups, i, j] = value
+                    y[:, r[0] + j, group :: self.groups] = 2 * value - 1
+            rows[0].append(y)
+            if callback is not None:
+                callback(i + 1, self.height)
+        return x
+
+    def _row(self, i: int, rows: list[deque[Tensor]]) -> list[Tensor]:
+        """The vertical stack of row i; per layer all of T [n, W, 2C] but W_h * h."""
+        bases, v = [], None  # v: [n, W, C]
+        for layer, (weights, (above, beside)) in enumerate(zip(self.weights.layers, self.conditions, strict=True)):
+            r, held = self.reaches[layer], rows[layer]
+            if v is not None:
+                held.append(F.pad(v, (0, 0, r, r)))
+            last = len(held) - (v is not None)  # the place of row i
+            columns = torch.cat([held[last + dy][:, r + dx : r + dx + self.width] for dy, dx in self.taps[layer]], -1)
+            below = torch.addmm(weights.vertical_bias, columns.flatten(0, 1), weights.vertical)
+            below = below.unflatten(0, (self.n, self.width)) + above[:, min(i, above.shape[1] - 1)]
+            bases.append(below @ weights.link + (weights.horizontal_bias + beside[:, min(i, beside.shape[1] - 1)]))
+            a, b = below.chunk(2, -1)
+            v = a.tanh() * b.sigmoid()
+        return bases
+
+    def _pixel(
+        self, j: int, group: int, bases: list[Tensor], state: list[Tensor], o: Tensor, s: Tensor, t: Tensor
+    ) -> Tensor:
+        """The horizontal stack and the head at column j: params [n, P/G]."""
+        weights, own = self.weights, self._slice(self.maps, group)
+        for layer, table in enumerate(weights.layers):
+            matrix = table.horizontal[group]  # [taps * Cin, 2C/G]
+            start = j * (self.maps if layer else self.channels)
+            seen = state[layer][:, start : start + len(matrix)]
+            f = torch.addmm(bases[layer][:, j, self._slice(2 * self.maps, group)], seen, matrix)
+            a, b = f.chunk(2, 1)
+            torch.mul(a.tanh_(), b.sigmoid_(), out=o[:, layer, own])
+            if table.step is not None and table.step_bias is not None:
+                h = torch.addmm(table.step_bias[own], o[:, layer], table.step[group])
+                if layer:
+                    h += state[layer][:, self._place(layer, j, own)]
+                state[layer + 1][:, self._place(layer + 1, j, own)] = h
+        s[:, own] = torch.addmm(weights.skip_bias[own], o.flatten(1), weights.skip[group]).relu_()
+        t[:, own] = torch.addmm(weights.hidden_bias[own], s, weights.hidden[group]).relu_()
+        p = self._slice(len(weights.output_bias), group)
+        return torch.addmm(weights.output_bias[p], t, weights.output[group])
+
+    def _slice(self, channels: int, group: int) -> slice:
+        return slice(group * channels // self.groups, (group + 1) * channels // self.groups)
+
+    def _place(self, layer: int, j: int, own: slice) -> slice:
+        """Where h_layer of column j and a group lies in the flat row."""
+        start = (self.reaches[layer] + j) * self.maps
+        return slice(start + own.start, start + own.stop)
+
+
+def _by_row(condition: Tensor) -> Tensor:
+    """[n, 2C] or [n, 2C, H, W] -> [n, 1 or H, 1 or W, 2C]."""
+    return condition.permute(0, 2, 3, 1) if condition.ndim == 4 else condition[:, None, None]

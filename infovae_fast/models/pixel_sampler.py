@@ -1,0 +1,240 @@
+"""Images from an autoregressive decoder, pixel after pixel in raster order:
+
+    x_p = F^-1(u_p | x_<p, z),     u_p uniform in (0, 1),     F the distribution function of p(x_p | x_<p, z)
+
+An image is a function of z and u, which all strategies compute (they differ where u is within rounding of a jump of F):
+
+    naive         H W G passes of the whole network, G the colours that are ordered: the definition
+    fixed_point   every pixel from the image so far, again until nothing changes: exact after at most H W G passes,
+                  usually far fewer, as a pass makes all leading pixels right whose past was
+    cached        one pass in all. The vertical stack of row i reads finished rows: once for the row, as products of
+                  matrices. The horizontal stack reads its row: once for a pixel (and colour)
+
+The uniforms are counted, not drawn: bits of a hash of (seed, sample, pixel, channel), the same on every device. So
+sample i does not depend on how many are drawn with it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infovae_fast.likelihoods import Likelihood
+from infovae_fast.models.incremental import Callback, Chooser, Incremental, unsupported
+
+STRATEGIES = ("auto", "naive", "cached", "fixed_point")
+
+
+class PixelSampler:
+    """Draws from p(x|z).
+
+    Args:
+        model: an `InfoVAE` with an autoregressive decoder, or such a decoder: a module decoder(z, x) -> params with
+            `autoregressive = True` and `image_shape` = (C, H, W).
+        likelihood: of a decoder; that of an `InfoVAE` is known.
+
+    Raises:
+        ValueError: a decoder that is not autoregressive; no likelihood; one that does not fit the order of colours.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood | None = None) -> None:
+        decoder: Any = getattr(model, "decoder", model)
+        likelihood = getattr(model, "likelihood", likelihood)
+        if not getattr(decoder, "autoregressive", False):
+            raise ValueError(
+                f"got a decoder {type(decoder).__name__}, which is not autoregressive: its pixels are independent "
+                "given z; use likelihood.sample(decoder(z)), or InfoVAE.sample"
+            )
+        if likelihood is None:
+            raise ValueError("likelihood: got None; accepted: the likelihood that the decoder was trained with")
+        self.decoder, self.likelihood, self.image_shape = decoder, likelihood, tuple(decoder.image_shape)
+        joint, channels = likelihood.joint_channels, self.image_shape[0]
+        self.groups = getattr(decoder, "data_channels", 1 if joint else channels)
+        if joint and self.groups > 1:
+            raise ValueError(
+                f"the decoder orders {self.groups} colours, which {type(likelihood).__name__} draws together: "
+                "build it with data_channels=1"
+            )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor | None = None,
+        n: int | None = None,
+        *,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        uniforms: Tensor | None = None,
+        callback: Callback | None = None,
+        strategy: str = "auto",
+    ) -> Tensor:
+        """Images [n, C, H, W] in the decoder's dtype.
+
+        Args:
+            z: [n, D], or [1, D] for n images of one code; None for a decoder without z.
+            n: number of images; default: as many as z has rows.
+            known: [n or 1, C, H, W], values to keep (in-painting); they condition the pixels after them, not z.
+            known_mask: bool, broadcast to [n, C, H, W]: True where `known` counts. The logistic mixture, which draws
+                the channels of a pixel together, needs the same for all channels.
+            temperature: above 0; see `likelihoods`.
+            seed: of the uniforms.
+            uniforms: [n, U, H, W] in (0, 1) instead, U = likelihood.uniforms(C).
+            callback: called as callback(done, H) with the number of rows that are final.
+            strategy: "auto" is "cached" where that can run, else "fixed_point".
+
+        Raises:
+            ValueError: shapes, names or numbers that do not fit.
+        """
+        z, n = self._codes(z, n)
+        if not temperature > 0:
+            raise ValueError(f"temperature: got {temperature}; accepted: above 0")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy: got {strategy!r}; accepted: " + ", ".join(map(repr, STRATEGIES)))
+        if strategy == "auto":
+            strategy = "fixed_point" if unsupported(self.decoder) else "cached"
+        if strategy == "cached" and (reason := unsupported(self.decoder)):
+            raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
+        known, mask = self._known(n, known, known_mask)
+        if uniforms is None:
+            uniforms = self.uniforms(n, seed)
+        elif uniforms.shape != (wanted := self._uniforms_shape(n)):
+            raise ValueError(f"uniforms: got shape {tuple(uniforms.shape)}; accepted: {wanted}")
+        u, g = uniforms, self.groups
+
+        def choose(i: int, j: int, group: int, params: Tensor) -> Tensor:
+            """[n, P/G] of a pixel's group -> its channels [n, C/G]."""
+            drawn = self.likelihood.draw(params, u[:, group::g, i, j], temperature)
+            return torch.where(mask[:, group::g, i, j], known[:, group::g, i, j], drawn.to(known.dtype))
+
+        if strategy == "cached":
+            return Incremental(self.decoder, z, n).run(choose, callback).to(self._like.dtype)
+        if strategy == "naive":
+            return self._naive(z, n, choose, callback)
+        return self._fixed_point(z, known, mask, uniforms, temperature, callback)
+
+    def uniforms(self, n: int, seed: int = 0, *, first: int = 0) -> Tensor:
+        """The uniforms [n, U, H, W] of samples first .. first + n - 1."""
+        return pixel_uniforms(self._uniforms_shape(n), seed, first=first, device=self._like.device)
+
+    @torch.no_grad()
+    def params(self, z: Tensor | None, x: Tensor) -> Tensor:
+        """decoder(z, x) as "cached" computes it, a pixel and colour at a time: [N, P, H, W], equal but for rounding."""
+        z, n = self._codes(z, len(x))
+        seen: list[Tensor] = []
+
+        def choose(i: int, j: int, group: int, params: Tensor) -> Tensor:
+            seen.append(params)
+            return x[:, group :: self.groups, i, j]
+
+        Incremental(self.decoder, z, n).run(choose)
+        _, height, width = self.image_shape
+        return torch.stack(seen, -1).unflatten(-1, (height, width, -1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def _naive(self, z: Tensor | None, n: int, choose: Chooser, callback: Callback | None) -> Tensor:
+        x = self._like.new_zeros(n, *self.image_shape)
+        _, height, width = self.image_shape
+        for i in range(height):
+            for j in range(width):
+                for group in range(self.groups):
+                    params = self.decoder(z, x)[:, group :: self.groups, i, j]
+                    x[:, group :: self.groups, i, j] = choose(i, j, group, params)
+            if callback is not None:
+                callback(i + 1, height)
+        return x
+
+    def _fixed_point(
+        self, z: Tensor | None, known: Tensor, mask: Tensor, u: Tensor, temperature: float, callback: Callback | None
+    ) -> Tensor:
+        x = torch.where(mask, known, 0)
+        _, height, width = self.image_shape
+        for _ in range(height * width * self.groups):
+            drawn = self.likelihood.draw(self.decoder(z, x), u, temperature).to(x.dtype)
+            new = torch.where(mask, known, drawn)
+            same = (new == x).all(dim=3).all(dim=1).all(dim=0)  # [H]
+            final = int(same.cumprod(0).sum())  # rows of which none before has changed
+            if callback is not None:
+                callback(final, height)
+            x = new
+            if final == height:
+                break
+        return x
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.decoder.parameters())
+
+    def _uniforms_shape(self, n: int) -> tuple[int, int, int, int]:
+        channels, height, width = self.image_shape
+        return n, self.likelihood.uniforms(channels), height, width
+
+    def _codes(self, z: Tensor | None, n: int | None) -> tuple[Tensor | None, int]:
+        if z is None:
+            if n is None:
+                raise ValueError("z and n: got neither; accepted: z [n, D], or n for a decoder without z")
+            return None, n
+        if z.ndim != 2 or len(z) not in (1, n or len(z)):
+            raise ValueError(f"z: got shape {tuple(z.shape)} for n={n}; accepted: [n, D], or [1, D] for all images")
+        n = len(z) if n is None else n
+        return z.expand(n, -1), n
+
+    def _known(self, n: int, known: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """known and known_mask, [n, C, H, W] both."""
+        shape = (n, *self.image_shape)
+        if (known is None) != (mask is None):
+            raise ValueError("known and known_mask: got one of them; accepted: both or neither")
+        if known is None or mask is None:
+            zeros = self._like.new_zeros(())
+            return zeros.expand(shape), zeros.bool().expand(shape)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"known_mask: got dtype {mask.dtype}; accepted: bool, True where `known` counts")
+        for name, t in (("known", known), ("known_mask", mask)):
+            try:
+                t.expand(shape)
+            except RuntimeError:
+                raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: {shape}, or 1 for any size") from None
+        known, mask = known.to(self._like).expand(shape), mask.to(self._like.device).expand(shape)
+        if self.likelihood.joint_channels and bool((mask != mask[:, :1]).any()):
+            raise ValueError(
+                f"known_mask: differs between the channels of a pixel, which {type(self.likelihood).__name__} draws "
+                "together; accepted: the same mask for all channels"
+            )
+        return known, mask
+
+
+GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+def pixel_uniforms(
+    shape: tuple[int, int, int, int], seed: int = 0, *, first: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniforms [n, U, H, W], float32: the middles (k + 1/2) / 2^23 of 2^23 intervals, never 0 or 1.
+
+    k are the upper bits of splitmix64 (Steele, Lea & Flood 2014), nested: a number of the stream of the seed starts the
+    stream of a sample (numbered from `first`), a number of that the stream of a pixel, whose numbers are the channels'.
+    """
+    n, u, height, width = shape
+    state = torch.full((1, 1, 1), (seed + 2**63) % 2**64 - 2**63, device=device)
+    pixels = torch.arange(height * width, device=device)
+    for index in (
+        torch.arange(first, first + n, device=device)[:, None, None],
+        pixels[None, None, :],
+        torch.arange(u, device=device)[None, :, None],
+    ):
+        state = _splitmix(state, index)  # [n, U, H W] in the end
+    k = _shifted(state, 64 - 23)
+    return ((k.to(torch.float32) + 0.5) / 2**23).unflatten(2, (height, width))
+
+
+def _splitmix(state: Tensor, index: Tensor) -> Tensor:
+    """Number `index` of the stream that starts at `state`; int64 wraps around."""
+    x = state + GOLDEN * (index + 1)
+    x = (x ^ _shifted(x, 30)) * MIX1
+    x = (x ^ _shifted(x, 27)) * MIX2
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits as if x had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

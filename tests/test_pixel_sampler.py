@@ -1,0 +1,271 @@
+"""The sampler: three ways to the same image, the distribution of the enumerated table, noise that is counted."""
+
+import math
+
+import pytest
+import torch
+
+from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, GatedPixelCNN, InfoVAE, PixelSampler
+from infovae_fast.models.pixel_sampler import pixel_uniforms
+from tests.test_likelihoods import chi_square
+from tests.test_pixelcnn import MODELS, Own, each_model, images, network
+
+SIZES = [(1, 1), (1, 6), (5, 1), (4, 3), (3, 7)]
+INCREMENTAL = [name for name in MODELS if name != "infovae2017"]
+
+
+@pytest.fixture(autouse=True)
+def seeded_on_one_thread():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sampler(name, height, width, **options):
+    model, likelihood, _ = network(name, height, width, **options)
+    return PixelSampler(model, likelihood)
+
+
+def codes(n):
+    return torch.randn(n, 2, dtype=torch.float64)
+
+
+# Strategies
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 1}, {"layers": 2, "first_kernel": 3, "kernel": 5}], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", INCREMENTAL)
+def test_a_pixel_at_a_time_gives_the_params_of_the_whole_image(name, size, options):
+    sample = sampler(name, *size, **options)
+    z, x = codes(3), torch.rand(3, *sample.image_shape, dtype=torch.float64)
+    torch.testing.assert_close(sample.params(z, x), sample.decoder(z, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_pixel_at_a_time_without_z_and_in_single_precision():
+    sample = sampler("grey", 4, 5, inputs=0)
+    x = torch.rand(3, 1, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(sample.params(None, x), sample.decoder(None, x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(sample.sample(n=4), sample.sample(n=4, strategy="naive"))
+    truth = sample.decoder(None, x)
+    sample.decoder.float()
+    torch.testing.assert_close(sample.params(None, x.float()).double(), truth, rtol=1e-5, atol=1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        sample.decoder.to(dtype)
+        for strategy in ("naive", "cached", "fixed_point"):
+            drawn = sample.sample(n=2, strategy=strategy)
+            assert drawn.dtype == dtype and bool(((drawn == 0) | (drawn == 1)).all())
+
+
+@each_model
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_all_strategies_draw_the_same_images(name, size):
+    sample = sampler(name, *size)
+    z = codes(5)
+    for temperature in (1.0, 0.5):
+        wanted = sample.sample(z, seed=3, strategy="naive", temperature=temperature)
+        assert wanted.shape == (5, *sample.image_shape)
+        for strategy in ("auto", "fixed_point", *(["cached"] if name in INCREMENTAL else [])):
+            again = sample.sample(z, seed=3, strategy=strategy, temperature=temperature)
+            torch.testing.assert_close(again, wanted, rtol=0, atol=1e-12)
+
+
+def test_an_image_is_drawn_by_its_definition():
+    """Bit by bit: x = [u < p(x = 1 | the bits before)], from the table of all images."""
+    model, likelihood, _ = network("grey", 2, 3)
+    z, x = codes(1), images(1, 2, 3, 2)
+    table = -likelihood.nll(model(z.expand(64, -1), x), x)
+    table, bits = table.exp(), x.flatten(1)
+    u = torch.rand(20, 1, 2, 3, dtype=torch.float64)
+    drawn = PixelSampler(model, likelihood).sample(z, 20, uniforms=u)
+    for image, uniforms in zip(drawn.flatten(1), u.flatten(1), strict=True):
+        possible = torch.ones(64, dtype=torch.bool)
+        for p in range(6):
+            one = table[possible & (bits[:, p] == 1)].sum() / table[possible].sum()
+            assert image[p] == float(uniforms[p] < one)
+            possible &= bits[:, p] == image[p]
+
+
+@pytest.mark.parametrize("name", ["grey", "mixture"])
+def test_samples_follow_the_enumerated_table(name):
+    size, levels, n = ((3, 3), 2, 1_000_000) if name == "grey" else ((1, 2), 3, 200_000)
+    sample = sampler(name, *size, layers=2, first_kernel=3, maps=4)
+    z, x = codes(1), images(sample.image_shape[0], *size, levels)
+    with torch.no_grad():
+        table = -sample.likelihood.nll(sample.decoder(z.expand(len(x), -1), x), x)
+    sample.decoder.float()
+    drawn = sample.sample(z.float(), n, seed=1).flatten(1)
+    place = levels ** torch.arange(drawn.shape[1] - 1, -1, -1)
+    counts = ((drawn * (levels - 1)).round().long() * place).sum(1).bincount(minlength=len(x))
+    assert torch.equal((x.flatten(1) * (levels - 1)).round().long() @ place, torch.arange(len(x)))
+    assert abs(chi_square(counts, table.exp())) < 5
+
+
+def test_fixed_point_says_which_rows_are_final():
+    sample = sampler("grey", 6, 5)
+    seen = []
+    sample.sample(codes(2), strategy="fixed_point", callback=lambda *rows: seen.append(rows))
+    assert seen == sorted(seen) and seen[-1] == (6, 6) and len(seen) <= 31
+    for strategy in ("naive", "cached"):
+        seen.clear()
+        sample.sample(codes(2), strategy=strategy, callback=lambda *rows: seen.append(rows))
+        assert seen == [(i, 6) for i in range(1, 7)]
+
+
+# Noise
+
+
+def test_uniforms_are_nested_splitmix64():
+    """The same numbers by Python's integers."""
+    mask = 2**64 - 1
+
+    def number(state, index):
+        x = (state + 0x9E3779B97F4A7C15 * (index + 1)) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    assert number(1234567, 0) == 6457827717110365317  # the first of the published test vector
+    for seed in (0, 7, 2**63 + 5, -1):
+        u = pixel_uniforms((2, 3, 2, 2), seed, first=5)
+        assert u.shape == (2, 3, 2, 2) and u.dtype == torch.float32
+        for n in range(2):
+            for c in range(3):
+                for p in range(4):
+                    bits = number(number(number(seed & mask, 5 + n), p), c)
+                    assert u[n, c].flatten()[p].item() == ((bits >> 41) + 0.5) / 2**23
+
+
+def test_uniforms_look_random():
+    u = pixel_uniforms((1000, 2, 10, 10), seed=1).double()
+    assert 0 < u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1
+    assert chi_square((u * 1000).long().flatten().bincount(minlength=1000), torch.full((1000,), 1e-3)) < 5
+    v = (u - 0.5) * math.sqrt(12)
+    others = v.roll(1, 0), v.roll(1, 1), v.roll(1, 3), v.roll(1, 2), (pixel_uniforms((1000, 2, 10, 10), 2) - 0.5) * 3.46
+    for other in others:  # another sample, channel, column, row, seed
+        assert abs((v * other).mean()) < 5 / math.sqrt(v.numel())
+
+
+@pytest.mark.parametrize("strategy", ["naive", "cached", "fixed_point"])
+def test_a_sample_does_not_depend_on_the_others(strategy):
+    sample = sampler("grey", 3, 4)
+    z = codes(7)
+    together = sample.sample(z, seed=5, strategy=strategy)
+    assert torch.equal(together[:2], sample.sample(z[:2], seed=5, strategy=strategy))
+    rest = sample.sample(z[2:], uniforms=sample.uniforms(5, 5, first=2), strategy=strategy)
+    assert torch.equal(together[2:], rest)
+    one = sample.sample(z[:1], 4, seed=5, strategy=strategy)
+    assert len(one) == 4 and torch.equal(one[0], together[0])
+    assert not torch.equal(together, sample.sample(z, seed=6, strategy=strategy))
+
+
+# In-painting and temperature
+
+
+@each_model
+@pytest.mark.parametrize("strategy", ["naive", "auto", "fixed_point"])
+def test_known_pixels_stay_and_others_heed_them(name, strategy):
+    sample = sampler(name, 3, 4)
+    z, channels = codes(6), sample.image_shape[0]
+    known = torch.rand(6, channels, 3, 4, dtype=torch.float64).round()
+    mask = torch.rand(1, 1, 3, 4) < 0.5
+    hidden = known.masked_fill(~mask, math.nan)  # what is not known is not read
+    x = sample.sample(z, known=hidden, known_mask=mask, strategy=strategy)
+    assert torch.equal(torch.where(mask, x, 0), torch.where(mask, known, 0)) and x.isfinite().all()
+    wanted = sample.sample(z, known=known, known_mask=mask, strategy="naive")
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-12)
+    everything = sample.sample(z, known=known, known_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool), strategy=strategy)
+    assert torch.equal(everything, known)
+    free = sample.sample(z, seed=9, strategy=strategy)
+    assert torch.equal(free, sample.sample(z, seed=9, known=free, known_mask=mask, strategy=strategy))
+
+
+def test_colours_can_be_known_one_by_one_where_they_are_ordered():
+    sample = sampler("colours", 2, 3)
+    mask = torch.tensor([True, False, True]).view(1, 3, 1, 1)
+    known = torch.ones(4, 3, 2, 3, dtype=torch.float64)
+    z = codes(4)
+    x = sample.sample(z, known=known, known_mask=mask)
+    assert bool((x[:, [0, 2]] == 1).all()) and torch.equal(
+        x, sample.sample(z, known=known, known_mask=mask, strategy="naive")
+    )
+
+
+def test_a_low_temperature_draws_the_likeliest_bits():
+    sample = sampler("grey", 3, 3)
+    z = codes(1)
+    cold = sample.sample(z, 20, temperature=1e-9)
+    assert torch.equal(cold, cold[:1].expand_as(cold))
+    assert torch.equal(cold, (sample.decoder(z.expand(20, -1), cold) > 0).double())
+
+
+# Which models
+
+
+def test_models_and_decoders():
+    vae = InfoVAE.from_config((1, 4, 4), 2, decoder={"name": "pixelcnn", "layers": 2, "maps": 4, "first_kernel": 3})
+    z = torch.randn(3, 2)
+    whole, parts = PixelSampler(vae), PixelSampler(vae.decoder, Bernoulli())
+    assert torch.equal(whole.sample(z), parts.sample(z)) and whole.sample(z).dtype == torch.float32
+    assert not whole.sample(z).requires_grad
+    own = PixelSampler(Own(), Bernoulli())
+    assert torch.equal(own.sample(z), own.sample(z, strategy="naive"))
+
+
+def test_weights_that_training_changed_are_used():
+    sample = sampler("grey", 3, 3)
+    z = codes(8)
+    before = sample.sample(z)
+    for parameter in sample.decoder.parameters():
+        parameter.data.mul_(-3)
+    assert not torch.equal(sample.sample(z), before)
+    assert torch.equal(sample.sample(z), sample.sample(z, strategy="naive"))
+
+
+def test_refusals():
+    vae = InfoVAE.from_config((1, 4, 4), 2)
+    with pytest.raises(ValueError, match=r"got a decoder MLPDecoder, which is not autoregressive: .* InfoVAE\.sample"):
+        PixelSampler(vae)
+    decoder = GatedPixelCNN(2, (1, 3, 4), layers=2, maps=4)
+    with pytest.raises(ValueError, match="likelihood: got None; accepted: the likelihood"):
+        PixelSampler(decoder)
+    mixture = DiscretizedLogisticMixture(3)
+    with pytest.raises(ValueError, match=r"orders 3 colours, which .* draws together: build it with data_channels=1"):
+        PixelSampler(GatedPixelCNN(2, (30, 3, 4), 3, 3, layers=2, maps=6), mixture)
+    sample, z = PixelSampler(decoder, Bernoulli()), torch.randn(3, 2)
+    x, mask = torch.rand(3, 1, 3, 4), torch.ones(3, 1, 3, 4, dtype=torch.bool)
+    for call, message in (
+        ({"strategy": "fast"}, "strategy: got 'fast'; accepted: 'auto', 'naive', 'cached', 'fixed_point'"),
+        ({"temperature": 0.0}, r"temperature: got 0\.0; accepted: above 0"),
+        ({"temperature": math.nan}, "temperature: got nan; accepted: above 0"),
+        ({"n": 5}, r"z: got shape \(3, 2\) for n=5; accepted: \[n, D\], or \[1, D\] for all images"),
+        ({"known": x}, "known and known_mask: got one of them; accepted: both or neither"),
+        ({"known": x[:2], "known_mask": mask}, r"known: got shape \(2, 1, 3, 4\); accepted: \(3, 1, 3, 4\), or 1 for"),
+        ({"known": x, "known_mask": mask[:, :, :2]}, r"known_mask: got shape \(3, 1, 2, 4\); accepted: \(3, 1, 3, 4\)"),
+        ({"uniforms": x[:, :, :2]}, r"uniforms: got shape \(3, 1, 2, 4\); accepted: \(3, 1, 3, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.sample(z, **call)
+    with pytest.raises(TypeError, match=r"known_mask: got dtype torch\.float32; accepted: bool"):
+        sample.sample(z, known=x, known_mask=x)
+    with pytest.raises(ValueError, match="z and n: got neither"):
+        sample.sample()
+    with pytest.raises(ValueError, match=r"z: got None; accepted: \[N, 2\]"):
+        sample.sample(n=2)
+    old = PixelSampler(GatedPixelCNN(2, (1, 3, 4), variant="infovae2017", layers=2, maps=4), Bernoulli())
+    with pytest.raises(ValueError, match=r"'cached' needs .* does not have; accepted here: 'fixed_point', 'naive'"):
+        old.sample(z, strategy="cached")
+    with pytest.raises(ValueError, match="'cached' knows GatedPixelCNN, not Own"):
+        PixelSampler(Own(), Bernoulli()).sample(z, strategy="cached")
+    colour = PixelSampler(GatedPixelCNN(2, (30, 3, 4), 3, 1, layers=2, maps=4), mixture)
+    with pytest.raises(ValueError, match="known_mask: differs between the channels of a pixel"):
+        colour.sample(z, known=x, known_mask=torch.tensor([True, False, False]).view(1, 3, 1, 1))
+
+
+def test_empty_batches():
+    for likelihood in (Bernoulli(), Categorical(3)):
+        sample = PixelSampler(GatedPixelCNN(2, (likelihood.channels(1), 3, 4), layers=2, maps=4), likelihood)
+        for strategy in ("naive", "cached", "fixed_point"):
+            assert sample.sample(torch.randn(0, 2), strategy=strategy).shape == (0, 1, 3, 4)
