@@ -24,6 +24,7 @@
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
 #include "masked_conv.h"
 #include "pairwise.h"
+#include "pixel_row.h"
 #include "radial.h"
 
 namespace infovae_fast {
@@ -280,6 +281,116 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor
     return out;
 }
 
+template <typename T>
+T* data(const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& like) {
+    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), "got ", t.scalar_type(), " beside ", like.scalar_type());
+    TORCH_CHECK_VALUE(t.is_contiguous() && t.sizes() == at::IntArrayRef(shape), "got shape ", t.sizes(),
+                      "; accepted: contiguous ", at::IntArrayRef(shape));
+    return t.data_ptr<T>();
+}
+
+template <typename T>
+PixelRow<T> pixel_row(at::TensorList bases, at::TensorList state, at::TensorList horizontal, at::TensorList step,
+                      at::TensorList step_bias, at::TensorList head, const Tensor& memory, at::IntArrayRef reaches,
+                      int64_t image_channels) {
+    const int64_t layers = int64_t(bases.size());
+    TORCH_CHECK_VALUE(layers > 0 && state.size() == bases.size() && horizontal.size() == bases.size() &&
+                          reaches.size() == bases.size() && step.size() + 1 == bases.size() &&
+                          step_bias.size() == step.size() && head.size() == 6 && bases[0].dim() == 3,
+                      "pixel_row: the lists do not fit ", layers, " layers");
+    const int64_t n = bases[0].size(0), width = bases[0].size(1), maps = bases[0].size(2) / 2;
+    const int64_t groups = head[0].size(0), own = maps / groups, params = head[5].size(0);
+    PixelRow<T> row{n, width, maps, groups, params, {}};
+    for (int64_t l = 0; l < layers; ++l) {
+        const int64_t channels = l == 0 ? image_channels : maps, k = horizontal[l].size(1);
+        TORCH_CHECK_VALUE(k % channels == 0 && (reaches[l] + width) * channels <= state[l].size(1) && k / channels <= reaches[l] + 1,
+                          "pixel_row: layer ", l, " has state ", state[l].sizes(), " and weights ", horizontal[l].sizes());
+        const bool last = l == layers - 1;
+        row.layers.push_back({data<T>(bases[l], {n, width, 2 * maps}, memory),
+                              data<T>(state[l], {n, state[l].size(1)}, memory), state[l].size(1), channels, reaches[l],
+                              k / channels, data<T>(horizontal[l], {groups, k, 2 * own}, memory),
+                              last ? nullptr : data<T>(step[l], {groups, maps, own}, memory),
+                              last ? nullptr : data<T>(step_bias[l], {maps}, memory)});
+    }
+    row.skip = data<T>(head[0], {groups, layers * maps, own}, memory), row.skip_bias = data<T>(head[1], {maps}, memory);
+    row.hidden = data<T>(head[2], {groups, maps, own}, memory), row.hidden_bias = data<T>(head[3], {maps}, memory);
+    row.output = data<T>(head[4], {groups, maps, params / groups}, memory);
+    row.output_bias = data<T>(head[5], {params}, memory);
+    row.memory = data<T>(memory, {n, (layers + 2) * maps}, memory);
+    return row;
+}
+
+// weights = (vertical, its bias, link, its bias) of each layer, conditions = (above, beside) [1 or n, 1 or H, 1 or W, 2C].
+void vertical_row_cpu(at::TensorList weights, at::TensorList conditions, at::TensorList rings, at::TensorList bases,
+                      at::IntArrayRef reaches, int64_t i) {
+    const size_t layers = bases.size();
+    TORCH_CHECK_VALUE(layers > 0 && weights.size() == 4 * layers && conditions.size() == 2 * layers &&
+                          rings.size() == layers && reaches.size() == layers && bases[0].dim() == 3,
+                      "vertical_row: the lists do not fit ", layers, " layers");
+    const Tensor& like = bases[0];
+    const int64_t n = like.size(0), width = like.size(1), wide = like.size(2);
+    AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "infovae_fast::vertical_row", [&] {
+        using T = scalar_t;
+        VerticalRow<T> row{n, width, wide / 2, i, {}};
+        for (size_t l = 0; l < layers; ++l) {
+            const int64_t r = reaches[l], channels = rings[l].size(3);
+            const int64_t taps = (l == 0 ? r : r + 1) * (2 * r + 1);
+            typename VerticalRow<T>::Layer layer{data<T>(rings[l], {n, r + 1, width + 2 * r, channels}, like),
+                                                 data<T>(bases[l], {n, width, wide}, like), channels, r, l == 0,
+                                                 data<T>(weights[4 * l], {taps * channels, wide}, like),
+                                                 data<T>(weights[4 * l + 1], {wide}, like),
+                                                 data<T>(weights[4 * l + 2], {wide, wide}, like),
+                                                 data<T>(weights[4 * l + 3], {wide}, like)};
+            const auto at_row = [&](const Tensor& c, const T*& start, int64_t& image, int64_t& column) {
+                TORCH_CHECK_VALUE(c.dim() == 4 && (c.size(0) == 1 || c.size(0) == n) && c.size(1) > 0 &&
+                                      (c.size(2) == 1 || c.size(2) == width) && c.size(3) == wide,
+                                  "conditions: got shape ", c.sizes());
+                start = data<T>(c, {c.size(0), c.size(1), c.size(2), wide}, like) +
+                        std::min(i, c.size(1) - 1) * c.size(2) * wide;
+                image = c.size(0) == 1 ? 0 : c.size(1) * c.size(2) * wide;
+                column = c.size(2) == 1 ? 0 : wide;
+            };
+            at_row(conditions[2 * l], layer.above, layer.above_image, layer.above_column);
+            at_row(conditions[2 * l + 1], layer.beside, layer.beside_image, layer.beside_column);
+            row.layers.push_back(layer);
+        }
+        vertical_row<T>(row);
+    });
+}
+
+Tensor pixel_params_cpu(at::TensorList bases, at::TensorList state, at::TensorList horizontal, at::TensorList step,
+                        at::TensorList step_bias, at::TensorList head, const Tensor& memory, at::IntArrayRef reaches,
+                        int64_t image_channels, int64_t column, int64_t group) {
+    Tensor out;
+    AT_DISPATCH_FLOATING_TYPES(memory.scalar_type(), "infovae_fast::pixel_params", [&] {
+        const auto row = pixel_row<scalar_t>(bases, state, horizontal, step, step_bias, head, memory, reaches, image_channels);
+        TORCH_CHECK_VALUE(0 <= column && column < row.width && 0 <= group && group < row.groups, "no column ", column,
+                          " of group ", group);
+        out = at::empty({row.n, row.params / row.groups}, memory.options());
+        pixel_params<scalar_t>(row, column, group, out.mutable_data_ptr<scalar_t>());
+    });
+    return out;
+}
+
+void draw_bits_cpu(at::TensorList bases, at::TensorList state, at::TensorList horizontal, at::TensorList step,
+                   at::TensorList step_bias, at::TensorList head, const Tensor& memory, at::IntArrayRef reaches,
+                   int64_t image_channels, const Tensor& x, const Tensor& uniforms, const Tensor& known,
+                   const Tensor& mask, double temperature) {
+    AT_DISPATCH_FLOATING_TYPES(memory.scalar_type(), "infovae_fast::draw_bits", [&] {
+        using T = scalar_t;
+        const auto row = pixel_row<T>(bases, state, horizontal, step, step_bias, head, memory, reaches, image_channels);
+        const auto shape = {row.n, image_channels, row.width};
+        TORCH_CHECK_VALUE(row.params == image_channels && image_channels % row.groups == 0,
+                          "draw_bits: got ", row.params, " params for ", image_channels, " channels; accepted: one each");
+        TORCH_CHECK_VALUE(uniforms.scalar_type() == at::kFloat && mask.scalar_type() == at::kBool &&
+                              uniforms.is_contiguous() && mask.is_contiguous() && uniforms.sizes() == at::IntArrayRef(shape) &&
+                              mask.sizes() == at::IntArrayRef(shape),
+                          "draw_bits: accepted: float32 uniforms and bool mask, contiguous ", at::IntArrayRef(shape));
+        draw_bits<T>(row, {uniforms.const_data_ptr<float>(), data<T>(known, shape, memory), mask.const_data_ptr<bool>(),
+                           data<T>(x, shape, memory), image_channels, T(temperature)});
+    });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(infovae_fast, m) {
@@ -302,10 +413,23 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("masked_conv_backward(Tensor gradient, Tensor x, Tensor weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, "
           "bool to_weight, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor f_gradient, Tensor sums)",
           {at::Tag::pt2_compliant_tag});
+    // The vertical stack of a gated PixelCNN at row i: bases, and row i of all rings but the first.
+    m.def("vertical_row(Tensor[] weights, Tensor[] conditions, Tensor(a!)[] rings, Tensor(b!)[] bases, int[] reaches, int i)"
+          " -> ()");
+    // A gated PixelCNN at one column and group, params [n, P / G]; and at a whole row of bits x [n, C, width], drawn on
+    // the way. The lists are those of models/incremental.py, head = (skip, its bias, hidden, .., output, ..).
+    m.def("pixel_params(Tensor[] bases, Tensor(a!)[] state, Tensor[] horizontal, Tensor[] step, Tensor[] step_bias, "
+          "Tensor[] head, Tensor(b!) memory, int[] reaches, int image_channels, int column, int group) -> Tensor");
+    m.def("draw_bits(Tensor[] bases, Tensor(a!)[] state, Tensor[] horizontal, Tensor[] step, Tensor[] step_bias, "
+          "Tensor[] head, Tensor(b!) memory, int[] reaches, int image_channels, Tensor(c!) x, Tensor uniforms, "
+          "Tensor known, Tensor mask, float temperature) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
     m.impl("radial", radial_cpu);
+    m.impl("vertical_row", vertical_row_cpu);
+    m.impl("pixel_params", pixel_params_cpu);
+    m.impl("draw_bits", draw_bits_cpu);
     m.impl("pairwise", pairwise_native);
     m.impl("masked_conv_forward", masked_conv_forward_cpu);
     m.impl("masked_conv_backward", masked_conv_backward_cpu);

@@ -1,12 +1,15 @@
 """The sampler: three ways to the same image, the distribution of the enumerated table, noise that is counted."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, GatedPixelCNN, InfoVAE, PixelSampler
-from infovae_fast.models.pixel_sampler import pixel_uniforms
+from infovae_fast.models.pixel_sampler import BACKENDS, pixel_uniforms
 from tests.test_likelihoods import chi_square
 from tests.test_pixelcnn import MODELS, Own, each_model, images, network
 
@@ -23,9 +26,16 @@ def seeded_on_one_thread():
     torch.set_num_threads(threads)
 
 
-def sampler(name, height, width, **options):
+@pytest.fixture(params=BACKENDS, ids=lambda row: row.name)
+def backend(request):
+    if (reason := request.param.reason(torch.zeros(()))) is not None:
+        pytest.skip(reason)
+    return request.param.name
+
+
+def sampler(name, height, width, backend="auto", **options):
     model, likelihood, _ = network(name, height, width, **options)
-    return PixelSampler(model, likelihood)
+    return PixelSampler(model, likelihood, backend=backend)
 
 
 def codes(n):
@@ -38,14 +48,14 @@ def codes(n):
 @pytest.mark.parametrize("options", [{}, {"layers": 1}, {"layers": 2, "first_kernel": 3, "kernel": 5}], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", INCREMENTAL)
-def test_a_pixel_at_a_time_gives_the_params_of_the_whole_image(name, size, options):
-    sample = sampler(name, *size, **options)
+def test_a_pixel_at_a_time_gives_the_params_of_the_whole_image(name, size, options, backend):
+    sample = sampler(name, *size, backend, **options)
     z, x = codes(3), torch.rand(3, *sample.image_shape, dtype=torch.float64)
     torch.testing.assert_close(sample.params(z, x), sample.decoder(z, x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_pixel_at_a_time_without_z_and_in_single_precision():
-    sample = sampler("grey", 4, 5, inputs=0)
+def test_a_pixel_at_a_time_without_z_and_in_single_precision(backend):
+    sample = sampler("grey", 4, 5, backend, inputs=0)
     x = torch.rand(3, 1, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(sample.params(None, x), sample.decoder(None, x), rtol=1e-12, atol=1e-12)
     assert torch.equal(sample.sample(n=4), sample.sample(n=4, strategy="naive"))
@@ -61,8 +71,8 @@ def test_a_pixel_at_a_time_without_z_and_in_single_precision():
 
 @each_model
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_all_strategies_draw_the_same_images(name, size):
-    sample = sampler(name, *size)
+def test_all_strategies_draw_the_same_images(name, size, backend):
+    sample = sampler(name, *size, backend)
     z = codes(5)
     for temperature in (1.0, 0.5):
         wanted = sample.sample(z, seed=3, strategy="naive", temperature=temperature)
@@ -70,6 +80,31 @@ def test_all_strategies_draw_the_same_images(name, size):
         for strategy in ("auto", "fixed_point", *(["cached"] if name in INCREMENTAL else [])):
             again = sample.sample(z, seed=3, strategy=strategy, temperature=temperature)
             torch.testing.assert_close(again, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["avx512", "avx2", "baseline"])
+def test_every_vector_unit_gives_the_params_of_the_whole_image(unit):
+    """In a process of its own, held to the unit; a machine without it runs the best it has below that."""
+    code = """import torch
+from tests.test_pixel_sampler import BACKENDS, INCREMENTAL, codes, sampler
+for name in INCREMENTAL:
+    sample = sampler(name, 4, 5, BACKENDS[0].name)
+    z, x = codes(7), torch.rand(7, *sample.image_shape, dtype=torch.float64)
+    torch.testing.assert_close(sample.params(z, x), sample.decoder(z, x), rtol=1e-12, atol=1e-12)"""
+    if (reason := BACKENDS[0].reason(torch.zeros(()))) is not None:
+        pytest.skip(reason)
+    environment = os.environ | {"INFOVAE_FAST_VECTOR_UNIT": unit, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_images_do_not_depend_on_the_number_of_threads(backend):
+    sample = sampler("grey", 4, 5, backend, maps=24)
+    z, found = codes(7), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append((sample.sample(z), sample.params(z, found[0][0] if found else sample.sample(z))))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_an_image_is_drawn_by_its_definition():

@@ -10,50 +10,14 @@
 
 #include <ATen/Parallel.h>
 
-#include "vector.h"
+#include "layers.h"
 
 namespace infovae_fast {
 namespace {
 
-constexpr int kStrip = 6;      // pixels, or rows of the weight's gradient, whose sums are in registers at once
 constexpr int64_t kDepth = 256;  // products that are summed in a register before they are added to the rest
 constexpr int64_t kImageBytes = 512 << 10;  // of the copy with margins: it should stay in the cache
 constexpr int64_t kGroups = 16;  // of images, whose gradients to weight are summed apart: not the number of threads
-
-// e^r - 1 = r sum c_i r^i for |r| <= ln(2) / 2: relative error 1.1e-8 (float) and 2.4e-19 (double).
-template <typename T>
-struct Expm1;
-template <>
-struct Expm1<float> {
-    static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr float most = 80, most_a = 20, most_b = 60;  // e^most and e^(most_a + most_b) do not overflow
-    static constexpr int degree = 5;
-    static constexpr float c[] = {1.0f,
-                                  0.49999998124795182f,
-                                  0.16666506219567093f,
-                                  0.041667136210852982f,
-                                  0.0083690685627894121f,
-                                  0.0013888872635554964f};
-};
-template <>
-struct Expm1<double> {
-    static constexpr double log2e = 1.4426950408889634074, ln2_high = 0.693147180369123816490,
-                            ln2_low = 1.90821492927058770002e-10;
-    static constexpr double most = 700, most_a = 44, most_b = 600;
-    static constexpr int degree = 11;
-    static constexpr double c[] = {1.0,
-                                   0.5,
-                                   0.16666666666666680657,
-                                   0.041666666666666492456,
-                                   0.0083333333333197000573,
-                                   0.0013888888888965132584,
-                                   0.00019841269889815124528,
-                                   0.000024801587172496682387,
-                                   2.7557241139432478189e-6,
-                                   2.7557399888465052079e-7,
-                                   2.5109964026544849121e-8,
-                                   2.087675138676410372e-9};
-};
 
 template <typename T>
 struct ConvRows {
@@ -74,6 +38,7 @@ struct WeightRows {
 namespace baseline {
 #define VECTOR_BYTES 16
 #include "lanes.inc"
+#include "layers.inc"
 #include "masked_conv.inc"
 #undef VECTOR_BYTES
 }  // namespace baseline
@@ -84,6 +49,7 @@ namespace baseline {
 namespace avx2 {
 #define VECTOR_BYTES 32
 #include "lanes.inc"
+#include "layers.inc"
 #include "masked_conv.inc"
 #undef VECTOR_BYTES
 }  // namespace avx2
@@ -94,20 +60,13 @@ namespace avx512 {
 #define VECTOR_BYTES 64
 #define ISA_AVX512
 #include "lanes.inc"
+#include "layers.inc"
 #include "masked_conv.inc"
 #undef ISA_AVX512
 #undef VECTOR_BYTES
 }  // namespace avx512
 #pragma GCC pop_options
-#define BEST(function) (kUnit == Unit::avx512 ? &avx512::function : kUnit == Unit::avx2 ? &avx2::function : &baseline::function)
-#else
-#define BEST(function) (&baseline::function)
 #endif
-
-template <typename T>
-int64_t lanes() {
-    return (kUnit == Unit::avx512 ? 64 : kUnit == Unit::avx2 ? 32 : 16) / int64_t(sizeof(T));
-}
 
 // The margin that the taps need, and the copy of rows y0..y1 of one image with it, its channels in the given order.
 struct Margin {

@@ -105,15 +105,6 @@ namespace avx512 {
 #endif
 
 template <typename T>
-auto rows_function() {
-#ifdef HAVE_AVX
-    if (kUnit == Unit::avx512) return &avx512::rows<T>;
-    if (kUnit == Unit::avx2) return &avx2::rows<T>;
-#endif
-    return &baseline::rows<T>;
-}
-
-template <typename T>
 struct Cloud {
     const T* z = nullptr;  // as given
     int64_t n = 0;
@@ -193,10 +184,10 @@ void pairwise(const PairwiseProblem<T>& q) {
     const double scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0;
     const double slope = outer / (b0 * b0 * scale);
 
-    const bool small = d <= kMaxSmall && fits_registers<T>(kUnit == Unit::baseline ? 16 : 32) &&
-                       (kind == Radial::rbf || (kind == Radial::imq && q.v == nullptr));
-    const int64_t dp = !small ? round_up(d, 64 / int64_t(sizeof(T))) : d <= 10 ? round_up(d, 2) : kMaxSmall;
     const bool fold_v = q.v != nullptr && kind == Radial::rbf && q.w_xx != 0;
+    const bool small = d <= kMaxSmall && fits_registers<T>(kUnit == Unit::baseline ? 16 : 32) &&
+                       (kind == Radial::rbf || kind == Radial::imq) && (q.v == nullptr || fold_v);
+    const int64_t dp = !small ? round_up(d, 64 / int64_t(sizeof(T))) : d <= 10 ? round_up(d, 2) : kMaxSmall;
 
     Cloud<T> clouds[2];
     clouds[0].z = q.x, clouds[0].n = q.n, clouds[0].given_a = q.a, clouds[0].given_v = q.v;
@@ -243,7 +234,7 @@ void pairwise(const PairwiseProblem<T>& q) {
         }
     }
     std::vector<double> energies(tasks.size(), 0.0);
-    const auto rows = rows_function<T>();
+    const auto rows = BEST(rows<T>);
 
     const auto run = [&](size_t k, double* sums, double* row_totals, T* strip) {
         const Task& task = tasks[k];

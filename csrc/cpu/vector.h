@@ -38,6 +38,19 @@ inline Unit best_unit() {
 }
 inline const Unit kUnit = best_unit();
 
+// The function of that name for the best unit.
+#ifdef HAVE_AVX
+#define BEST(function) \
+    (kUnit == Unit::avx512 ? &avx512::function : kUnit == Unit::avx2 ? &avx2::function : &baseline::function)
+#else
+#define BEST(function) (&baseline::function)
+#endif
+
+template <typename T>
+int64_t lanes() {
+    return (kUnit == Unit::avx512 ? 64 : kUnit == Unit::avx2 ? 32 : 16) / int64_t(sizeof(T));
+}
+
 template <typename T>
 using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 template <int n>

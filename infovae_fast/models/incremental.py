@@ -5,12 +5,11 @@ The horizontal stack reads its own row: one product a layer for each pixel, and 
 work from one table, `Weights`, and from what z adds, `Incremental.conditions`.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, to_dense
@@ -114,19 +113,29 @@ def _wide(t: Tensor) -> Tensor:
 class Incremental:
     """`GatedPixelCNN` a row and a pixel at a time; every number is computed once.
 
-    A row of V needs the last r + 1 rows of its input; the horizontal stack keeps the one row it is in.
+    A row of V needs the last r + 1 rows of its input, which a ring holds: row i in place i % (r + 1). The horizontal
+    stack keeps the one row it is in. With `native`, rows and pixels are C++ (csrc/cpu/pixel_row.cpp).
     """
 
-    def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int) -> None:
+    def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int, *, native: bool = False) -> None:
         self.weights, self.n, self.groups, self.maps = prepare(decoder), n, decoder.data_channels, decoder.maps
         self.channels, self.height, self.width = decoder.image_shape
         self.reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
         self.taps = [layer.vertical.mask.taps for layer in decoder.layers]
         columns = _order(2 * self.maps, self.groups, halves=2)
         self.conditions = [
-            tuple(_by_row(c).to(self.weights.skip.dtype) for c in (above, beside[:, columns]))
+            tuple(_by_row(c).to(self.weights.skip.dtype).contiguous() for c in (above, beside[:, columns]))
             for above, beside in (condition or self._nothing() for condition in decoder.conditions(z))
         ]
+        new, layers, w = self.weights.skip.new_zeros, len(self.reaches), self.width
+        inputs = [self.channels] + [self.maps] * (layers - 1)
+        # The inputs of the vertical stack, y and v_l; the row so far of those of the horizontal one, y and h_l; per
+        # layer all of T but W_h * h; o of all layers and the two vectors of the head.
+        self.rings = [new(n, r + 1, w + 2 * r, c) for r, c in zip(self.reaches, inputs, strict=True)]
+        self.state = [new(n, (r + w) * c) for r, c in zip(self.reaches, inputs, strict=True)]
+        self.bases = [new(n, w, 2 * self.maps) for _ in inputs]
+        self.memory = new(n, (layers + 2) * self.maps)
+        self.native = native
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
         zeros = self.weights.skip.new_zeros(1, 2 * self.maps)
@@ -134,56 +143,79 @@ class Incremental:
 
     def run(self, choose: Chooser, callback: Callback | None = None) -> Tensor:
         """choose(i, j, group, params [n, P/G]) -> the group's channels [n, C/G] of pixel (i, j)."""
-        new, r, w = self.weights.skip.new_zeros, self.reaches, self.width
-        x = new(self.n, self.channels, self.height, w)
-        inputs = [self.channels] + [self.maps] * (len(r) - 1)
-        # Rows of y, v_1, .. with zeros at both ends, and the row so far of y, h_1, .. with zeros at the left end.
-        rows = [
-            deque([new(self.n, w + 2 * reach, c)] * (reach + (layer > 0)), maxlen=reach + (layer > 0))
-            for layer, (reach, c) in enumerate(zip(r, inputs, strict=True))
-        ]
-        h = [new(self.n, (reach + w) * c) for reach, c in zip(r[1:], inputs[1:], strict=True)]
-        o, s, t = new(self.n, len(r), self.maps), new(self.n, self.maps), new(self.n, self.maps)
+        x = self.memory.new_zeros(self.n, self.channels, self.height, self.width)
+        pixel = self._native_pixel if self.native else self._pixel
+        y = self.state[0].unflatten(1, (-1, self.channels))  # [n, r + W, C]
         for i in range(self.height):
-            bases = self._row(i, rows)
-            y = new(self.n, w + 2 * r[0], self.channels)
-            state = [y.flatten(1), *h]
-            for j in range(w):
+            self._row(i)
+            for j in range(self.width):
                 for group in range(self.groups):
-                    value = choose(i, j, group, self._pixel(j, group, bases, state, o, s, t))
+                    value = choose(i, j, group, pixel(j, group))
                     x[:, group :: self.groups, i, j] = value
-                    y[:, r[0] + j, group :: self.groups] = 2 * value - 1
-            rows[0].append(y)
-            if callback is not None:
-                callback(i + 1, self.height)
+                    y[:, self.reaches[0] + j, group :: self.groups] = 2 * value - 1
+            self._finish(i, callback)
         return x
 
-    def _row(self, i: int, rows: list[deque[Tensor]]) -> list[Tensor]:
-        """The vertical stack of row i; per layer all of T [n, W, 2C] but W_h * h."""
-        bases, v = [], None  # v: [n, W, C]
-        for layer, (weights, (above, beside)) in enumerate(zip(self.weights.layers, self.conditions, strict=True)):
-            r, held = self.reaches[layer], rows[layer]
-            if v is not None:
-                held.append(F.pad(v, (0, 0, r, r)))
-            last = len(held) - (v is not None)  # the place of row i
-            columns = torch.cat([held[last + dy][:, r + dx : r + dx + self.width] for dy, dx in self.taps[layer]], -1)
-            below = torch.addmm(weights.vertical_bias, columns.flatten(0, 1), weights.vertical)
-            below = below.unflatten(0, (self.n, self.width)) + above[:, min(i, above.shape[1] - 1)]
-            bases.append(below @ weights.link + (weights.horizontal_bias + beside[:, min(i, beside.shape[1] - 1)]))
-            a, b = below.chunk(2, -1)
-            v = a.tanh() * b.sigmoid()
-        return bases
-
-    def _pixel(
-        self, j: int, group: int, bases: list[Tensor], state: list[Tensor], o: Tensor, s: Tensor, t: Tensor
+    def run_bits(
+        self, uniforms: Tensor, known: Tensor, mask: Tensor, temperature: float, callback: Callback | None = None
     ) -> Tensor:
+        """`run` with the choice (u < sigmoid(params / temperature)), or `known` where the mask says so: native only."""
+        rows = []
+        for i in range(self.height):
+            self._row(i)
+            x = self.memory.new_empty(self.n, self.channels, self.width)
+            u, k, m = (t[:, :, i].contiguous() for t in (uniforms, known, mask))
+            torch.ops.infovae_fast.draw_bits(*self._native, x, u, k, m, temperature)
+            rows.append(x)
+            self._finish(i, callback)
+        return torch.stack(rows, 2)
+
+    def _finish(self, i: int, callback: Callback | None) -> None:
+        r = self.reaches[0]
+        self.rings[0][:, i % (r + 1), r : r + self.width] = self.state[0].unflatten(1, (-1, self.channels))[:, r:]
+        if callback is not None:
+            callback(i + 1, self.height)
+
+    def _row(self, i: int) -> None:
+        """The vertical stack of row i, up to `bases` and row i of the rings."""
+        if self.native:
+            table = [t for w in self.weights.layers for t in (w.vertical, w.vertical_bias, w.link, w.horizontal_bias)]
+            conditions = [c for pair in self.conditions for c in pair]
+            torch.ops.infovae_fast.vertical_row(table, conditions, self.rings, self.bases, self.reaches, i)
+            return
+        for layer, (weights, (above, beside)) in enumerate(zip(self.weights.layers, self.conditions, strict=True)):
+            r, ring = self.reaches[layer], self.rings[layer]
+            seen = [ring[:, (i + dy) % (r + 1), r + dx : r + dx + self.width] for dy, dx in self.taps[layer]]
+            below = torch.addmm(weights.vertical_bias, torch.cat(seen, -1).flatten(0, 1), weights.vertical)
+            below = below.unflatten(0, (self.n, self.width)) + above[:, min(i, above.shape[1] - 1)]
+            beside = weights.horizontal_bias + beside[:, min(i, beside.shape[1] - 1)]
+            self.bases[layer].copy_(below @ weights.link + beside)
+            if layer + 1 < len(self.rings):
+                r, (a, b) = self.reaches[layer + 1], below.chunk(2, -1)
+                self.rings[layer + 1][:, i % (r + 1), r : r + self.width] = a.tanh() * b.sigmoid()
+
+    @property
+    def _native(self) -> tuple[Any, ...]:
+        """What pixel_params and draw_bits take first."""
+        w = self.weights
+        head = [w.skip, w.skip_bias, w.hidden, w.hidden_bias, w.output, w.output_bias]
+        horizontal = [layer.horizontal for layer in w.layers]
+        step, step_bias = ([getattr(layer, name) for layer in w.layers[:-1]] for name in ("step", "step_bias"))
+        return self.bases, self.state, horizontal, step, step_bias, head, self.memory, self.reaches, self.channels
+
+    def _native_pixel(self, j: int, group: int) -> Tensor:
+        return torch.ops.infovae_fast.pixel_params(*self._native, j, group)
+
+    def _pixel(self, j: int, group: int) -> Tensor:
         """The horizontal stack and the head at column j: params [n, P/G]."""
-        weights, own = self.weights, self._slice(self.maps, group)
+        weights, state, own, layers = self.weights, self.state, self._slice(self.maps, group), len(self.bases)
+        o, s, t = self.memory.split([layers * self.maps, self.maps, self.maps], 1)
+        o = o.unflatten(1, (layers, self.maps))
         for layer, table in enumerate(weights.layers):
             matrix = table.horizontal[group]  # [taps * Cin, 2C/G]
             start = j * (self.maps if layer else self.channels)
             seen = state[layer][:, start : start + len(matrix)]
-            f = torch.addmm(bases[layer][:, j, self._slice(2 * self.maps, group)], seen, matrix)
+            f = torch.addmm(self.bases[layer][:, j, self._slice(2 * self.maps, group)], seen, matrix)
             a, b = f.chunk(2, 1)
             torch.mul(a.tanh_(), b.sigmoid_(), out=o[:, layer, own])
             if table.step is not None and table.step_bias is not None:

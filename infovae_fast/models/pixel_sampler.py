@@ -14,15 +14,28 @@ The uniforms are counted, not drawn: bits of a hash of (seed, sample, pixel, cha
 sample i does not depend on how many are drawn with it.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.likelihoods import Likelihood
+from infovae_fast.backends import Backend, native_missing
+from infovae_fast.backends import choose as choose_backend
+from infovae_fast.likelihoods import Bernoulli, Likelihood
 from infovae_fast.models.incremental import Callback, Chooser, Incremental, unsupported
 
 STRATEGIES = ("auto", "naive", "cached", "fixed_point")
+
+
+def _cpp_reason(like: Tensor) -> str | None:
+    return native_missing() if like.device.type == "cpu" else f"it runs on the CPU, and the decoder is on {like.device}"
+
+
+BACKENDS = (
+    Backend("cpp", _cpp_reason, partial(Incremental, native=True)),
+    Backend("reference", lambda like: None, Incremental),
+)
 
 
 class PixelSampler:
@@ -32,12 +45,14 @@ class PixelSampler:
         model: an `InfoVAE` with an autoregressive decoder, or such a decoder: a module decoder(z, x) -> params with
             `autoregressive = True` and `image_shape` = (C, H, W).
         likelihood: of a decoder; that of an `InfoVAE` is known.
+        backend: of "cached", "auto" or one of `infovae_fast.backends.NAMES`. "cpp" draws bits in whole rows, other
+            values a pixel at a time.
 
     Raises:
         ValueError: a decoder that is not autoregressive; no likelihood; one that does not fit the order of colours.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood | None = None) -> None:
+    def __init__(self, model: nn.Module, likelihood: Likelihood | None = None, *, backend: str = "auto") -> None:
         decoder: Any = getattr(model, "decoder", model)
         likelihood = getattr(model, "likelihood", likelihood)
         if not getattr(decoder, "autoregressive", False):
@@ -48,6 +63,7 @@ class PixelSampler:
         if likelihood is None:
             raise ValueError("likelihood: got None; accepted: the likelihood that the decoder was trained with")
         self.decoder, self.likelihood, self.image_shape = decoder, likelihood, tuple(decoder.image_shape)
+        self.backend = backend
         joint, channels = likelihood.joint_channels, self.image_shape[0]
         self.groups = getattr(decoder, "data_channels", 1 if joint else channels)
         if joint and self.groups > 1:
@@ -109,7 +125,12 @@ class PixelSampler:
             return torch.where(mask[:, group::g, i, j], known[:, group::g, i, j], drawn.to(known.dtype))
 
         if strategy == "cached":
-            return Incremental(self.decoder, z, n).run(choose, callback).to(self._like.dtype)
+            incremental = self._incremental(z, n)
+            if incremental.native and isinstance(self.likelihood, Bernoulli):
+                x = incremental.run_bits(u.float(), known.to(incremental.memory), mask, temperature, callback)
+            else:
+                x = incremental.run(choose, callback)
+            return x.to(self._like.dtype)
         if strategy == "naive":
             return self._naive(z, n, choose, callback)
         return self._fixed_point(z, known, mask, uniforms, temperature, callback)
@@ -128,9 +149,12 @@ class PixelSampler:
             seen.append(params)
             return x[:, group :: self.groups, i, j]
 
-        Incremental(self.decoder, z, n).run(choose)
+        self._incremental(z, n).run(choose)
         _, height, width = self.image_shape
         return torch.stack(seen, -1).unflatten(-1, (height, width, -1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def _incremental(self, z: Tensor | None, n: int) -> Incremental:
+        return choose_backend("pixel_sampler", BACKENDS, self.backend, self._like)(self.decoder, z, n)
 
     def _naive(self, z: Tensor | None, n: int, choose: Chooser, callback: Callback | None) -> Tensor:
         x = self._like.new_zeros(n, *self.image_shape)
