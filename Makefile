@@ -1,6 +1,7 @@
 # make demo     set up, then train on real digits: demo/report.html
 # make test     set up, then every check and every test
-# make bench    set up, then measure: benchmarks/results/here.jsonl, the table in README.md (competitors that are installed)
+# make bench    set up, then measure against the competitors that are installed: benchmarks/results/here.jsonl, the table
+#               and picture of README.md (an hour; after a kill it goes on where it was)
 # make clean    remove what was built (not .venv, whose downloads take minutes)
 #
 # The set-up goes to .venv and is skipped while nothing that it depends on has changed. Variables:
@@ -27,10 +28,10 @@ test: .venv/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: .venv/.built
-	@rm -f benchmarks/results/here.jsonl
-	$(BIN)/python -m benchmarks.run --out benchmarks/results/here.jsonl
+	$(BIN)/python -m benchmarks.run --grid --resume --out build/bench.jsonl
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
-	  $(BIN)/python -m benchmarks.run --compile --large --out benchmarks/results/here.jsonl
+	  $(BIN)/python -m benchmarks.run --grid --resume --compile --out build/bench.jsonl
+	@mv build/bench.jsonl benchmarks/results/here.jsonl
 	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl
 
 .venv/.installed: requirements.txt

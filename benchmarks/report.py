@@ -1,7 +1,8 @@
 """The speed table of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl`.
 
-Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md, and draws docs/speed.png.
-A cell is a ratio of medians of one run; the newest rows of a case and kind of malloc count.
+Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md, and draws docs/speed.png:
+the same cases, and time against N. A cell is a ratio of medians of one run; the newest rows of a case and a malloc
+count. Columns without a row are left out.
 """
 
 import json
@@ -9,26 +10,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pairwise
+from benchmarks.pairwise import OURS
+
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "infovae_fast cpp"
 COLUMNS = (  # title, implementation, malloc
     ("eager, expanded", "eager expanded", "default"),
     ("eager, `cdist`", "eager cdist", "default"),
     ("eager, expanded, tuned malloc", "eager expanded", "tuned"),
     ("`torch.compile`, tuned malloc", "torch.compile", "tuned"),
     ("KeOps", "KeOps", "default"),
+    ("GeomLoss", "GeomLoss", "default"),
 )
 NAMES = {"rbf": "RBF", "imq": "IMQ", "imq7": "seven-scale IMQ", "stein": "Stein direction"}
 
+LINES = {  # in both pictures, by colour
+    OURS: "black",
+    "eager expanded": "tab:blue",
+    "eager cdist": "tab:cyan",
+    "KeOps": "tab:green",
+    "GeomLoss": "tab:orange",
+    "GeomLoss KeOps": "tab:olive",
+    "torch.compile": "tab:red",
+}
+
 Case = tuple[str, int, int]
+Rows = dict[tuple[Case, str, str], dict[str, Any]]  # of case, implementation, malloc
+README: list[Case] = [(case.what, case.n, case.d) for case in pairwise.README]
 
 
-def table(rows: dict[tuple[Case, str, str], dict[str, Any]]) -> str:
-    head = ["value and gradient to x", "ours", *(title for title, _, _ in COLUMNS), "gradient error: ours, eager"]
+def table(rows: Rows) -> str:
+    columns = [column for column in COLUMNS if any((case, *column[1:]) in rows for case in README)]
+    head = ["value and gradient to x", "ours", *(title for title, _, _ in columns), "gradient error: ours, eager"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for case in dict.fromkeys(case for case, _, _ in rows):
+    for case in README:
+        if (case, OURS, "default") not in rows and (case, OURS, "tuned") not in rows:
+            continue
         cells = []
-        for _, name, malloc in COLUMNS:
+        for _, name, malloc in columns:
             other, ours = rows.get((case, name, malloc)), rows.get((case, OURS, malloc))
             cells.append(f"{other['median_s'] / ours['median_s']:.1f}x" if other and ours else "–")
         ours = rows.get((case, OURS, "default")) or rows[case, OURS, "tuned"]
@@ -47,35 +66,44 @@ def table(rows: dict[tuple[Case, str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: dict[tuple[Case, str, str], dict[str, Any]], path: Path) -> None:
+def plot(rows: Rows, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cases = [case for case in dict.fromkeys(case for case, _, _ in rows) if (case, "eager expanded", "tuned") in rows]
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    names = ["eager expanded", "eager cdist", "KeOps", "torch.compile"]
-    for k, name in enumerate(names):
-        ratios = [
-            rows[case, name, "tuned"]["median_s"] / rows[case, OURS, "tuned"]["median_s"]
-            if (case, name, "tuned") in rows
-            else 0
-            for case in cases
-        ]
-        axes.bar([i + 0.2 * (k - 1.5) for i in range(len(cases))], ratios, 0.19, label=name)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), [f"{NAMES[what]}\nN={n}, D={d}" for what, n, d in cases], fontsize=8)
-    axes.set_ylabel("time, in units of ours")
-    axes.legend(fontsize=8, ncols=4, frameon=False, loc="upper left")
-    axes.set_ylim(0.8, 300)
-    axes.set_title("Value and gradient on two cores, tuned malloc", fontsize=10)
+    malloc = "tuned" if any(key[2] == "tuned" for key in rows) else "default"  # the one that flatters us less
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(3, 2), layout="constrained")
+    cases = [case for case in README if (case, "eager expanded", malloc) in rows]
+    others = [name for name in LINES if name != OURS and any((case, name, malloc) in rows for case in cases)]
+    width = 0.8 / max(1, len(others))
+    for k, name in enumerate(others):
+        have = [(i, case) for i, case in enumerate(cases) if (case, name, malloc) in rows]
+        places = [i + width * (k - (len(others) - 1) / 2) for i, _ in have]
+        ratios = [rows[c, name, malloc]["median_s"] / rows[c, OURS, malloc]["median_s"] for _, c in have]
+        bars.bar(places, ratios, 0.95 * width, label=name, color=LINES[name])
+    bars.axhline(1, color="black", linewidth=1)
+    bars.set(yscale="log", ylim=(0.8, 400), ylabel="time, in units of ours")
+    bars.set_xticks(range(len(cases)), [f"{NAMES[what]}\nN={n}, D={d}" for what, n, d in cases], fontsize=7)
+    bars.legend(fontsize=8, ncols=3, frameon=False, loc="upper left")
+
+    for name, colour in LINES.items():
+        found = sorted(
+            (n, row["median_s"])
+            for ((what, n, d), *other), row in rows.items()
+            if (what, d, *other) == ("rbf", 10, name, malloc)
+        )
+        if found:
+            lines.plot(*zip(*found, strict=True), "o-", label=name, color=colour, markersize=3)
+    lines.set(xscale="log", yscale="log", xlabel="N = M", ylabel="seconds, RBF, D = 10")
+    lines.legend(fontsize=8, frameon=False)
+    threads = max((row["threads"] for row in rows.values()), default=0)
+    figure.suptitle(f"Value and gradient, {threads} threads, {malloc} malloc", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    rows = {}
+    rows: Rows = {}
     for line in Path(sys.argv[1]).read_text().splitlines():
         row = json.loads(line)
         if row.get("gradient", True):

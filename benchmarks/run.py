@@ -1,20 +1,22 @@
 """Time the operators against what people write: `python -m benchmarks.run --out benchmarks/results/NAME.jsonl`.
 
-Every row is one case and one implementation: median, 20th and 80th percentile of the seconds of value and gradient,
-the largest error of each against float64, relative to the largest component, and the memory that a first call takes
-beyond its inputs, measured in a process of its own. The implementations of a case take turns in one process, so that
-their ratios stand although the machine is shared. Of ours, a result whose error is above `LARGEST_ERROR` is not timed.
+Every row is one case and one implementation: median, 20th and 80th percentile of the seconds of value and gradient, the
+memory that a call takes beyond what the process holds, and the largest error of the gradient and of the value against
+float64, relative to the largest component (for large N, of some rows of the gradient alone: `pairwise.truth`).
+The implementations of a case take turns in one process, the slow ones fewer, so that their ratios stand although the
+machine is shared. Of ours, a result whose error is above `LARGEST_ERROR` is not timed.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
@@ -26,74 +28,87 @@ import infovae_fast
 from benchmarks import pairwise
 
 LARGEST_ERROR = 1e-5  # of the gradient, relative to its largest component; the value's own is reported beside it
+LONGEST_S = 20  # of one call by its predicted cost: with a longer one the grid would take hours
+MOST_ROUNDS = 50
+README_S, GRID_S = 8, 3  # the time to spend on one implementation of a case
 
 
-def measure(run: Callable[[], Any]) -> float:
+def measure(run: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    out = run()
+    return out, time.perf_counter() - start
 
 
 def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
     (g, value), (g_true, value_true) = out, truth
     found = {}
     if g is not None and g_true is not None:
+        g = g[:: len(g) // len(g_true)]
         found["error"] = ((g.double() - g_true).abs().max() / g_true.abs().max()).item()
     if value is not None and value_true is not None:
         found["value_error"] = abs(value.item() / value_true.item() - 1)
     return found
 
 
-def memory(case: pairwise.Case, name: str) -> float | None:
-    """MiB that a first call takes beyond its inputs, in a process of its own; None where that fails."""
-    code = (
-        "from benchmarks import pairwise, run; import infovae_fast._C\n"
-        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-        f"case = pairwise.{case!r}; x, y = case.inputs(); small = pairwise.Case(case.what, 64, case.d, case.gradient)\n"
-        f"f = run.implementations(True)[{name!r}]; f(small, *small.inputs()); before = peak(); f(case, x, y)\n"
-        "print((peak() - before) / 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+def peak_mib(reset: bool = False) -> float | None:
+    """The most memory this process has held since the last reset, which lets go of what is free; Linux alone tells."""
+    try:
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, AttributeError):
+        return None
 
 
-def implementations(compiled: bool) -> dict[str, Callable[..., Any]]:
-    """By name, ours first."""
-    found: dict[str, Callable[..., Any]] = {"infovae_fast cpp": pairwise.ours("cpp")} | pairwise.COMPETITORS
-    if find_spec("pykeops") is None:
-        del found["KeOps"]
-    return found | ({"torch.compile": pairwise.compiled()} if compiled else {})
+def implementations(compiled: bool) -> dict[str, pairwise.Implementation]:
+    """By name, ours first, those that are installed."""
+    found = {k: i for k, i in pairwise.IMPLEMENTATIONS.items() if all(find_spec(name) for name in i.packages)}
+    return found if compiled else {name: i for name, i in found.items() if name != "torch.compile"}
 
 
-def bench(case: pairwise.Case, implementations: dict[str, Callable[..., Any]], rounds: int) -> list[dict[str, Any]]:
+def feasible(case: pairwise.Case, implementation: pairwise.Implementation, most_gib: float) -> bool:
+    seconds, gib = implementation.cost(case)
+    return case.what in implementation.kernels and seconds <= LONGEST_S and gib <= most_gib
+
+
+def bench(case: pairwise.Case, implementations: dict[str, pairwise.Implementation]) -> list[dict[str, Any]]:
     x, y = case.inputs()
-    exact = pairwise.truth(case, x, y)
-    rows = {}
-    for name, run in implementations.items():
-        rows[name] = errors(run(case, x, y), exact)
-        if name.startswith("infovae_fast") and rows[name].get("error", 0) > LARGEST_ERROR:
+    rows: dict[str, dict[str, Any]] = {}
+    rounds: dict[str, int] = {}
+    times: dict[str, list[float]] = {}
+    for name, implementation in implementations.items():
+        first = case if name == "torch.compile" else replace(case, n=64)  # what compiles does it in a call before
+        implementation.run(first, *first.inputs())
+        before = peak_mib(reset=True)
+        out, seconds = measure(partial(implementation.run, case, x, y))
+        after = peak_mib()
+        rows[name] = errors(out, pairwise.truth(case, implementation.estimator))
+        if name == pairwise.OURS and rows[name].get("error", 0) > LARGEST_ERROR:
             raise SystemExit(f"{case} {name}: error {rows[name]['error']:.1e}, not timed")
-        rows[name]["memory_mib"] = memory(case, name)
-    times: dict[str, list[float]] = {name: [] for name in implementations}
-    for _ in range(rounds):
-        for name, run in implementations.items():
-            times[name].append(measure(lambda run=run: run(case, x, y)))
-    for name, seconds in times.items():
-        low, high = (quantiles(seconds, n=5)[0], quantiles(seconds, n=5)[-1]) if rounds > 1 else (seconds[0],) * 2
-        rows[name] |= {"median_s": median(seconds), "p20_s": low, "p80_s": high, "rounds": rounds}
+        rows[name]["memory_mib"] = None if before is None or after is None else after - before
+        rounds[name] = min(MOST_ROUNDS, int((README_S if case in pairwise.README else GRID_S) / seconds))
+        if implementation.floats != (0, 0):  # the first call found no memory kept by malloc
+            rounds[name] = max(rounds[name], 1)
+        times[name] = [] if rounds[name] else [seconds]
+    most_mib = max(row["memory_mib"] or 0 for row in rows.values())
+    held = [torch.ones(2**24) for _ in range(int(most_mib / 64) + 1)]  # 64 MiB each
+    del held  # a malloc that keeps memory has it again
+    most = max(rounds.values())
+    for i in range(most):
+        for name, implementation in implementations.items():
+            if (i + 1) * rounds[name] // most > i * rounds[name] // most:  # spread over all rounds
+                times[name].append(measure(partial(implementation.run, case, x, y))[1])
+    for name, taken in times.items():
+        low, *_, high = quantiles(taken, n=5) if len(taken) > 1 else taken * 2
+        rows[name] |= {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": len(taken)}
     return [{"op": "pairwise", **asdict(case), "implementation": name, **row} for name, row in rows.items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
-    parser.add_argument("--large", action="store_true", help="also N = 16,384 and 65,536, ours alone")
-    parser.add_argument("--bar", action="store_true", help="only the cases of the README")
-    options = parser.parse_args()
-    everything = implementations(options.compile)
+def machine() -> dict[str, Any]:
+    """What a row says about where it was measured."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    machine = {
+    return {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -101,23 +116,48 @@ def main() -> None:
         "commit": commit,
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
     }
-    cases = pairwise.README if options.bar else pairwise.CASES
-    for case in cases + (pairwise.LARGE if options.large else []):
-        some = everything if case in pairwise.CASES else dict(list(everything.items())[:1])
-        if case.n * case.n * case.d > 2**25:  # gigabytes
-            some = {name: run for name, run in some.items() if name != "eager differences"}
-        rows = bench(case, some, 7 if case.n * case.d > 10240 else 50)
+
+
+def measured(path: Path, here: dict[str, Any]) -> set[tuple[pairwise.Case, str]]:
+    """The cases and implementations that have a row of the same commit, malloc and threads."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {
+        (pairwise.Case(row["what"], row["n"], row["d"], row["gradient"]), row["implementation"])
+        for row in rows
+        if row["op"] == "pairwise" and all(row[key] == here[key] for key in ("commit", "malloc", "threads"))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file, case by case")
+    parser.add_argument("--resume", action="store_true", help="skip the cases that --out has from the same commit")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile (some seconds a case)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--bar", action="store_true", help="only the cases of the README")
+    which.add_argument("--grid", action="store_true", help="N = 64 .. 65,536, D = 2 .. 512, value alone too (long)")
+    parser.add_argument("--most", type=int, default=2**16, help="largest N")
+    parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
+    options = parser.parse_args()
+    here, installed = machine(), implementations(options.compile)
+    done = measured(options.out, here) if options.resume else set()
+    for case in pairwise.README if options.bar else pairwise.GRID if options.grid else pairwise.CASES:
+        some = {name: i for name, i in installed.items() if feasible(case, i, options.memory)}
+        if case.n > options.most or {(case, name) for name in some} <= done:
+            continue
+        rows = bench(case, some)
         ours = rows[0]["median_s"]
         for row in rows:
             mode = "" if case.gradient else "value"
             problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {mode:<6} {row['implementation']:<18}"
             time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.1f}x"
-            found = f"error {row.get('error', 0):.1e}  value {row.get('value_error', 0):.1e}"
-            print(f"{problem} {time_taken}  {found}  {row['memory_mib'] or 0:7.0f} MiB", flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row | machine) + "\n")
+            error, value = (f"{row[key]:.1e}" if key in row else "  –    " for key in ("error", "value_error"))
+            memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+            print(f"{problem} {time_taken}  error {error}  value {value} {memory:>7} MiB", flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("a") as file:
+                file.write("".join(json.dumps(row | here) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

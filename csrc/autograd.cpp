@@ -1,5 +1,6 @@
 // The operators with their first derivatives: what torch.autograd.Function does in Python, without the 0.1 ms it takes.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -110,8 +111,9 @@ std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, const Tensor& weight, c
 struct Conv : torch::autograd::Function<Conv> {
     static constexpr bool is_traceable = true;
 
-    static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Maybe& bias,
-                          const Maybe& condition, at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate) {
+    static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Maybe& bias,
+                                 const Maybe& condition, at::IntArrayRef taps, at::IntArrayRef colours,
+                                 std::string_view gate) {
         const at::AutoDispatchBelowADInplaceOrView below;
         auto [out, f] = conv_forward(x, weight, bias, condition, taps, colours, gate, true);
         context->save_for_backward({x, weight, f});
@@ -120,12 +122,14 @@ struct Conv : torch::autograd::Function<Conv> {
         context->saved_data["gate"] = std::string(gate);
         context->saved_data["bias"] = needs_gradient(bias);
         context->saved_data["condition"] = !needs_gradient(condition) ? 0 : condition->dim();
-        return out;
+        context->set_materialize_grads(false);
+        return {out, f};
     }
 
-    static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                              at::IntArrayRef, at::IntArrayRef, std::string_view, bool, bool, bool);
+    static variable_list backward(AutogradContext* context, variable_list gradients) {
+        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Maybe&, const Tensor&, const Tensor&,
+                                                              const Tensor&, at::IntArrayRef, at::IntArrayRef,
+                                                              std::string_view, bool, bool, bool);
         static const auto op = find<Op>("infovae_fast::masked_conv_backward");
         const variable_list saved = context->get_saved_variables();
         const Tensor &x = saved[0], &weight = saved[1];
@@ -133,10 +137,16 @@ struct Conv : torch::autograd::Function<Conv> {
         const bool bias = context->saved_data["bias"].toBool();
         const int64_t condition = context->saved_data["condition"].toInt();
         variable_list out(7);
+        if (!gradients[0].defined() && !gradients[1].defined()) return out;
+        if (!gradients[0].defined()) {
+            const auto s = x.sym_sizes();
+            gradients[0] = at::zeros_symint({s[0], weight.sym_size(2) / (gate.empty() ? 1 : 2), s[2], s[3]}, x.options());
+        }
+        const Maybe to_f_directly = gradients[1].defined() && !gate.empty() ? Maybe(gradients[1]) : Maybe();
         {
             const at::AutoDispatchBelowADInplaceOrView below;
             auto [to_x, to_weight, to_f, sums] =
-                op.call(gradients[0], x, weight, saved[2], context->saved_data["taps"].toIntVector(),
+                op.call(gradients[0], to_f_directly, x, weight, saved[2], context->saved_data["taps"].toIntVector(),
                         context->saved_data["colours"].toIntVector(), gate,
                         x.requires_grad(), weight.requires_grad(), bias || condition == 2);
             if (x.requires_grad()) out[0] = to_x;
@@ -146,19 +156,22 @@ struct Conv : torch::autograd::Function<Conv> {
         }
         if (at::GradMode::is_enabled()) {
             for (Tensor& gradient : out) {
-                if (gradient.defined()) gradient = Once::apply(gradient, x, weight, gradients[0], Maybe());
+                if (gradient.defined()) gradient = Once::apply(gradient, x, weight, gradients[0], to_f_directly);
             }
         }
         return out;
     }
 };
 
-Tensor masked_conv(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& condition,
-                   at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate) {
+std::tuple<Tensor, Tensor> masked_conv(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& condition,
+                                       at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate, bool keep) {
     const bool gradient =
         x.requires_grad() || weight.requires_grad() || needs_gradient(bias) || needs_gradient(condition);
-    if (gradient && at::GradMode::is_enabled()) return Conv::apply(x, weight, bias, condition, taps, colours, gate);
-    return std::get<0>(conv_forward(x, weight, bias, condition, taps, colours, gate, false));
+    if (!gradient || !at::GradMode::is_enabled()) {
+        return conv_forward(x, weight, bias, condition, taps, colours, gate, keep);
+    }
+    const variable_list out = Conv::apply(x, weight, bias, condition, taps, colours, gate);
+    return {out[0], out[1]};
 }
 
 }  // namespace
@@ -168,8 +181,9 @@ TORCH_LIBRARY_FRAGMENT(infovae_fast, m) {
     m.def("energy(Tensor x, Tensor? y, Tensor? a, Tensor? b, bool rbf, float[] bandwidth, Tensor? lengths, float[] weight, "
           "float alpha, float[] w) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.impl("energy", torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, energy));
-    // The out of `masked_conv_forward`, differentiable once to x, weight, bias and condition.
-    m.def("masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int[] taps, int[] colours, str gate) -> Tensor",
+    // `masked_conv_forward`, differentiable once to x, weight, bias and condition.
+    m.def("masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int[] taps, int[] colours, str gate, "
+          "bool keep) -> (Tensor out, Tensor f)",
           {at::Tag::pt2_compliant_tag});
     m.impl("masked_conv", torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, masked_conv));
 }

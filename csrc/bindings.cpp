@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> masked_conv_forward_empty(const Tensor& x, const Tens
     return {image(x, gated ? cout / 2 : cout), image(x, gated && keep ? cout : 0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_empty(const Tensor& /*gradient*/, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_empty(const Tensor& /*gradient*/, const std::optional<Tensor>& /*f_gradient*/, const Tensor& x,
                                                                       const Tensor& weight, const Tensor& /*f*/,
                                                                       at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/, std::string_view gate,
                                                                       bool to_x, bool to_weight, bool sums) {
@@ -253,12 +253,12 @@ std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor& gradient, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor& gradient, const std::optional<Tensor>& extra, const Tensor& x,
                                                                     const Tensor& weight, const Tensor& f,
                                                                     at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate,
                                                                     bool to_x, bool to_weight, bool sums) {
     const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
-    auto out = masked_conv_backward_empty(gradient, x, weight, f, taps, colours, gate, to_x, to_weight, sums);
+    auto out = masked_conv_backward_empty(gradient, extra, x, weight, f, taps, colours, gate, to_x, to_weight, sums);
     auto& [x_gradient, weight_gradient, f_gradient, pixel_sums] = out;
     if (x.numel() == 0) {
         weight_gradient.zero_(), pixel_sums.zero_();
@@ -267,11 +267,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor
     const bool gated = gate_of(gate) != Gate::none;
     const Tensor g = pixels(gradient, x, gated ? conv.cout / 2 : conv.cout), xs = pixels(x, x, conv.cin);
     const Tensor fs = gated ? pixels(f, x, conv.cout) : Tensor(), ws = weight.contiguous();
+    const Tensor es = extra.has_value() ? pixels(*extra, x, conv.cout) : Tensor();
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv_backward", [&] {
         using T = scalar_t;
         if (gated) {
             gate_gradient<T>(conv.n * conv.h * conv.w, conv.cout, gate_of(gate), fs.const_data_ptr<T>(),
-                             g.const_data_ptr<T>(), f_gradient.template mutable_data_ptr<T>());
+                             g.const_data_ptr<T>(), es.defined() ? es.const_data_ptr<T>() : nullptr,
+                             f_gradient.template mutable_data_ptr<T>());
         }
         const auto result = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr; };
         masked_conv_gradients<T>(conv, xs.const_data_ptr<T>(), ws.const_data_ptr<T>(),
@@ -409,8 +411,9 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("masked_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int[] taps, int[] colours, str gate, bool keep) "
           "-> (Tensor out, Tensor f)",
           {at::Tag::pt2_compliant_tag});
-    // From the gradient to out: to x, to weight, with a gate to f, and the sums of the last over pixels, [N, Cout].
-    m.def("masked_conv_backward(Tensor gradient, Tensor x, Tensor weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, "
+    // From the gradients to out and, with a gate, to the f that was kept: to x, to weight, with a gate to f in all, and
+    // the sums of that over the pixels, [N, Cout].
+    m.def("masked_conv_backward(Tensor gradient, Tensor? f_gradient, Tensor x, Tensor weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, "
           "bool to_weight, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor f_gradient, Tensor sums)",
           {at::Tag::pt2_compliant_tag});
     // The vertical stack of a gated PixelCNN at row i: bases, and row i of all rings but the first.

@@ -42,9 +42,10 @@ template <typename T>
 void masked_conv(const MaskedConv& conv, const T* x, const T* weight, const T* bias, const T* condition, bool spatial,
                  Gate gate, T* out, T* f);
 
-// From a gradient to out, [n, h, w, cout / 2], that to f.
+// From a gradient to out, [n, h, w, cout / 2], and one to f itself, if not null, that to f in all.
 template <typename T>
-void gate_gradient(int64_t pixels, int64_t cout, Gate gate, const T* f, const T* out_gradient, T* f_gradient);
+void gate_gradient(int64_t pixels, int64_t cout, Gate gate, const T* f, const T* out_gradient, const T* extra,
+                   T* f_gradient);
 
 // From a gradient to f: to x, to weight, and its sum over the pixels of each image [n, cout]. Each may be null.
 template <typename T>

@@ -96,9 +96,9 @@ def taps(window: str, kernel_size: int, data_channels: int = 1) -> tuple[tuple[i
 
 
 def masked_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask
-) -> Tensor:
-    """Plain PyTorch: the columns of all taps side by side, then one matrix product for each group."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(out, f): plain PyTorch: the columns of all taps side by side, then one matrix product for each group."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     n, cin, h, w = x.shape
 
@@ -119,7 +119,7 @@ def masked_conv_reference(
         f = f + bias.to(dtype)[:, None, None]
     if condition is not None:
         f = f + (condition if condition.ndim == 4 else condition[:, :, None, None]).to(dtype)
-    return (gated(f, mask.gate) if mask.gate else f).to(x.dtype)
+    return (gated(f, mask.gate) if mask.gate else f).to(x.dtype), f.to(x.dtype)
 
 
 def gated(f: Tensor, gate: str) -> Tensor:
@@ -156,12 +156,15 @@ def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
     return native_missing()
 
 
-def _masked_conv_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask) -> Tensor:
+def _masked_conv_cpp(
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition))
     offsets = [offset for tap in mask.taps for offset in tap]
     colours = (mask.groups, mask.group_order == "interleaved", mask.visible(0))
-    return torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, colours, mask.gate or "").to(x.dtype)
+    out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, colours, mask.gate or "", keep_f)
+    return out.to(x.dtype), f.to(x.dtype)
 
 
 BACKENDS = (
@@ -206,7 +209,20 @@ def masked_conv2d(
         ValueError: wrong shapes, devices, names, sizes. RuntimeError: the named backend cannot run these inputs.
     """
     mask = Mask(window, kernel_size, data_channels, group_order, gate)
-    inputs = (*_checked(mask, x, weight, bias, condition), mask)
+    return _run(mask, x, weight, bias, condition, backend)[0]
+
+
+def _run(
+    mask: Mask,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    condition: Tensor | None,
+    backend: str,
+    keep_f: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(out, f); f only counts if it is to be kept."""
+    inputs = (*_checked(mask, x, weight, bias, condition), mask, keep_f)
     run = choose("masked_conv", BACKENDS, backend, *inputs)
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
@@ -256,6 +272,10 @@ class MaskedConv2d(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         options = self.mask._asdict()
         return masked_conv2d(x, self.weight, self.bias, condition=condition, backend=self.backend, **options)
+
+    def with_f(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(out, f): also what goes into the gate, [N, Cout, H, W]."""
+        return _run(self.mask, x, self.weight, self.bias, condition, self.backend, keep_f=True)
 
     def extra_repr(self) -> str:
         _, cin, cout = self.weight.shape

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infovae_fast import backends
-from infovae_fast.masked_conv import Mask, masked_conv2d
+from infovae_fast.masked_conv import Mask, _run, masked_conv2d
 
 pytestmark = pytest.mark.skipif(backends.native_missing() is not None, reason=str(backends.native_missing()))
 
@@ -108,7 +108,7 @@ def test_operators_are_well_formed(case):
     taps = [offset for tap in mask.taps for offset in tap]
     colours, gate = (mask.groups, 1, mask.visible(0)), mask.gate or ""
     ops = torch.ops.infovae_fast
-    torch.library.opcheck(ops.masked_conv.default, (x, weight, bias, condition, taps, colours, gate))
+    torch.library.opcheck(ops.masked_conv.default, (x, weight, bias, condition, taps, colours, gate, True))
     x, weight, bias, condition = (None if t is None else t.detach() for t in (x, weight, bias, condition))
     out, f = ops.masked_conv_forward(x, weight, bias, condition, taps, colours, gate, True)
     torch.library.opcheck(
@@ -118,25 +118,41 @@ def test_operators_are_well_formed(case):
     )
     for wanted in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
-            ops.masked_conv_backward.default, (torch.ones_like(out), x, weight, f, taps, colours, gate, *wanted)
+            ops.masked_conv_backward.default,
+            (torch.ones_like(out), f if gate else None, x, weight, f, taps, colours, gate, *wanted),
         )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[8]])
+def test_what_goes_into_the_gate_has_a_gradient_too(case):
+    options, tensors = problem(*case, dtype=torch.float64)
+    x, weight, bias, condition = tensors
+    found = {}
+    for backend in ("cpp", "reference"):
+        mask = Mask(**options)
+        out, f = _run(mask, x, weight, bias, condition, backend, keep_f=True)
+        for part in (out.square().sum() + (f * f.cos()).sum(), f.sin().sum()):
+            gradients = torch.autograd.grad(part, [t for t in tensors if t is not None], retain_graph=True)
+            found.setdefault(backend, []).extend([out, f, *gradients])
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_refusals():
     x, weight = torch.zeros(2, 4, 5, 5), torch.zeros(5, 4, 8)
     run = torch.ops.infovae_fast.masked_conv
     with pytest.raises(TypeError, match="accepted: float32, float64"):
-        run(x.half(), weight, None, None, [0] * 10, [1, 1, 1], "")
+        run(x.half(), weight, None, None, [0] * 10, [1, 1, 1], "", False)
     with pytest.raises(TypeError, match="got Double beside Float"):
-        run(x, weight.double(), None, None, [0] * 10, [1, 1, 1], "")
+        run(x, weight.double(), None, None, [0] * 10, [1, 1, 1], "", False)
     with pytest.raises(ValueError, match="4 taps; accepted"):
-        run(x, weight, None, None, [0] * 8, [1, 1, 1], "")
+        run(x, weight, None, None, [0] * 8, [1, 1, 1], "", False)
     with pytest.raises(ValueError, match="gate: got 'swish'"):
-        run(x, weight, None, None, [0] * 10, [1, 1, 1], "swish")
+        run(x, weight, None, None, [0] * 10, [1, 1, 1], "swish", False)
     with pytest.raises(ValueError, match="groups of equal size"):
-        run(x, weight, None, None, [0] * 10, [3, 1, 1], "")
+        run(x, weight, None, None, [0] * 10, [3, 1, 1], "", False)
     with pytest.raises(ValueError, match="beside x"):
-        run(x, weight, None, torch.zeros(2, 8, 5, 4), [0] * 10, [1, 1, 1], "")
+        run(x, weight, None, torch.zeros(2, 8, 5, 4), [0] * 10, [1, 1, 1], "", False)
 
 
 def test_second_derivatives_point_to_the_reference():

@@ -239,10 +239,12 @@ void masked_conv(const MaskedConv& q, const T* x, const T* weight, const T* bias
 }
 
 template <typename T>
-void gate_gradient(int64_t pixels, int64_t cout, Gate gate, const T* f, const T* out_gradient, T* f_gradient) {
+void gate_gradient(int64_t pixels, int64_t cout, Gate gate, const T* f, const T* out_gradient, const T* extra,
+                   T* f_gradient) {
     const auto run = BEST(gate_gradient_pixels<T>);
     at::parallel_for(0, pixels, std::max<int64_t>(1, 16384 / cout), [&](int64_t begin, int64_t end) {
-        run(gate, end - begin, cout / 2, f + begin * cout, out_gradient + begin * (cout / 2), f_gradient + begin * cout);
+        run(gate, end - begin, cout / 2, f + begin * cout, out_gradient + begin * (cout / 2),
+            extra == nullptr ? nullptr : extra + begin * cout, f_gradient + begin * cout);
     });
 }
 
@@ -354,7 +356,7 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
 
 #define INSTANTIATE(T)                                                                                              \
     template void masked_conv<T>(const MaskedConv&, const T*, const T*, const T*, const T*, bool, Gate, T*, T*);    \
-    template void gate_gradient<T>(int64_t, int64_t, Gate, const T*, const T*, T*);                                 \
+    template void gate_gradient<T>(int64_t, int64_t, Gate, const T*, const T*, const T*, T*);                                 \
     template void masked_conv_gradients<T>(const MaskedConv&, const T*, const T*, const T*, T*, T*, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -170,7 +170,11 @@ class _Layer(nn.Module):
         super().__init__()
         self.first, self.last, self.conditions = first, last, 4 * maps
         colours: dict[str, Any] = {"data_channels": data_channels, "backend": backend}
-        self.vertical = MaskedConv2d(cin, 2 * maps, kernel, window="V0" if first else "V", backend=backend)
+        self.vertical = (
+            MaskedConv2d(cin, 2 * maps, kernel, window="V0", backend=backend)
+            if first
+            else MaskedConv2d(cin, maps, kernel, window="V", gate="tanh", backend=backend)
+        )
         self.link = MaskedConv2d(2 * maps, 2 * maps, 1, window="V", bias=False, backend=backend)
         # Layer 0 reads the image once for all its codes: its gate has to wait for them.
         self.horizontal = (
@@ -185,15 +189,16 @@ class _Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.first:
             below = _plus(self.vertical(v), above)
+            v = gated(below, "tanh")
             o = gated(_plus(self.horizontal(h), self.link(below, beside)), "tanh")
         else:
-            below = self.vertical(v, above)
+            v, below = self.vertical.with_f(v, above)
             o = self.horizontal(h, self.link(below, beside))
         out = self.out(o)
         if self.last:
             return v, h, out
         step, skip = out.chunk(2, 1)
-        return gated(below, "tanh"), (step if self.first else h + step), skip
+        return v, (step if self.first else h + step), skip
 
     def reach(self, v: Offsets, h: Offsets) -> tuple[Offsets, Offsets]:
         v = _sums(v, self.vertical.mask.taps)

@@ -1,0 +1,223 @@
+"""Time masked convolutions, a training step and sampling against what people write.
+
+    python -m benchmarks.masked_conv --out benchmarks/results/NAME.jsonl          (--compile adds torch.compile)
+
+* conv: forward and gradients of one layer, 28x28. "dense" is conv2d(x, weight * mask); "cropped" leaves the rows below
+  out (a kernel of r + 1 rows on an image padded above): the fastest plain form. Both channels-last.
+* step: forward and backward pass of the decoder R64 (7 gated layers of 64 maps), bits, batch 32; the plain one has
+  cropped convolutions, channels-last.
+* sample: R64, 28x28 bits. "plain cached" computes every number once, in PyTorch; "naive" is the plain network's time
+  for one pass times 784.
+
+A result whose error is above `LARGEST_ERROR`, or samples that differ from the naive ones, are not timed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.run import machine, measure
+from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler
+from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d, to_dense
+from infovae_fast.models.pixelcnn import R64
+
+LARGEST_ERROR = 1e-5  # relative to the largest component
+ROUNDS = 9
+
+Step = Callable[[], Any]
+
+
+def cropped(conv: MaskedConv2d) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """The dense kernel without what the window never reads, and the padding (left, right, top, bottom) it needs."""
+    dense = to_dense(conv.weight.detach(), **conv.mask._asdict())  # [Cout, Cin, k, k]
+    r, dys, dxs = conv.mask.kernel_size // 2, *([t[axis] for t in conv.mask.taps] for axis in (0, 1))
+    kernel = dense[:, :, r + min(dys) : r + max(dys) + 1, r + min(dxs) : r + max(dxs) + 1]
+    return kernel.contiguous(), (-min(dxs), max(dxs), -min(dys), max(dys))
+
+
+def moved(f: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
+    return F.pad(f, pad)  # negative numbers crop: the window may lie off the centre
+
+
+class Plain(nn.Module):
+    """`GatedPixelCNN` (variant "gated", z global) in cropped convolutions."""
+
+    def __init__(self, model: GatedPixelCNN) -> None:
+        super().__init__()
+        self.model, self.pads = model, []
+        weights = []
+        for conv in self.convs(model):
+            kernel, pad = cropped(conv)
+            # A gate's mask leaves zeros in a kernel that is not a rectangle; none of these windows has one.
+            weights.append(nn.Parameter(kernel.to(memory_format=torch.channels_last)))
+            self.pads.append(pad)
+        self.weights = nn.ParameterList(weights)
+
+    @staticmethod
+    def convs(model: GatedPixelCNN) -> list[MaskedConv2d]:
+        layers = [c for layer in model.layers for c in (layer.vertical, layer.link, layer.horizontal, layer.out)]
+        return layers + [m for m in model.head if isinstance(m, MaskedConv2d)]
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        convs, number = self.convs(self.model), iter(range(len(self.weights)))
+
+        def conv(f: Tensor) -> Tensor:
+            k = next(number)
+            return F.conv2d(moved(f, self.pads[k]), self.weights[k], convs[k].bias)
+
+        def gate(f: Tensor) -> Tensor:
+            a, b = f.chunk(2, 1)
+            return torch.tanh(a) * torch.sigmoid(b)
+
+        v = h = (2 * x - 1).to(memory_format=torch.channels_last)
+        skip: Tensor | float = 0.0
+        for layer, (above, beside) in zip(self.model.layers, self.model.conditions(z), strict=True):
+            below = conv(v) + above[:, :, None, None]
+            link = conv(below)
+            o = gate(conv(h) + link + beside[:, :, None, None])
+            out = conv(o)
+            if layer.last:
+                skip = skip + out
+                break
+            step, more = out.chunk(2, 1)
+            v, h, skip = gate(below), step if layer.first else h + step, skip + more
+        return conv(F.relu(conv(F.relu(skip))))
+
+
+def conv_case(window: str, kernel: int, batch: int, channels: int, backward: bool) -> dict[str, Step]:
+    torch.manual_seed(0)
+    layer = MaskedConv2d(channels, channels, kernel, window=window, bias=False)
+    x = torch.randn(batch, channels, 28, 28).to(memory_format=torch.channels_last).requires_grad_(backward)
+    upstream = torch.randn_like(x)
+    options = layer.mask._asdict()
+    dense = to_dense(layer.weight.detach(), **options).to(memory_format=torch.channels_last)
+    mask, (kernel_cropped, pad) = (dense != 0).float(), cropped(layer)
+    kernel_cropped = kernel_cropped.to(memory_format=torch.channels_last)
+    r = kernel // 2
+
+    def step(f: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> Step:
+        weight = weight.detach().requires_grad_(backward)
+
+        def run() -> Any:
+            out = f(x, weight)
+            return (out, torch.autograd.grad(out, (x, weight), upstream)[0]) if backward else (out,)
+
+        return run
+
+    return {
+        "infovae_fast": step(lambda x, w: masked_conv2d(x, w, **options), layer.weight),
+        "dense": step(lambda x, w: F.conv2d(x, w * mask, padding=r), dense),
+        "cropped": step(lambda x, w: F.conv2d(moved(x, pad), w), kernel_cropped),
+    }
+
+
+def model() -> GatedPixelCNN:
+    torch.manual_seed(0)
+    return GatedPixelCNN(10, (1, 28, 28), **{k: v for k, v in R64.items() if k != "name"})
+
+
+def step_case(batch: int, compiled: bool) -> dict[str, Step]:
+    ours = model()
+    plain = Plain(ours)
+    z, x = torch.randn(batch, 10), torch.rand(batch, 1, 28, 28).round()
+
+    def step(network: nn.Module) -> Step:
+        weights = [p for p in network.parameters() if p.requires_grad]
+
+        def run() -> Any:
+            loss = F.binary_cross_entropy_with_logits(network(z, x), x, reduction="sum")
+            torch.autograd.grad(loss, weights, allow_unused=True)
+            return (loss.detach() / batch,)
+
+        return run
+
+    found = {"infovae_fast": step(ours), "cropped": step(plain)}
+    return found | ({"torch.compile": step(torch.compile(plain))} if compiled else {})
+
+
+def sample_case(batch: int) -> dict[str, Step]:
+    ours = model()
+    z, likelihood = torch.randn(batch, 10), Bernoulli()
+    plain, uniforms = Plain(ours), PixelSampler(ours, likelihood).uniforms(batch)
+
+    def cached(backend: str) -> Step:
+        return lambda: (
+            PixelSampler(ours, likelihood, backend=backend).sample(z, uniforms=uniforms, strategy="cached"),
+        )
+
+    x = cached("auto")()[0]
+
+    @torch.no_grad()
+    def naive() -> Any:  # one of 784 passes; the samples are right if the last of them gives them again
+        return (likelihood.draw(plain(z, x), uniforms),)
+
+    return {"infovae_fast": cached("auto"), "plain cached": cached("reference"), "naive": naive}
+
+
+def bench(what: dict[str, Any], steps: dict[str, Step], scale: dict[str, int]) -> list[dict[str, Any]]:
+    results = {name: [t.detach() for t in step()] for name, step in steps.items()}
+    exact = results["infovae_fast"]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(result, exact, strict=True))
+        if apart > LARGEST_ERROR:
+            raise SystemExit(f"{what} {name} differs by {apart:.1e}: not timed")
+        rows[name] = {"apart": apart}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            times[name].append(measure(step)[1] * scale.get(name, 1))
+    for name, taken in times.items():
+        low, *_, high = quantiles(taken, n=5)
+        rows[name] |= {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": ROUNDS}
+    return [what | {"implementation": name} | row for name, row in rows.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
+    parser.add_argument("--compile", action="store_true", help="also the training step by torch.compile (minutes)")
+    parser.add_argument("--only", choices=("conv", "step", "sample"), help="these cases alone")
+    options = parser.parse_args()
+    cases: list[tuple[dict[str, Any], Callable[[], dict[str, Step]]]] = [
+        (
+            {"op": "masked_conv", "what": f"conv {window} {k}x{k}", "n": 64, "d": 64, "gradient": backward},
+            lambda window=window, k=k, backward=backward: conv_case(window, k, 64, 64, backward),
+        )
+        for window, k in (("B", 7), ("B", 3), ("V", 3), ("H", 3))
+        for backward in (False, True)
+    ]
+    cases.append(
+        (
+            {"op": "masked_conv", "what": "step R64", "n": 32, "d": 64, "gradient": True},
+            lambda: step_case(32, options.compile),
+        )
+    )
+    cases += [
+        ({"op": "masked_conv", "what": "sample R64", "n": n, "d": 64, "gradient": False}, lambda n=n: sample_case(n))
+        for n in (1, 16, 128)
+    ]
+    for what, steps in cases:
+        if options.only and not what["what"].startswith(options.only):
+            continue
+        rows = bench(what, steps(), {"naive": 28 * 28} if what["what"] == "sample R64" else {})
+        ours = rows[0]["median_s"]
+        for row in rows:
+            mode = "forward + gradients" if row["gradient"] else "forward"
+            time_taken = f"{row['median_s'] * 1e3:10.1f} ms  {row['median_s'] / ours:7.2f}x"
+            print(f"{row['what']:<12} N={row['n']:<4} {mode:<20} {row['implementation']:<14} {time_taken}", flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("a") as file:
+                file.write("".join(json.dumps(row | machine()) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
