@@ -20,11 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from infovae_fast.pairwise import as_cloud, at_least_float32, energy, energy_of_clouds, force
-from infovae_fast.radial import PRESETS, RBF, Kernel
+from infovae_fast.clouds import (
+    KernelLike,
+    at_least_float32,
+    check_kernel,
+    check_result,
+    kernel_of,
+    on_host,
+    refuse_non_finite,
+    register_bandwidth,
+    samples,
+)
+from infovae_fast.pairwise import energy, energy_of_clouds, force
+from infovae_fast.radial import Kernel
 
 Estimator = Literal["unbiased", "biased", "linear", "block"]
-KernelLike = Kernel | Callable[[Tensor, Tensor], Kernel] | str | None
 Score = Callable[[Tensor], Tensor] | Tensor | None
 
 ESTIMATORS = ("unbiased", "biased", "linear", "block")
@@ -75,14 +85,14 @@ def mmd(
         the CPU, outside `torch.compile`, also NaN or infinity in x or y (elsewhere the result is NaN).
         RuntimeError: the named backend cannot run these inputs.
     """
-    x, y = _samples(x=x, y=y)
+    x, y = samples(x=x, y=y)
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
     if block_size is not None and estimator != "block":
         raise ValueError(f"block_size is for estimator='block', not {estimator!r}")
     if estimator == "linear" or not isinstance(kernel, Kernel | None):  # where the result might hide it
-        _refuse_non_finite(x=x, y=y)
-    kernel = _kernel(kernel, x, y)
+        refuse_non_finite(x=x, y=y)
+    kernel = kernel_of(kernel, x, y)
     n, m = len(x), len(y)
     if estimator in ("linear", "block") and n != m:
         raise ValueError(f"estimator={estimator!r} pairs the samples up: got N={n} and M={m}; accepted: N = M")
@@ -104,7 +114,7 @@ def mmd(
         value = within - _mean_phi(kernel, x0, y1) - _mean_phi(kernel, x1, y0)
     else:
         value = _block_mmd(x, y, kernel, block_size, backend)
-    _check_result(value, x=x, y=y)
+    check_result(value, x=x, y=y)
     return value if x.dtype == torch.float64 else value.float()
 
 
@@ -146,7 +156,7 @@ def _weighted_mmd(
     if estimator == "biased":
         return e(x, y, a, b, (1.0, -1.0, 1.0)) + kernel.phi0 * (a2 + b2)
     for name, squares in (("x_weights", a2), ("y_weights", b2)):
-        if _on_host(squares) and squares >= 1:
+        if on_host(squares) and squares >= 1:
             raise ValueError(f"{name}: estimator='unbiased' needs weight on two points; or use 'biased'")
     within_x, within_y = (e(z, None, c, None, (1.0, 0.0, 0.0)) for z, c in ((x, a), (y, b)))
     return within_x / (1 - a2) + within_y / (1 - b2) + e(x, y, a, b, (0.0, -1.0, 0.0))
@@ -159,7 +169,7 @@ def _normalised(name: str, weights: Tensor | None, z: Tensor) -> Tensor:  # [N] 
         got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else repr(weights)
         raise ValueError(f"{name}: got {got}; accepted: a tensor ({len(z)},) on {z.device}, one weight a point")
     total = weights.detach().double().sum()
-    if _on_host(total) and not 0 < total < math.inf:
+    if on_host(total) and not 0 < total < math.inf:
         raise ValueError(f"{name}: their sum is {total.item()}; accepted: finite weights with a positive sum")
     return weights.double() / weights.double().sum()
 
@@ -195,7 +205,7 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
     Raises:
         TypeError, ValueError, RuntimeError: as `mmd`, and for a score of another shape or device.
     """
-    (z,) = _samples(z=z)
+    (z,) = samples(z=z)
     with torch.no_grad():
         z = at_least_float32(z.detach())
         s = -z if score is None else score(z) if callable(score) else score
@@ -205,11 +215,11 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
             raise ValueError(f"score: got {got}; accepted: {accepted}")
         s = s.detach().to(z.dtype)
         if not isinstance(kernel, Kernel | None):
-            _refuse_non_finite(z=z)
-        kernel = _kernel(kernel, z, z)
+            refuse_non_finite(z=z)
+        kernel = kernel_of(kernel, z, z)
         F_ = force(z, v=-s, kernel=kernel, weights=(1.0, 0.0, 0.0), backend=backend)  # [N, D]
         direction = (kernel.phi0 * s - F_) / len(z)
-    _check_result(direction, z=z, score=s)
+    check_result(direction, z=z, score=s)
     return direction
 
 
@@ -256,7 +266,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Literal["mean", "sum", "n
     Raises:
         TypeError, ValueError: wrong types, different shapes, an unknown reduction.
     """
-    mu, logvar = _samples(mu=mu, logvar=logvar)
+    mu, logvar = samples(mu=mu, logvar=logvar)
     if mu.shape != logvar.shape:
         raise ValueError(f"mu and logvar: got shapes {tuple(mu.shape)} and {tuple(logvar.shape)}; accepted: the same")
     if reduction not in ("mean", "sum", "none"):
@@ -283,12 +293,12 @@ class MMDLoss(nn.Module):
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
         self.kernel, self.estimator, self.block_size, self.backend = (
-            _check_kernel(kernel),
+            check_kernel(kernel),
             estimator,
             block_size,
             backend,
         )
-        _register_bandwidth(self, self.kernel)
+        register_bandwidth(self, self.kernel)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """MMD^2 of x [N, D] and y [M, D]: a scalar."""
@@ -309,7 +319,7 @@ class SteinLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum'")
-        self.kernel, self.reduction, self.backend = _check_kernel(kernel), reduction, backend
+        self.kernel, self.reduction, self.backend = check_kernel(kernel), reduction, backend
 
     def forward(self, z: Tensor, score: Score = None) -> Tensor:
         """The surrogate of z [N, D]: a scalar."""
@@ -408,7 +418,7 @@ class AdversarialLoss(nn.Module):
         return (at_least_float32(gradient).norm(dim=-1) - 1).square().mean()
 
     def _samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        x, y = _samples(x=x, y=y)
+        x, y = samples(x=x, y=y)
         if self.dim is not None and x.shape[-1] != self.dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, {self.dim}], the critic's dim")
         return x, y
@@ -419,63 +429,3 @@ class AdversarialLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"
-
-
-def _check_kernel(kernel: KernelLike) -> KernelLike:
-    if isinstance(kernel, str) and kernel not in PRESETS:
-        raise ValueError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0), or " + ", ".join(PRESETS))
-    if isinstance(kernel, type) or not (kernel is None or isinstance(kernel, Kernel | str) or callable(kernel)):
-        raise TypeError(f"kernel: got {kernel!r}; accepted: RBF(...), IMQ(...), a name, or a function of (x, y)")
-    return kernel
-
-
-def _kernel(kernel: KernelLike, x: Tensor, y: Tensor) -> Kernel:
-    kernel = _check_kernel(kernel)
-    if isinstance(kernel, str):
-        kernel = PRESETS[kernel]
-    if kernel is None:
-        kernel = RBF()
-    if not isinstance(kernel, Kernel):
-        kernel = kernel(x, y)
-        if not isinstance(kernel, Kernel):
-            raise TypeError(f"kernel: the function of (x, y) returned {type(kernel).__name__}; accepted: a Kernel")
-    return kernel.at(x.shape[-1])
-
-
-def _register_bandwidth(module: nn.Module, kernel: KernelLike) -> None:
-    if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
-        module.register_parameter("bandwidth", kernel.bandwidth)
-
-
-def _samples(**clouds: Tensor) -> tuple[Tensor, ...]:
-    """`as_cloud` where every tensor is needed and is one cloud, [N, D]."""
-    for name, t in clouds.items():
-        if t is None:
-            raise TypeError(f"{name}: got None; accepted: a torch.Tensor [N, D]")
-    checked = as_cloud(**clouds)
-    for name, t in zip(clouds, checked, strict=True):
-        if t.ndim != 2:
-            shape = tuple(t.shape)
-            raise ValueError(f"{name}: got shape {shape}; accepted: [N, D]; flatten each point with {name}.flatten(1)")
-    return checked
-
-
-def _refuse_non_finite(**samples: Tensor) -> None:
-    for name, t in samples.items():
-        if _on_host(t) and (bad := int((~t.isfinite()).any(-1).sum())):
-            raise ValueError(f"{name}: {bad} of {len(t)} points hold NaN or infinity")
-
-
-def _check_result(result: Tensor, **samples: Tensor) -> None:
-    """Refuses a result that is not finite; only then are the samples looked at, to say why."""
-    result = result.detach()
-    if _on_host(result) and not (math.isfinite(result) if result.ndim == 0 else result.isfinite().all()):
-        _refuse_non_finite(**samples)
-        raise ValueError("squared distances or kernel values overflow: rescale the samples or change the bandwidth")
-
-
-def _on_host(t: Tensor) -> bool:
-    """Whether a look at the values is free: on a GPU it would synchronise, elsewhere there may be none."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()

@@ -24,15 +24,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.divergences import (
+from infovae_fast.clouds import (
     KernelLike,
-    _check_kernel,
-    _check_result,
-    _kernel,
-    _on_host,
-    _refuse_non_finite,
-    _register_bandwidth,
-    _samples,
+    check_kernel,
+    check_result,
+    kernel_of,
+    on_host,
+    refuse_non_finite,
+    register_bandwidth,
+    samples,
 )
 from infovae_fast.pairwise import energy
 from infovae_fast.radial import RBF, Kernel, RationalQuadratic
@@ -75,13 +75,13 @@ def mmd_to_normal(
         positive definite, or a matrix that needs a gradient.
         RuntimeError: the named backend cannot run these inputs.
     """
-    (z,) = _samples(z=z)
+    (z,) = samples(z=z)
     _check_estimator(estimator)
-    _refuse_non_finite(z=z)
+    refuse_non_finite(z=z)
     n, dim = z.shape
     if estimator == "unbiased" and n < 2:
         raise ValueError("estimator='unbiased' needs two points: got N=1; or use 'biased'")
-    kernel = _kernel(kernel, z, z)
+    kernel = kernel_of(kernel, z, z)
     dtype, wide = z.dtype, torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
     z = z.to(wide)
     if isinstance(kernel.bandwidth, Tensor):
@@ -92,7 +92,7 @@ def mmd_to_normal(
     if sigma.ndim == 2:
         sigma, axes = _principal(sigma)
         centred = centred @ axes
-    if _on_host(sigma) and not (sigma > 0).all():
+    if on_host(sigma) and not (sigma > 0).all():
         raise ValueError(f"covariance: got the variance {sigma.min().item():g} along an axis; accepted: positive ones")
     squares = centred.square()  # [N, D]
     if sigma.ndim == 0:
@@ -107,7 +107,7 @@ def mmd_to_normal(
     across = _mean_phi(kernel, t, p, squares, sigma, dim)
     prior = _mean_phi(kernel, t, p, torch.zeros_like(squares[:1]), 2 * sigma, dim)
     value = within - 2 * across.mean() + prior.squeeze()
-    _check_result(value, z=z)
+    check_result(value, z=z)
     return value if dtype == torch.float64 else value.float()
 
 
@@ -132,13 +132,13 @@ class NormalMMDLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_estimator(estimator)
-        self.kernel, self.estimator, self.backend = _check_kernel(kernel), estimator, backend
+        self.kernel, self.estimator, self.backend = check_kernel(kernel), estimator, backend
         for name, value in (("mean", mean), ("covariance", covariance)):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        _register_bandwidth(self, self.kernel)
+        register_bandwidth(self, self.kernel)
 
     def forward(self, z: Tensor, prior_sample: Tensor | None = None) -> Tensor:
         """MMD^2 of z [N, D] to the Gaussian: a scalar. The prior sample, which `Objective` passes, is not looked at."""
@@ -203,7 +203,7 @@ def _principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
             "covariance: got a matrix that needs a gradient, which eigenvectors do not give where variances coincide; "
             "accepted: variances [D] that need one, or covariance.detach()"
         )
-    if _on_host(matrix) and (matrix - matrix.mT).abs().max() > 1e-5 * matrix.abs().max():
+    if on_host(matrix) and (matrix - matrix.mT).abs().max() > 1e-5 * matrix.abs().max():
         raise ValueError("covariance: got a matrix that is not symmetric; accepted: symmetric, positive definite")
     return torch.linalg.eigh((matrix + matrix.mT) / 2)
 
@@ -221,7 +221,7 @@ def _parameter(name: str, value: Tensor | float, shapes: Sequence[tuple[int, ...
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; {accepted}")
     if value.device != z.device:
         raise ValueError(f"{name}: is on {value.device}, but z on {z.device}; move one of them")
-    if _on_host(value) and not value.isfinite().all():
+    if on_host(value) and not value.isfinite().all():
         raise ValueError(f"{name}: got NaN or infinity; accepted: finite numbers")
     return value.to(z.dtype)
 

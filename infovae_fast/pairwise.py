@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infovae_fast.backends import Backend, choose, native_missing, triton_missing
+from infovae_fast.clouds import as_cloud, point_weights
 from infovae_fast.radial import RBF, Kernel
 
 TILE_PAIRS = 2**24
@@ -355,8 +356,8 @@ def energy(
         TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
     """
     x, y = as_cloud(x=x, y=y)
-    a = _point_weights("x_weights", x_weights, x)
-    b = None if y is None else _point_weights("y_weights", y_weights, y)
+    a = point_weights("x_weights", x_weights, x)
+    b = None if y is None else point_weights("y_weights", y_weights, y)
     return energy_of_clouds(x, y, kernel, weights, backend, a, b)
 
 
@@ -400,64 +401,3 @@ def force(
         raise ValueError(f"v: got shape {tuple(v.shape)}; accepted: x's shape {tuple(x.shape)}")
     inputs = (x, y, v, kernel, weights, False, True)
     return choose("pairwise", BACKENDS, backend, *inputs)(*inputs)[1]
-
-
-def _point_weights(name: str, weights: Tensor | None, z: Tensor) -> Tensor | None:
-    if weights is None:
-        return None
-    shape = tuple(z.shape[:-1])
-    if not isinstance(weights, Tensor) or weights.shape != z.shape[:-1] or weights.device != z.device:
-        got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else type(weights)
-        raise ValueError(f"{name}: got {got}; accepted: a tensor {shape} on {z.device}")
-    return weights.to(z.dtype)
-
-
-def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:
-    """The named tensors, checked: non-empty floating-point [..., N, D] that agree with the first in all but N.
-
-    All but the first may be None. Where half precision meets float32 (a network under autocast and its prior) all
-    become float32.
-
-    Raises:
-        TypeError: not a tensor, not floating point, or another dtype than the first.
-        ValueError: fewer than two dimensions, no points, another D, batch or device than the first.
-    """
-    first, *others = clouds
-    x = clouds[first]
-    if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and 0 not in x.shape:
-        dtype, d, device = x.dtype, x.shape[1], x.device
-        for name in others:  # the usual case at once: every microsecond counts at small N
-            t = clouds[name]
-            if not (isinstance(t, Tensor) and t.ndim == 2 and t.dtype == dtype and t.device == device):
-                break
-            if t.shape[1] != d or t.shape[0] == 0:
-                break
-        else:
-            return tuple(clouds.values())
-    given: dict[str, Any] = {name: t for name, t in clouds.items() if t is not None or name == first}
-    for name, t in given.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor [N, D]")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: floating point; convert with {name}.float()")
-    if len({t.dtype for t in given.values()}) > 1 and all(t.dtype.itemsize <= 4 for t in given.values()):
-        given = {name: t.float() for name, t in given.items()}
-    x = given[first]
-    for name, t in given.items():
-        if t.ndim < 2:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: [N, D]; reshape with {name}.reshape(N, D)")
-        if t.shape[-2] == 0 or t.shape[-1] == 0:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: at least one point of one dimension")
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name}: got dtype {t.dtype}, but {first} is {x.dtype}; convert one of them")
-        if t.device != x.device:
-            raise ValueError(f"{name}: is on {t.device}, but {first} on {x.device}; move one of them")
-        if t.shape[-1] != x.shape[-1] or t.shape[:-2] != x.shape[:-2]:
-            shapes = f"{name}: got shape {tuple(t.shape)}, but {first} {tuple(x.shape)}"
-            raise ValueError(f"{shapes}; they may differ only in N")
-    return tuple(given.get(name) for name in clouds)
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    """Half precision as float32; others as they are."""
-    return t.float() if t.dtype.itemsize < 4 else t

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infovae_fast.divergences import KernelLike, _check_result, _kernel, _refuse_non_finite, _samples
-from infovae_fast.pairwise import at_least_float32, squared_distances
+from infovae_fast.clouds import KernelLike, at_least_float32, check_result, kernel_of, refuse_non_finite, samples
+from infovae_fast.pairwise import squared_distances
 from infovae_fast.radial import Kernel
 
 TILE_NUMBERS = 2**21  # in a tile of the kernel matrix, and in the labels that meet it
@@ -73,23 +73,23 @@ def mmd_test(
     Raises:
         TypeError, ValueError: as `mmd`; fewer than one permutation; fewer than two points.
     """
-    x, y = _samples(x=x, y=y)
+    x, y = samples(x=x, y=y)
     if not isinstance(permutations, int) or isinstance(permutations, bool) or permutations < 1:
         raise ValueError(f"permutations: got {permutations!r}; accepted: an integer, 1 or more")
     if min(len(x), len(y)) < 2:
         raise ValueError(f"the unbiased MMD^2 needs two points of each sample: got N={len(x)}, M={len(y)}")
-    _refuse_non_finite(x=x, y=y)
+    refuse_non_finite(x=x, y=y)
     x, y = at_least_float32(x), at_least_float32(y)
     z = torch.cat([x, y])  # [L, D]
     generator = torch.Generator().manual_seed(seed)
     shuffled = z[torch.randperm(len(z), generator=generator).to(z.device)]
-    kernel = _kernel(kernel, *shuffled.split([len(x), len(y)]))
+    kernel = kernel_of(kernel, *shuffled.split([len(x), len(y)]))
     if len(x) > len(y):  # the statistic is symmetric, and sum_yy, a difference, is accurate where it is the larger one
         x, y = y, x
         z = torch.cat([x, y])
     labels = _labels(len(x), len(y), permutations, generator).to(z.device)
     statistics, rounding = _statistics(z, labels, len(x), kernel, progress)
-    _check_result(statistics, x=x, y=y)
+    check_result(statistics, x=x, y=y)
     reached = int((statistics[1:] >= statistics[0] - (rounding[1:] + rounding[0])).sum())
     return MMDTest(statistics[0].item(), (reached + 1) / (permutations + 1), permutations, statistics[1:])
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infovae_fast import pairwise
-from infovae_fast.pairwise import as_cloud, energy, force, pairwise_reference
+from infovae_fast.clouds import as_cloud
+from infovae_fast.pairwise import energy, force, pairwise_reference
 from infovae_fast.radial import IMQ, RBF, RationalQuadratic, wae_imq
 from tests import oracle
 from tests.oracle import KERNELS, check, energy_pairs, force_loop, name_of, near, normal, pair_sum, require_pairwise

@@ -1,0 +1,133 @@
+"""What the losses accept: clouds of points, weights of the points, kernels in their several forms; finite results."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infovae_fast.radial import PRESETS, RBF, Kernel
+
+KernelLike = Kernel | Callable[[Tensor, Tensor], Kernel] | str | None
+
+
+def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:
+    """The named tensors, checked: non-empty floating-point [..., N, D] that agree with the first in all but N.
+
+    All but the first may be None. Where half precision meets float32 (a network under autocast and its prior) all
+    become float32.
+
+    Raises:
+        TypeError: not a tensor, not floating point, or another dtype than the first.
+        ValueError: fewer than two dimensions, no points, another D, batch or device than the first.
+    """
+    first, *others = clouds
+    x = clouds[first]
+    if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and 0 not in x.shape:
+        dtype, d, device = x.dtype, x.shape[1], x.device
+        for name in others:  # the usual case at once: every microsecond counts at small N
+            t = clouds[name]
+            if not (isinstance(t, Tensor) and t.ndim == 2 and t.dtype == dtype and t.device == device):
+                break
+            if t.shape[1] != d or t.shape[0] == 0:
+                break
+        else:
+            return tuple(clouds.values())
+    given: dict[str, Any] = {name: t for name, t in clouds.items() if t is not None or name == first}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor [N, D]")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: floating point; convert with {name}.float()")
+    if len({t.dtype for t in given.values()}) > 1 and all(t.dtype.itemsize <= 4 for t in given.values()):
+        given = {name: t.float() for name, t in given.items()}
+    x = given[first]
+    for name, t in given.items():
+        if t.ndim < 2:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: [N, D]; reshape with {name}.reshape(N, D)")
+        if t.shape[-2] == 0 or t.shape[-1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: at least one point of one dimension")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, but {first} is {x.dtype}; convert one of them")
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, but {first} on {x.device}; move one of them")
+        if t.shape[-1] != x.shape[-1] or t.shape[:-2] != x.shape[:-2]:
+            shapes = f"{name}: got shape {tuple(t.shape)}, but {first} {tuple(x.shape)}"
+            raise ValueError(f"{shapes}; they may differ only in N")
+    return tuple(given.get(name) for name in clouds)
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Half precision as float32; others as they are."""
+    return t.float() if t.dtype.itemsize < 4 else t
+
+
+def point_weights(name: str, weights: Tensor | None, z: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    shape = tuple(z.shape[:-1])
+    if not isinstance(weights, Tensor) or weights.shape != z.shape[:-1] or weights.device != z.device:
+        got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else type(weights)
+        raise ValueError(f"{name}: got {got}; accepted: a tensor {shape} on {z.device}")
+    return weights.to(z.dtype)
+
+
+def samples(**clouds: Tensor) -> tuple[Tensor, ...]:
+    """`as_cloud` where every tensor is needed and is one cloud, [N, D]."""
+    for name, t in clouds.items():
+        if t is None:
+            raise TypeError(f"{name}: got None; accepted: a torch.Tensor [N, D]")
+    checked = as_cloud(**clouds)
+    for name, t in zip(clouds, checked, strict=True):
+        if t.ndim != 2:
+            shape = tuple(t.shape)
+            raise ValueError(f"{name}: got shape {shape}; accepted: [N, D]; flatten each point with {name}.flatten(1)")
+    return checked
+
+
+def refuse_non_finite(**clouds: Tensor) -> None:
+    for name, t in clouds.items():
+        if on_host(t) and (bad := int((~t.isfinite()).any(-1).sum())):
+            raise ValueError(f"{name}: {bad} of {len(t)} points hold NaN or infinity")
+
+
+def check_result(result: Tensor, **clouds: Tensor) -> None:
+    """Refuses a result that is not finite; only then are the samples looked at, to say why."""
+    result = result.detach()
+    if on_host(result) and not (math.isfinite(result) if result.ndim == 0 else result.isfinite().all()):
+        refuse_non_finite(**clouds)
+        raise ValueError("squared distances or kernel values overflow: rescale the samples or change the bandwidth")
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether a look at the values is free: on a GPU it would synchronise, elsewhere there may be none."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def check_kernel(kernel: KernelLike) -> KernelLike:
+    if isinstance(kernel, str) and kernel not in PRESETS:
+        raise ValueError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0), or " + ", ".join(PRESETS))
+    if isinstance(kernel, type) or not (kernel is None or isinstance(kernel, Kernel | str) or callable(kernel)):
+        raise TypeError(f"kernel: got {kernel!r}; accepted: RBF(...), IMQ(...), a name, or a function of (x, y)")
+    return kernel
+
+
+def kernel_of(kernel: KernelLike, x: Tensor, y: Tensor) -> Kernel:
+    kernel = check_kernel(kernel)
+    if isinstance(kernel, str):
+        kernel = PRESETS[kernel]
+    if kernel is None:
+        kernel = RBF()
+    if not isinstance(kernel, Kernel):
+        kernel = kernel(x, y)
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"kernel: the function of (x, y) returned {type(kernel).__name__}; accepted: a Kernel")
+    return kernel.at(x.shape[-1])
+
+
+def register_bandwidth(module: nn.Module, kernel: KernelLike) -> None:
+    if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
+        module.register_parameter("bandwidth", kernel.bandwidth)
