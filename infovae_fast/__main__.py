@@ -9,7 +9,8 @@ import torch
 
 from infovae_fast import __version__, backends
 
-OPERATORS = {"pairwise": (2, 2), "masked_conv": (1, 1, 3, 3)}  # and the shape of a tiny input
+# Modules with a table of backends, and the shape of a tiny input.
+OPERATORS = {"pairwise": (2, 2), "masked_conv": (1, 1, 3, 3), "models.pixel_sampler": (1,)}
 REBUILD = "pip install --no-build-isolation -e ."
 
 
@@ -47,8 +48,8 @@ def report() -> str:
     lines = [f"infovae_fast {__version__}", *(f"  {name:<10}{text}" for name, text in versions.items())]
     lines += ["", "Native code", *(f"  {name:<18}{text}" for name, text in build_facts().items())]
     lines += ["", f"Backends, as 'auto' tries them (INFOVAE_FAST_BACKEND={backends.AUTO})"]
-    for operator, shape in OPERATORS.items():
-        table = importlib.import_module(f"infovae_fast.{operator}").BACKENDS
+    for module, shape in OPERATORS.items():
+        operator, table = module.split(".")[-1], importlib.import_module(f"infovae_fast.{module}").BACKENDS
         for device in [torch.device("cpu"), *devices[:1]]:
             lines.append(f"  {operator} on {device}")
             reasons = backends.explain(operator, table, torch.zeros(shape, device=device))
