@@ -31,6 +31,7 @@ bench: .venv/.built
 	$(BIN)/python -m benchmarks.run --grid --resume --out build/bench.jsonl
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	  $(BIN)/python -m benchmarks.run --grid --resume --compile --out build/bench.jsonl
+	$(BIN)/python -m benchmarks.masked_conv --compile --out build/bench.jsonl
 	@mv build/bench.jsonl benchmarks/results/here.jsonl
 	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl
 

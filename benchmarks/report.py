@@ -1,7 +1,7 @@
-"""The speed table of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl`.
+"""The speed tables of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl`.
 
-Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md, and draws docs/speed.png:
-the same cases, and time against N. A cell is a ratio of medians of one run; the newest rows of a case and a malloc
+Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
+those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of medians of one run; the newest rows of a case and a malloc
 count. Columns without a row are left out.
 """
 
@@ -66,6 +66,29 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def conv_table(rows: list[dict[str, Any]]) -> str:
+    """One line for each case of benchmarks/masked_conv.py, the newest rows of each."""
+    titles = {"dense": "dense, masked", "cropped": "cropped", "torch.compile": "`torch.compile` of cropped"}
+    titles |= {"plain cached": "cached, in PyTorch", "naive": "naive"}
+    cases: dict[tuple[str, int, bool], dict[str, float]] = {}
+    for row in rows:
+        times = cases.setdefault((row["what"], row["n"], row["gradient"]), {})
+        times[row["implementation"]] = row["median_s"]
+    lines = ["| | ours | " + " | ".join(titles.values()) + " |", "|" + "---|" * (len(titles) + 2)]
+    for (what, n, gradient), times in cases.items():
+        ours = times["infovae_fast"]
+        cells = [f"{times[name] / ours:,.{0 if name == 'naive' else 1}f}x" if name in times else "–" for name in titles]
+        pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
+        lines.append(f"| {what}, batch {n}{pass_} | {ours * 1e3:.3g} ms | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def replaced(text: str, marker: str, table: str) -> str:
+    before, start, rest = text.partition(f"<!-- {marker} -->\n")
+    _, end, after = rest.partition(f"<!-- /{marker} -->")
+    return f"{before}{start}{table}\n{end}{after}" if start and end else text
+
+
 def plot(rows: Rows, path: Path) -> None:
     import matplotlib
 
@@ -103,16 +126,21 @@ def plot(rows: Rows, path: Path) -> None:
 
 
 def main() -> None:
-    rows: Rows = {}
-    for line in Path(sys.argv[1]).read_text().splitlines():
-        row = json.loads(line)
-        if row.get("gradient", True):
-            rows[(row["what"], row["n"], row["d"]), row["implementation"], row["malloc"]] = row
+    every = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    rows: Rows = {
+        ((row["what"], row["n"], row["d"]), row["implementation"], row["malloc"]): row
+        for row in every
+        if row["op"] == "pairwise" and row.get("gradient", True)
+    }
+    convs = [row for row in every if row["op"] == "masked_conv"]
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- speed -->\n")
-    _, _, after = rest.partition("<!-- /speed -->")
-    readme.write_text(f"{before}<!-- speed -->\n{table(rows)}\n<!-- /speed -->{after}")
-    plot(rows, ROOT / "docs" / "speed.png")
+    text = readme.read_text()
+    if rows:
+        text = replaced(text, "speed", table(rows))
+        plot(rows, ROOT / "docs" / "speed.png")
+    if convs:
+        text = replaced(text, "speed masked_conv", conv_table(convs))
+    readme.write_text(text)
 
 
 if __name__ == "__main__":
