@@ -1,8 +1,8 @@
 """The speed tables of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl`.
 
 Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
-those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of medians of one run; the newest rows of a case and a malloc
-count. Columns without a row are left out.
+those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of
+medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out.
 """
 
 import json

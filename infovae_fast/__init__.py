@@ -28,7 +28,7 @@ from infovae_fast.likelihoods import (
     gaussian_nll,
 )
 from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
-from infovae_fast.models import GatedPixelCNN, InfoVAE, PixelSampler
+from infovae_fast.models import GatedPixelCNN, InfoVAE, PixelCNNPlusPlus, PixelSampler
 from infovae_fast.normal_prior import NormalMMDLoss, mmd_to_normal
 from infovae_fast.objective import (
     Objective,
@@ -71,6 +71,7 @@ __all__ = [
     "MaskedConv2d",
     "NormalMMDLoss",
     "Objective",
+    "PixelCNNPlusPlus",
     "PixelSampler",
     "RationalQuadratic",
     "SteinLoss",

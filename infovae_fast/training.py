@@ -266,7 +266,7 @@ def train(
         objective: more arguments of the preset, e.g. {"kernel": {"name": "imq", "bandwidth": 1.0}}.
         latent_dim: dimension of z.
         encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
-        decoder: likewise, or "pixelcnn", e.g. {"name": "pixelcnn", "layers": 12, "maps": 32}.
+        decoder: likewise, or "pixelcnn", e.g. {"name": "pixelcnn", "layers": 12, "maps": 32}, or "pixelcnn_pp".
         likelihood: "bernoulli", "gaussian", "categorical", "discretized_logistic_mixture", with options likewise. The
             levels of "categorical" are those of the data, unless they are given.
         prior: "normal", "uniform", {"name": "gaussian_mixture", "means": [[...]]}.
@@ -347,7 +347,8 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
 def _fitted(config: dict[str, Any], images: ImageData) -> dict[str, Any]:
     """The settings that depend on the data."""
     names = [c if isinstance(c, str) else c.get("name") for c in (config["decoder"], config["likelihood"])]
-    if names == ["pixelcnn", "bernoulli"] and images.levels > 2 and config["binarize"] != "dynamic":
+    pixelwise = names[0] in ("pixelcnn", "pixelcnn_pp")
+    if pixelwise and names[1] == "bernoulli" and images.levels > 2 and config["binarize"] != "dynamic":
         print("binarize: dynamic, as this decoder draws bits; for grey values choose likelihood categorical")
         return {"binarize": "dynamic"}
     if names[1] == "categorical":

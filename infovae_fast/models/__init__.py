@@ -3,6 +3,7 @@
 from infovae_fast.models.infovae import InfoVAE, LogLikelihood, Output
 from infovae_fast.models.pixel_sampler import PixelSampler
 from infovae_fast.models.pixelcnn import GatedPixelCNN
+from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 from infovae_fast.models.priors import GaussianMixture, Posterior, Prior, SamplerPrior, StandardNormal, Uniform
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "InfoVAE",
     "LogLikelihood",
     "Output",
+    "PixelCNNPlusPlus",
     "PixelSampler",
     "Posterior",
     "Prior",

@@ -97,7 +97,7 @@ class InfoVAE(nn.Module):
             latent_dim: D.
             encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
             decoder: likewise, or "pixelcnn", a `GatedPixelCNN`, e.g. `pixelcnn.R64`. The likelihood decides whether it
-                orders the colours of a pixel.
+                orders the colours of a pixel. Or "pixelcnn_pp", a `PixelCNNPlusPlus`, e.g. `pixelcnn_pp.PIXELCNN_PP`.
             likelihood: "bernoulli", "gaussian", "categorical", "discretized_logistic_mixture", with options likewise.
             prior: "normal", "uniform", {"name": "gaussian_mixture", "means": ...}.
             objective: a preset of `objective.PRESETS`, or {"name": "mmd_vae", "lambda_": 500.0}.

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from infovae_fast.models.pixelcnn import GatedPixelCNN
+from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
 Shape = Sequence[int]  # (C, H, W)
 
@@ -102,6 +103,7 @@ DECODERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLPDecoder,
     "dcgan": DCGANDecoder,
     "pixelcnn": GatedPixelCNN,
+    "pixelcnn_pp": PixelCNNPlusPlus,
 }
 
 
