@@ -114,6 +114,21 @@ def test_both_gradients_and_potentials_with_weights_of_the_points():
                 assert torch.allclose(2 * got, exact, rtol=1e-11, atol=1e-12 * exact.abs().max())
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("d", [3, 40])
+def test_v_counts_where_pairs_of_x_weigh_nothing(d, kernel):
+    x, y, v = clouds(40, 20, d)
+    got, yardstick, truth = (
+        pairwise.force(*tensors, kernel=kernel, weights=(0.0, -0.3, 1.0), backend=backend)
+        for tensors, backend in (
+            ((x, y, v), "cpp"),
+            ((x, y, v), "reference"),
+            ((x.double(), y.double(), v.double()), "reference"),
+        )
+    )
+    assert (got - truth).abs().max() <= 2 * (yardstick - truth).abs().max() + 1e-6 * truth.abs().max()
+
+
 def test_batches_are_clouds_of_their_own():
     x, y, _ = clouds(6 * 20, 6 * 15, 4)
     out = native(x.view(2, 3, 20, 4), y.view(2, 3, 15, 4), force=(True, True))
