@@ -9,7 +9,7 @@
 * sample: R64, 28x28 bits. "plain cached" computes every number once, in PyTorch; "naive" is the plain network's time
   for one pass times 784.
 
-A result whose error is above `LARGEST_ERROR`, or samples that differ from the naive ones, are not timed.
+Where outputs, gradients or samples of the implementations differ by more than `LARGEST_ERROR`, nothing is timed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.run import machine, measure
 from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler
-from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d, to_dense
+from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64
 
 LARGEST_ERROR = 1e-5  # relative to the largest component
@@ -42,12 +42,8 @@ def cropped(conv: MaskedConv2d) -> tuple[Tensor, tuple[int, int, int, int]]:
     return kernel.contiguous(), (-min(dxs), max(dxs), -min(dys), max(dys))
 
 
-def moved(f: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
-    return F.pad(f, pad)  # negative numbers crop: the window may lie off the centre
-
-
 class Plain(nn.Module):
-    """`GatedPixelCNN` (variant "gated", z global) in cropped convolutions."""
+    """`GatedPixelCNN` (variant "gated", z global) in cropped convolutions: its windows are rectangles."""
 
     def __init__(self, model: GatedPixelCNN) -> None:
         super().__init__()
@@ -55,7 +51,6 @@ class Plain(nn.Module):
         weights = []
         for conv in self.convs(model):
             kernel, pad = cropped(conv)
-            # A gate's mask leaves zeros in a kernel that is not a rectangle; none of these windows has one.
             weights.append(nn.Parameter(kernel.to(memory_format=torch.channels_last)))
             self.pads.append(pad)
         self.weights = nn.ParameterList(weights)
@@ -70,24 +65,20 @@ class Plain(nn.Module):
 
         def conv(f: Tensor) -> Tensor:
             k = next(number)
-            return F.conv2d(moved(f, self.pads[k]), self.weights[k], convs[k].bias)
-
-        def gate(f: Tensor) -> Tensor:
-            a, b = f.chunk(2, 1)
-            return torch.tanh(a) * torch.sigmoid(b)
+            return F.conv2d(F.pad(f, self.pads[k]), self.weights[k], convs[k].bias)
 
         v = h = (2 * x - 1).to(memory_format=torch.channels_last)
         skip: Tensor | float = 0.0
         for layer, (above, beside) in zip(self.model.layers, self.model.conditions(z), strict=True):
             below = conv(v) + above[:, :, None, None]
             link = conv(below)
-            o = gate(conv(h) + link + beside[:, :, None, None])
+            o = gated(conv(h) + link + beside[:, :, None, None], "tanh")
             out = conv(o)
             if layer.last:
                 skip = skip + out
                 break
             step, more = out.chunk(2, 1)
-            v, h, skip = gate(below), step if layer.first else h + step, skip + more
+            v, h, skip = gated(below, "tanh"), step if layer.first else h + step, skip + more
         return conv(F.relu(conv(F.relu(skip))))
 
 
@@ -107,15 +98,25 @@ def conv_case(window: str, kernel: int, batch: int, channels: int, backward: boo
 
         def run() -> Any:
             out = f(x, weight)
-            return (out, torch.autograd.grad(out, (x, weight), upstream)[0]) if backward else (out,)
+            return (out, *torch.autograd.grad(out, (x, weight), upstream)) if backward else (out,)
 
         return run
 
-    return {
+    steps = {
         "infovae_fast": step(lambda x, w: masked_conv2d(x, w, **options), layer.weight),
         "dense": step(lambda x, w: F.conv2d(x, w * mask, padding=r), dense),
-        "cropped": step(lambda x, w: F.conv2d(moved(x, pad), w), kernel_cropped),
+        "cropped": step(lambda x, w: F.conv2d(F.pad(x, pad), w), kernel_cropped),
     }
+    compact = {name: [t.detach() for t in run()] for name, run in steps.items()}
+    if backward:  # the gradients to weight, as ours
+        left, _, top, _ = pad
+        height, width = kernel_cropped.shape[2:]
+        whole = (r - left, 2 * r + 1 - width - (r - left), r - top, 2 * r + 1 - height - (r - top))
+        layout = {name: value for name, value in options.items() if name != "kernel_size"}
+        compact["dense"][2] = from_dense(compact["dense"][2], **layout)
+        compact["cropped"][2] = from_dense(F.pad(compact["cropped"][2], whole), **layout)
+    check(f"conv {window} {kernel}", compact)
+    return steps
 
 
 def model() -> GatedPixelCNN:
@@ -133,12 +134,15 @@ def step_case(batch: int, compiled: bool) -> dict[str, Step]:
 
         def run() -> Any:
             loss = F.binary_cross_entropy_with_logits(network(z, x), x, reduction="sum")
-            torch.autograd.grad(loss, weights, allow_unused=True)
-            return (loss.detach() / batch,)
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            # Of the weights that both have, the biases and z's: they hear of every gradient in between.
+            return (loss.detach(), *(g for p, g in zip(weights, gradients, strict=True) if id(p) in shared))
 
         return run
 
+    shared = {id(p) for name, p in ours.named_parameters() if name.endswith("bias") or name.startswith("condition")}
     found = {"infovae_fast": step(ours), "cropped": step(plain)}
+    check("step R64", {name: run() for name, run in found.items()})
     return found | ({"torch.compile": step(torch.compile(plain))} if compiled else {})
 
 
@@ -158,25 +162,31 @@ def sample_case(batch: int) -> dict[str, Step]:
     def naive() -> Any:  # one of 784 passes; the samples are right if the last of them gives them again
         return (likelihood.draw(plain(z, x), uniforms),)
 
-    return {"infovae_fast": cached("auto"), "plain cached": cached("reference"), "naive": naive}
+    steps = {"infovae_fast": cached("auto"), "plain cached": cached("reference"), "naive": naive}
+    check(f"sample R64, batch {batch}", {name: run() for name, run in steps.items()})
+    return steps
+
+
+def check(what: str, results: dict[str, Any]) -> None:
+    """All implementations agree with each other, or nothing is timed."""
+    ours = results["infovae_fast"]
+    for name, result in results.items():
+        apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(result, ours, strict=True))
+        if apart > LARGEST_ERROR:
+            raise SystemExit(f"{what}: {name} differs by {apart:.1e}: not timed")
 
 
 def bench(what: dict[str, Any], steps: dict[str, Step], scale: dict[str, int]) -> list[dict[str, Any]]:
-    results = {name: [t.detach() for t in step()] for name, step in steps.items()}
-    exact = results["infovae_fast"]
     rows: dict[str, dict[str, Any]] = {}
-    for name, result in results.items():
-        apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(result, exact, strict=True))
-        if apart > LARGEST_ERROR:
-            raise SystemExit(f"{what} {name} differs by {apart:.1e}: not timed")
-        rows[name] = {"apart": apart}
+    for step in steps.values():
+        step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():
             times[name].append(measure(step)[1] * scale.get(name, 1))
     for name, taken in times.items():
         low, *_, high = quantiles(taken, n=5)
-        rows[name] |= {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": ROUNDS}
+        rows[name] = {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": ROUNDS}
     return [what | {"implementation": name} | row for name, row in rows.items()]
 
 

@@ -107,7 +107,9 @@ def bench(case: pairwise.Case, implementations: dict[str, pairwise.Implementatio
 
 def machine() -> dict[str, Any]:
     """What a row says about where it was measured."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
     return {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -135,6 +135,7 @@ struct Conv : torch::autograd::Function<Conv> {
         const Tensor &x = saved[0], &weight = saved[1];
         const std::string gate = context->saved_data["gate"].toStringRef();
         const bool bias = context->saved_data["bias"].toBool();
+        const bool need_x = context->needs_input_grad(0), need_weight = context->needs_input_grad(1);
         const int64_t condition = context->saved_data["condition"].toInt();
         variable_list out(7);
         if (!gradients[0].defined() && !gradients[1].defined()) return out;
@@ -148,15 +149,15 @@ struct Conv : torch::autograd::Function<Conv> {
             auto [to_x, to_weight, to_f, sums] =
                 op.call(gradients[0], to_f_directly, x, weight, saved[2], context->saved_data["taps"].toIntVector(),
                         context->saved_data["colours"].toIntVector(), gate,
-                        x.requires_grad(), weight.requires_grad(), bias || condition == 2);
-            if (x.requires_grad()) out[0] = to_x;
-            if (weight.requires_grad()) out[1] = to_weight;
+                        need_x, need_weight, bias || condition == 2);
+            if (need_x) out[0] = to_x;
+            if (need_weight) out[1] = to_weight;
             if (bias) out[2] = sums.sum(0);
             if (condition > 0) out[3] = condition == 2 ? sums : gate.empty() ? gradients[0] : to_f;
         }
         if (at::GradMode::is_enabled()) {
             for (Tensor& gradient : out) {
-                if (gradient.defined()) gradient = Once::apply(gradient, x, weight, gradients[0], to_f_directly);
+                if (gradient.defined()) gradient = Once::apply(gradient, x, weight, gradients[0], gate.empty() ? Maybe() : Maybe(saved[2]));
             }
         }
         return out;

@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     bool potentials) {
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
                      "; accepted: float32, float64");
-    TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && w.size() == 3, "x: got shape ", x.sizes(),
+    TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0 && w.size() == 3, "x: got shape ", x.sizes(),
                       "; accepted: [..., N, D]; and w needs 3 numbers");
     const size_t scales = lengths.has_value() ? size_t(lengths->numel()) : bandwidth.size();
     TORCH_CHECK_VALUE(scales > 0 && scales == weight.size(), "bandwidth and weight: got ", scales, " and ",
@@ -152,7 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     const Tensor xs = x.contiguous(), ys = contiguous(y), vs = contiguous(v), as = contiguous(a), bs = contiguous(b);
     const int64_t n = x.size(-2), d = x.size(-1), m = ys.defined() ? ys.size(-2) : 0;
     const int64_t clouds = x.numel() / std::max<int64_t>(1, n * d);
-    TORCH_CHECK_VALUE((!ys.defined() || ys.numel() == clouds * m * d) && (!vs.defined() || vs.numel() == xs.numel()) &&
+    TORCH_CHECK_VALUE((!ys.defined() || (ys.dim() == x.dim() && ys.size(-1) == d &&
+                                         ys.sizes().slice(0, x.dim() - 2) == x.sizes().slice(0, x.dim() - 2))) &&
+                          (!vs.defined() || vs.numel() == xs.numel()) &&
                           (!as.defined() || as.numel() == clouds * n) && (!bs.defined() || bs.numel() == clouds * m),
                       "shapes do not fit x ", x.sizes());
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::pairwise", [&] {
@@ -204,7 +206,7 @@ MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, 
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
                      "; accepted: float32, float64");
     TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 3 && weight.size(1) == x.size(1) &&
-                          weight.size(0) * 2 == int64_t(taps.size()),
+                          weight.size(0) * 2 == int64_t(taps.size()) && weight.numel() > 0,
                       "x ", x.sizes(), ", weight ", weight.sizes(), " and ", taps.size() / 2,
                       " taps; accepted: [N, Cin, H, W], [taps, Cin, Cout]");
     TORCH_CHECK_VALUE(colours.size() == 3 && colours[0] > 0 && x.size(1) % colours[0] == 0 &&
@@ -212,7 +214,10 @@ MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, 
                       "colours: got ", colours, "; accepted: (groups, interleaved, own), groups of equal size");
     MaskedConv conv{x.size(0), x.size(2), x.size(3), x.size(1), weight.size(2), {},
                     {colours[0], colours[1] != 0, colours[2] != 0}, !gate.empty()};
-    for (size_t k = 0; k < taps.size(); k += 2) conv.taps.push_back({taps[k], taps[k + 1]});
+    for (size_t k = 0; k < taps.size(); k += 2) {
+        // A tap outside the image reads zeros, and so do those further away.
+        conv.taps.push_back({std::clamp(taps[k], -conv.h, conv.h), std::clamp(taps[k + 1], -conv.w, conv.w)});
+    }
     return conv;
 }
 
@@ -233,15 +238,15 @@ std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor
     auto out = masked_conv_forward_empty(x, weight, bias, condition, taps, colours, gate, keep);
     if (x.numel() == 0) return out;
     const bool spatial = condition.has_value() && condition->dim() == 4;
-    const auto flat = [&](const Tensor& t, int64_t size) {
+    const auto flat = [&](const Tensor& t, at::IntArrayRef shape) {
         TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), "got ", t.scalar_type(), " beside ", x.scalar_type());
-        TORCH_CHECK_VALUE(t.numel() == size, "got shape ", t.sizes(), "; accepted: ", size, " elements");
+        TORCH_CHECK_VALUE(t.sizes() == shape, "got shape ", t.sizes(), "; accepted: ", shape);
         return t.contiguous();
     };
-    const Tensor xs = pixels(x, x, conv.cin), ws = flat(weight, weight.numel());
-    const Tensor bs = bias.has_value() ? flat(*bias, conv.cout) : Tensor();
+    const Tensor xs = pixels(x, x, conv.cin), ws = flat(weight, weight.sizes());
+    const Tensor bs = bias.has_value() ? flat(*bias, {conv.cout}) : Tensor();
     const Tensor cs = spatial                 ? pixels(*condition, x, conv.cout)
-                      : condition.has_value() ? flat(*condition, conv.n * conv.cout)
+                      : condition.has_value() ? flat(*condition, {conv.n, conv.cout})
                                               : Tensor();
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv", [&] {
         const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr; };
@@ -301,11 +306,16 @@ PixelRow<T> pixel_row(at::TensorList bases, at::TensorList state, at::TensorList
                           step_bias.size() == step.size() && head.size() == 6 && bases[0].dim() == 3,
                       "pixel_row: the lists do not fit ", layers, " layers");
     const int64_t n = bases[0].size(0), width = bases[0].size(1), maps = bases[0].size(2) / 2;
-    const int64_t groups = head[0].size(0), own = maps / groups, params = head[5].size(0);
+    const int64_t groups = head[0].size(0), params = head[5].numel();
+    TORCH_CHECK_VALUE(groups > 0 && maps > 0 && image_channels > 0 && maps % groups == 0 && params % groups == 0,
+                      "pixel_row: got ", maps, " maps, ", params, " params and ", image_channels, " channels in ", groups,
+                      " groups");
+    const int64_t own = maps / groups;
     PixelRow<T> row{n, width, maps, groups, params, {}};
     for (int64_t l = 0; l < layers; ++l) {
         const int64_t channels = l == 0 ? image_channels : maps, k = horizontal[l].size(1);
-        TORCH_CHECK_VALUE(k % channels == 0 && (reaches[l] + width) * channels <= state[l].size(1) && k / channels <= reaches[l] + 1,
+        TORCH_CHECK_VALUE(0 <= reaches[l] && reaches[l] <= state[l].size(1) && k % channels == 0 &&
+                              (reaches[l] + width) * channels <= state[l].size(1) && k / channels <= reaches[l] + 1,
                           "pixel_row: layer ", l, " has state ", state[l].sizes(), " and weights ", horizontal[l].sizes());
         const bool last = l == layers - 1;
         row.layers.push_back({data<T>(bases[l], {n, width, 2 * maps}, memory),
@@ -327,14 +337,17 @@ void vertical_row_cpu(at::TensorList weights, at::TensorList conditions, at::Ten
                       at::IntArrayRef reaches, int64_t i) {
     const size_t layers = bases.size();
     TORCH_CHECK_VALUE(layers > 0 && weights.size() == 4 * layers && conditions.size() == 2 * layers &&
-                          rings.size() == layers && reaches.size() == layers && bases[0].dim() == 3,
-                      "vertical_row: the lists do not fit ", layers, " layers");
+                          rings.size() == layers && reaches.size() == layers && bases[0].dim() == 3 &&
+                          bases[0].size(2) % 2 == 0 && i >= 0,
+                      "vertical_row: the lists do not fit row ", i, " of ", layers, " layers");
     const Tensor& like = bases[0];
     const int64_t n = like.size(0), width = like.size(1), wide = like.size(2);
     AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "infovae_fast::vertical_row", [&] {
         using T = scalar_t;
         VerticalRow<T> row{n, width, wide / 2, i, {}};
         for (size_t l = 0; l < layers; ++l) {
+            TORCH_CHECK_VALUE(reaches[l] >= 0 && rings[l].dim() == 4 && (l == 0 || rings[l].size(3) == wide / 2),
+                              "vertical_row: layer ", l, " has reach ", reaches[l], " and ring ", rings[l].sizes());
             const int64_t r = reaches[l], channels = rings[l].size(3);
             const int64_t taps = (l == 0 ? r : r + 1) * (2 * r + 1);
             typename VerticalRow<T>::Layer layer{data<T>(rings[l], {n, r + 1, width + 2 * r, channels}, like),

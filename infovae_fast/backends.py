@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
+from torch.autograd import forward_ad
+
 NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
 AUTO = os.environ.get("INFOVAE_FAST_BACKEND") or "auto"
 
@@ -70,6 +73,17 @@ def native_missing(part: str = "cpp") -> str | None:
     built = getattr(_C, part)
     _built[part] = built == "built"
     return None if _built[part] else built
+
+
+def transforms() -> str | None:
+    """Why kernels with derivatives of their own cannot run under what PyTorch is doing, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need the reference"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives need the reference"
+    return None
 
 
 def triton_missing() -> str | None:

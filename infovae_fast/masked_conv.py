@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infovae_fast.backends import Backend, choose, native_missing
+from infovae_fast.backends import Backend, choose, native_missing, transforms
 
 
 class Mask(NamedTuple):
@@ -151,9 +151,7 @@ def _from_groups(values: Tensor, mask: Mask, halves: int = 1) -> Tensor:
 def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on the CPU, and x is on {x.device}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need the reference"
-    return native_missing()
+    return transforms() or native_missing()
 
 
 def _masked_conv_cpp(
@@ -164,7 +162,8 @@ def _masked_conv_cpp(
     offsets = [offset for tap in mask.taps for offset in tap]
     colours = (mask.groups, mask.group_order == "interleaved", mask.visible(0))
     out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, colours, mask.gate or "", keep_f)
-    return out.to(x.dtype), f.to(x.dtype)
+    out = out.to(x.dtype)
+    return out, (f.to(x.dtype) if keep_f and mask.gate else out)
 
 
 BACKENDS = (

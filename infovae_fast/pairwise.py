@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.backends import Backend, choose, native_missing, triton_missing
+from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
 from infovae_fast.clouds import as_cloud, point_weights
 from infovae_fast.radial import RBF, Kernel
 
@@ -222,8 +222,8 @@ def _leaf_reason(
     b: Tensor | None = None,
 ) -> str | None:
     """What no leaf does."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need the reference"
+    if (reason := transforms()) is not None:
+        return reason
     if not torch.is_grad_enabled():
         return None
     if kernel is not None and isinstance(kernel.bandwidth, Tensor) and kernel.bandwidth.requires_grad:

@@ -151,14 +151,49 @@ def test_refusals():
         run(x, weight, None, None, [0] * 10, [1, 1, 1], "swish", False)
     with pytest.raises(ValueError, match="groups of equal size"):
         run(x, weight, None, None, [0] * 10, [3, 1, 1], "", False)
+    with pytest.raises(ValueError, match="0 taps; accepted"):
+        run(x, torch.zeros(0, 4, 8), None, None, [], [1, 1, 1], "", False)
+    with pytest.raises(ValueError, match=r"got shape \[8, 2\]; accepted: \[2, 8\]"):
+        run(x, weight, None, torch.zeros(8, 2), [0] * 10, [1, 1, 1], "", False)
+    far = run(x + 1, torch.ones(1, 4, 8), None, None, [0, 2**62], [1, 1, 1], "", False)[0]
+    assert far.eq(0).all()
     with pytest.raises(ValueError, match="beside x"):
         run(x, weight, None, torch.zeros(2, 8, 5, 4), [0] * 10, [1, 1, 1], "", False)
 
 
-def test_second_derivatives_point_to_the_reference():
-    options, tensors = problem(*CASES[0])
-    x, weight, bias, _ = tensors
-    out = masked_conv2d(x, weight, bias, backend="cpp", **options)
-    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]])
+@pytest.mark.parametrize("learned", [0, 1, 2, 3])
+def test_second_derivatives_point_to_the_reference(case, learned):
+    """Also where one tensor alone is learned, unless its gradient is constant: f is linear in it."""
+    options, tensors = problem(*case)
+    tensors = [None if t is None else t.detach().requires_grad_(k == learned) for k, t in enumerate(tensors)]
+    if (one := tensors[learned]) is None:
+        pytest.skip("this case has no condition")
+    x, weight, bias, condition = tensors
+    out = masked_conv2d(x, weight, bias, condition=condition, backend="cpp", **options)
+    (first,) = torch.autograd.grad(out.square().sum(), one, create_graph=True)
     with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
-        torch.autograd.grad(first.sum(), weight)
+        torch.autograd.grad(first.square().sum(), one)
+
+
+def test_forward_mode_is_left_to_the_reference():
+    options, (x, weight, *_) = problem(*CASES[0])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        out = masked_conv2d(dual, weight.detach(), **options)
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+        with pytest.raises(RuntimeError, match="forward-mode derivatives need the reference"):
+            masked_conv2d(dual, weight.detach(), backend="cpp", **options)
+
+
+def test_a_convolution_alone_may_keep_f():
+    options, (x, weight, bias, _) = problem(*CASES[0])
+    out, f = _run(Mask(**options), x, weight, bias, None, "cpp", keep_f=True)
+    assert torch.equal(out, f)
+
+
+def test_a_huge_gate_does_not_overflow():
+    x = torch.tensor([[1e13, 70.0], [1e30, -75.0]])[:, :, None, None]
+    out = masked_conv2d(x, torch.eye(2)[None], window="B", kernel_size=1, gate="glu", backend="cpp")
+    exact = x[:, 0].double() * torch.sigmoid(x[:, 1].double())
+    torch.testing.assert_close(out[:, 0].double(), exact, rtol=1e-6, atol=0)

@@ -188,6 +188,11 @@ def test_refusals():
         native(x, y.double())
     with pytest.raises(ValueError, match="shapes do not fit x"):
         native(x, y[:, :2])
+    for bad in (y[None], torch.zeros(4, 6)):
+        with pytest.raises(ValueError, match="shapes do not fit x"):
+            native(torch.zeros(2, 5, 3) if bad.ndim == 2 else x, bad)
+    with pytest.raises(ValueError, match=r"accepted: \[..., N, D\]"):
+        native(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="v belongs to the forces on x"):
         native(x, y, v, force=(True, True))
 
@@ -198,6 +203,13 @@ def test_second_derivatives_point_to_the_reference():
     (first,) = torch.autograd.grad(mmd(x, y, backend="cpp"), x, create_graph=True)
     with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
         torch.autograd.grad(first.sum(), x)
+
+
+def test_forward_mode_is_left_to_the_reference():
+    x, y, _ = clouds(9, 5, 3)
+    with torch.autograd.forward_ad.dual_level():
+        value = mmd(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), y)
+        assert torch.autograd.forward_ad.unpack_dual(value).tangent is not None
 
 
 def test_what_it_cannot_do_is_said():

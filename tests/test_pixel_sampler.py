@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, GatedPixelCNN, InfoVAE, PixelSampler
+from infovae_fast.models.incremental import Incremental
 from infovae_fast.models.pixel_sampler import BACKENDS, pixel_uniforms
 from tests.test_likelihoods import chi_square
 from tests.test_pixelcnn import MODELS, Own, each_model, images, network
@@ -96,6 +97,28 @@ for name in INCREMENTAL:
     environment = os.environ | {"INFOVAE_FAST_VECTOR_UNIT": unit, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_native_operators_refuse_what_does_not_fit():
+    if (reason := BACKENDS[0].reason(torch.zeros(()))) is not None:
+        pytest.skip(reason)
+    model, _, _ = network("grey", 4, 5)
+    ops, good = torch.ops.infovae_fast, Incremental(model, codes(2), 2, native=True)
+    table = [t for w in good.weights.layers for t in (w.vertical, w.vertical_bias, w.link, w.horizontal_bias)]
+    conditions = [c for pair in good.conditions for c in pair]
+    for rings, reaches, i in (
+        (good.rings, good.reaches, -1),
+        (good.rings, [-1] * len(good.reaches), 0),
+        ([ring[..., :1].contiguous() for ring in good.rings], good.reaches, 0),
+    ):
+        with pytest.raises(ValueError, match="vertical_row"):
+            ops.vertical_row(table, conditions, rings, good.bases, reaches, i)
+    bases, state, *lists, memory, reaches, channels = good._native
+    for changed in (([-1] * len(reaches), channels), (reaches, 0), ([2**60] * len(reaches), channels)):
+        with pytest.raises(ValueError, match="pixel_row"):
+            ops.pixel_params(bases, state, *lists, memory, *changed, 0, 0)
+    with pytest.raises(ValueError, match="no column 5"):
+        ops.pixel_params(*good._native, 5, 0)
 
 
 def test_images_do_not_depend_on_the_number_of_threads(backend):

@@ -7,6 +7,7 @@ work from one table, `Weights`, and from what z adds, `Incremental.conditions`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class Incremental:
                 r, (a, b) = self.reaches[layer + 1], below.chunk(2, -1)
                 self.rings[layer + 1][:, i % (r + 1), r : r + self.width] = a.tanh() * b.sigmoid()
 
-    @property
+    @cached_property
     def _native(self) -> tuple[Any, ...]:
         """What pixel_params and draw_bits take first."""
         w = self.weights

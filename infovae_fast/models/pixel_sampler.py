@@ -126,7 +126,7 @@ class PixelSampler:
 
         if strategy == "cached":
             incremental = self._incremental(z, n)
-            if incremental.native and isinstance(self.likelihood, Bernoulli):
+            if incremental.native and type(self.likelihood) is Bernoulli:
                 x = incremental.run_bits(u.float(), known.to(incremental.memory), mask, temperature, callback)
             else:
                 x = incremental.run(choose, callback)
