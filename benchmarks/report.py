@@ -79,7 +79,8 @@ def conv_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| | ours | " + " | ".join(titles.values()) + " |", "|" + "---|" * (len(titles) + 2)]
     for (what, n, gradient), times in cases.items():
         ours = times["infovae_fast"]
-        cells = [f"{times[name] / ours:,.{0 if name == 'naive' else 1}f}x" if name in times else "–" for name in titles]
+        ratios = [times[name] / ours if name in times else None for name in titles]
+        cells = ["–" if r is None else f"{r:,.{2 if r < 10 else 1 if r < 100 else 0}f}x" for r in ratios]
         pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
         lines.append(f"| {what}, batch {n}{pass_} | {ours * 1e3:.3g} ms | " + " | ".join(cells) + " |")
     return "\n".join(lines)
