@@ -22,9 +22,9 @@
 #include <vector>
 
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
+#include "incremental.h"
 #include "masked_conv.h"
 #include "pairwise.h"
-#include "pixel_row.h"
 #include "radial.h"
 
 namespace infovae_fast {

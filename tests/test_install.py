@@ -22,6 +22,7 @@ KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 # Each may import its own layer and those before it. "" stands for the public names of infovae_fast itself.
 LAYERS = (
     {"backends", "radial", "kernels"},
+    {"clouds"},
     {"pairwise", "masked_conv"},
     {"divergences", "likelihoods"},
     {"normal_prior", "two_sample"},

@@ -115,7 +115,7 @@ class Incremental:
     """`GatedPixelCNN` a row and a pixel at a time; every number is computed once.
 
     A row of V needs the last r + 1 rows of its input, which a ring holds: row i in place i % (r + 1). The horizontal
-    stack keeps the one row it is in. With `native`, rows and pixels are C++ (csrc/cpu/pixel_row.cpp).
+    stack keeps the one row it is in. With `native`, rows and pixels are C++ (csrc/cpu/incremental.cpp).
     """
 
     def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int, *, native: bool = False) -> None:

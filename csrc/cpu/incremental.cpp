@@ -1,6 +1,6 @@
 // A pixel is a chain of products of matrices [n, k] x [k, m] with few rows: a thread takes some of the n images through
 // a whole row, so that nobody waits for anybody and the sums do not depend on the number of threads.
-#include "pixel_row.h"
+#include "incremental.h"
 
 #include <ATen/Parallel.h>
 
