@@ -11,35 +11,8 @@
 namespace infovae_fast {
 namespace {
 
-namespace baseline {
-#define VECTOR_BYTES 16
-#include "lanes.inc"
-#include "layers.inc"
-#undef VECTOR_BYTES
-}  // namespace baseline
-
-#ifdef HAVE_AVX
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VECTOR_BYTES 32
-#include "lanes.inc"
-#include "layers.inc"
-#undef VECTOR_BYTES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
-namespace avx512 {
-#define VECTOR_BYTES 64
-#define ISA_AVX512
-#include "lanes.inc"
-#include "layers.inc"
-#undef ISA_AVX512
-#undef VECTOR_BYTES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define VECTOR_CODE "layers.inc"
+#include "each_unit.inc"
 
 // A matrix [groups, k, columns] whose columns are padded with zeros to whole vectors.
 template <typename T>

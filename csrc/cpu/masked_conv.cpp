@@ -35,38 +35,8 @@ struct WeightRows {
     int64_t k, rows, w, cin, channels, x_stride, g_stride;
 };
 
-namespace baseline {
-#define VECTOR_BYTES 16
-#include "lanes.inc"
-#include "layers.inc"
-#include "masked_conv.inc"
-#undef VECTOR_BYTES
-}  // namespace baseline
-
-#ifdef HAVE_AVX
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VECTOR_BYTES 32
-#include "lanes.inc"
-#include "layers.inc"
-#include "masked_conv.inc"
-#undef VECTOR_BYTES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
-namespace avx512 {
-#define VECTOR_BYTES 64
-#define ISA_AVX512
-#include "lanes.inc"
-#include "layers.inc"
-#include "masked_conv.inc"
-#undef ISA_AVX512
-#undef VECTOR_BYTES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define VECTOR_CODE "masked_conv.inc"
+#include "each_unit.inc"
 
 // The margin that the taps need, and the copy of rows y0..y1 of one image with it, its channels in the given order.
 struct Margin {

@@ -74,35 +74,8 @@ struct Sources {
     const T *p, *v;          // [m, dp], what g and phi multiply; v may be null
 };
 
-namespace baseline {
-#define VECTOR_BYTES 16
-#include "lanes.inc"
-#include "pairwise.inc"
-#undef VECTOR_BYTES
-}  // namespace baseline
-
-#ifdef HAVE_AVX
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VECTOR_BYTES 32
-#include "lanes.inc"
-#include "pairwise.inc"
-#undef VECTOR_BYTES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
-namespace avx512 {
-#define VECTOR_BYTES 64
-#define ISA_AVX512
-#include "lanes.inc"
-#include "pairwise.inc"
-#undef ISA_AVX512
-#undef VECTOR_BYTES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define VECTOR_CODE "pairwise.inc"
+#include "each_unit.inc"
 
 template <typename T>
 struct Cloud {

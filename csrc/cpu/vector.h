@@ -1,5 +1,5 @@
-// What the vector code of the operators shares: the choice of the instruction set, memory, constants of 2^t. A .cpp
-// file includes its .inc once for each instruction set, in a namespace of that name, after lanes.inc.
+// What the vector code of the operators shares: the choice of the instruction set, memory, constants of 2^t. each_unit.inc
+// includes the code of a .cpp file once for each instruction set.
 #pragma once
 
 #include <algorithm>
