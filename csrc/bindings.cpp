@@ -7,6 +7,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zero.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -21,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "autograd.h"
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
 #include "incremental.h"
 #include "masked_conv.h"
@@ -468,6 +470,7 @@ PYBIND11_MODULE(_C, m) {
     for (const auto& [name, text] : baked) {  // _C.cpp and _C.cuda: "built", or why not
         if (std::string_view(name) == "cpp" || std::string_view(name) == "cuda") m.attr(name) = text;
     }
+    m.def("usual_mmd", infovae_fast::usual_mmd);
     m.def("build_info", [] {
         pybind11::dict facts;
         for (const auto& [name, text] : baked) facts[name] = text;

@@ -86,6 +86,13 @@ def transforms() -> str | None:
     return None
 
 
+def native_is_auto(backend: str) -> bool:
+    """Whether nothing but the inputs keeps `backend` from being the native operators."""
+    if backend != "auto" or AUTO != "auto" or torch.compiler.is_compiling():
+        return False
+    return transforms() is None and native_missing() is None
+
+
 def triton_missing() -> str | None:
     """Why Triton is not there; does not load it."""
     return None if find_spec("triton") else "triton is not installed; pip install triton"

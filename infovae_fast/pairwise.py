@@ -247,7 +247,7 @@ def _run_leaf(
 ) -> tuple[Tensor | None, Tensor | None]:
     if x.dtype.itemsize < 4:
         x, y, v, a, b = (None if t is None else t.float() for t in (x, y, v, a, b))  # type: ignore[assignment]
-    settings = (*_scales(kernel.at(x.shape[-1])), weights)
+    settings = (*leaf_scales(kernel.at(x.shape[-1])), weights)
     if force:
         return None, leaf()(x, y, v, None, None, *settings, False, True, False, False)[1]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, a, b)):
@@ -269,10 +269,10 @@ def _run_native(
     """`_run_leaf` of the native leaf. Its derivatives are native too: at small N Python would take most of the time."""
     if force or x.dtype.itemsize < 4:
         return _run_leaf(_native, x, y, v, kernel, weights, energy, force, a, b)
-    return torch.ops.infovae_fast.energy.default(x, y, a, b, *_scales(kernel.at(x.shape[-1])), weights), None
+    return torch.ops.infovae_fast.energy.default(x, y, a, b, *leaf_scales(kernel.at(x.shape[-1])), weights), None
 
 
-def _scales(kernel: Kernel) -> tuple[bool, Sequence[float], Tensor | None, Sequence[float], float]:
+def leaf_scales(kernel: Kernel) -> tuple[bool, Sequence[float], Tensor | None, Sequence[float], float]:
     """As a leaf takes them; a bandwidth in a tensor stays there, so that nothing waits for a GPU."""
     rbf, alpha = isinstance(kernel, RBF), getattr(kernel, "alpha", 1.0)
     if isinstance(kernel.bandwidth, Tensor):

@@ -10,7 +10,7 @@ import torch
 
 from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
 from infovae_fast.backends import native_missing
-from infovae_fast.pairwise import _scales, pairwise_reference
+from infovae_fast.pairwise import leaf_scales, pairwise_reference
 from tests.oracle import check, near, pairwise_scales
 from tests.simt import ROOT
 from tests.simt.pairwise import SOURCES, leaf
@@ -35,7 +35,7 @@ def run(
     x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False, **more
 ):
     """On a GPU where there is one and the extension is built for it."""
-    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS, energy, *force, potentials)
+    settings = (*leaf_scales(kernel.at(x.shape[-1])), WEIGHTS, energy, *force, potentials)
     if not torch.cuda.is_available() or native_missing("cuda") is not None:
         return leaf(x, y, v, a, b, *settings, **more)
     inputs = [None if t is None else t.cuda() for t in (x, y, v, a, b)]
@@ -68,7 +68,7 @@ def both_ways(*inputs, **options):
     x, y, v, a, b = (*inputs, *[None] * (5 - len(inputs)))
     kernel = options.get("kernel", KERNELS[0])
     flags = (options.get("energy", True), *options.get("force", (True, False)), options.get("potentials", False))
-    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS)
+    settings = (*leaf_scales(kernel.at(x.shape[-1])), WEIGHTS)
     return run(*inputs, **options), torch.ops.infovae_fast.pairwise(x, y, v, a, b, *settings, *flags)
 
 

@@ -180,6 +180,40 @@ def test_energy_and_its_derivatives_are_one_operator(clouds_of):
         assert gradient.dtype == torch.float32 and torch.allclose(gradient, factor * half, rtol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("kernel", [None, *KERNELS], ids=range(len(KERNELS) + 1))
+def test_the_usual_mmd_is_the_one_of_the_long_way(kernel, estimator, monkeypatch):
+    for dtype in (torch.float32, torch.float64):
+        inputs = [z.requires_grad_() for z in clouds(40, 30, 5, dtype)[:2]]
+
+        def both(backend, inputs=inputs):
+            value = mmd(*inputs, kernel, estimator, backend=backend)
+            return value, *torch.autograd.grad(3 * value, inputs)
+
+        usual = both("auto")
+        for got, wanted in zip(usual, both("cpp"), strict=True):
+            assert got.dtype == dtype and torch.equal(got, wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr("infovae_fast.divergences.energy_of_clouds", None)  # the long way
+            assert torch.equal(both("auto")[0], usual[0])
+
+
+def test_the_usual_mmd_leaves_what_is_unusual_alone():
+    from infovae_fast.divergences import _usual_mmd
+
+    x, y, _ = clouds(6, 5, 3)
+    assert _usual_mmd(x, y, None, "biased") is not None
+    unusual = [
+        (x.tolist(), y), (x, y.tolist()), (x, y.double()), (x.half(), y.half()), (x.int(), y.int()), (x, y[:, :2]),
+        (x[:1], y), (x, y[:1]), (x[0], y), (x[None], y[None]), (x[:, :0], y[:, :0]), (x.to("meta"), y),
+        (x.to_sparse(), y), (x.as_subclass(type("Own", (torch.Tensor,), {})), y), (x * torch.nan, y),
+    ]  # fmt: skip
+    for a, b in unusual:
+        assert _usual_mmd(a, b, None, "unbiased") is None, (a, b)
+    for kernel, estimator in ((None, "linear"), ("median_rbf", "biased"), (RBF(torch.tensor(1.0)), "biased")):
+        assert _usual_mmd(x, y, kernel, estimator) is None
+
+
 def test_refusals():
     x, y, v = clouds(9, 5, 3)
     with pytest.raises(TypeError, match="accepted: float32, float64"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infovae_fast import IMQ, RBF, RationalQuadratic
-from infovae_fast.pairwise import _scales, pairwise_reference
+from infovae_fast.pairwise import leaf_scales, pairwise_reference
 from tests.conftest import ARCHITECTURES, compile_ahead
 from tests.oracle import check, near, pairwise_scales
 
@@ -31,7 +31,7 @@ def clouds(n, m, d, dtype=torch.float32, batch=()):
 
 
 def run(x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False):
-    settings = (*_scales(kernel.at(x.shape[-1])), WEIGHTS)
+    settings = (*leaf_scales(kernel.at(x.shape[-1])), WEIGHTS)
     return kernels.pairwise(x, y, v, a, b, *settings, energy, *force, potentials)
 
 
