@@ -86,9 +86,9 @@ def transforms() -> str | None:
     return None
 
 
-def native_is_auto(backend: str) -> bool:
-    """Whether nothing but the inputs keeps `backend` from being the native operators."""
-    if backend != "auto" or AUTO != "auto" or torch.compiler.is_compiling():
+def native_for_usual(backend: str) -> bool:
+    """Whether `backend` means C++ on the CPU where nothing is unusual about the inputs."""
+    if (AUTO if backend == "auto" else backend) not in ("auto", "cpp") or torch.compiler.is_compiling():
         return False
     return transforms() is None and native_missing() is None
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from infovae_fast.backends import native_is_auto
+from infovae_fast.backends import native_for_usual
 from infovae_fast.clouds import (
     KernelLike,
     at_least_float32,
@@ -87,7 +87,7 @@ def mmd(
         the CPU, outside `torch.compile`, also NaN or infinity in x or y (elsewhere the result is NaN).
         RuntimeError: the named backend cannot run these inputs.
     """
-    if block_size is x_weights is y_weights is progress is None and native_is_auto(backend):
+    if block_size is x_weights is y_weights is progress is None and native_for_usual(backend):
         value = _usual_mmd(x, y, kernel, estimator)
         if value is not None:
             return value
