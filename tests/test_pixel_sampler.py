@@ -315,7 +315,7 @@ def test_refusals():
     old = PixelSampler(GatedPixelCNN(2, (1, 3, 4), variant="infovae2017", layers=2, maps=4), Bernoulli())
     with pytest.raises(ValueError, match=r"'cached' needs .* does not have; accepted here: 'fixed_point', 'naive'"):
         old.sample(z, strategy="cached")
-    with pytest.raises(ValueError, match="'cached' knows GatedPixelCNN, not Own"):
+    with pytest.raises(ValueError, match="'cached' knows GatedPixelCNN and PixelCNNPlusPlus, not Own"):
         PixelSampler(Own(), Bernoulli()).sample(z, strategy="cached")
     colour = PixelSampler(GatedPixelCNN(2, (30, 3, 4), 3, 1, layers=2, maps=4), mixture)
     with pytest.raises(ValueError, match="known_mask: differs between the channels of a pixel"):

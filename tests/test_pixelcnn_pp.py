@@ -387,7 +387,7 @@ SMALL = {"name": "pixelcnn_pp", "blocks": 1, "maps": 4}
 
 
 @each_model
-def test_fixed_point_draws_what_naive_draws(name):
+def test_all_strategies_draw_the_same_images(name):
     inputs = 0 if name == "bits" else 2
     model, likelihood, channels = network(name, 3, 5, inputs=inputs)
     sampler = PixelSampler(model, likelihood)
@@ -395,13 +395,38 @@ def test_fixed_point_draws_what_naive_draws(name):
     known = torch.rand(1, channels, 3, 5).round()
     upper = torch.arange(3).view(3, 1) < 2
     for options in ({}, {"known": known, "known_mask": upper, "temperature": 0.7}):
-        drawn = [sampler.sample(z, 6, seed=4, strategy=s, **options) for s in ("naive", "fixed_point", "auto")]
-        rounding = 1e-12 if name == "learned std" else 0.0  # F^-1 of a row and of a pixel
-        torch.testing.assert_close(drawn[1], drawn[0], rtol=rounding, atol=rounding)
-        assert torch.equal(drawn[1], drawn[2])
-    assert drawn[0].flatten(1).unique(dim=0).shape[0] > 1
-    with pytest.raises(ValueError, match="'cached' knows GatedPixelCNN, not PixelCNNPlusPlus; accepted here: 'fixed_"):
-        sampler.sample(z, 6, strategy="cached")
+        naive, *others = (
+            sampler.sample(z, 6, seed=4, strategy=s, **options) for s in ("naive", "fixed_point", "cached", "auto")
+        )
+        rounding = 1e-9 if name == "learned std" else 0.0  # F^-1 of a row and of a pixel
+        for drawn in others:
+            torch.testing.assert_close(drawn, naive, rtol=rounding, atol=rounding)
+        assert torch.equal(*others[1:])
+    assert naive.flatten(1).unique(dim=0).shape[0] > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (2, 2), (9, 10), (4, 13)], ids=str)
+@pytest.mark.parametrize("name", ["bits", "spatial", "mixture"])
+def test_a_pixel_at_a_time_gives_the_params_of_the_whole_image(name, size):
+    for options in ({"inputs": 0}, {"blocks": 2}):
+        model, likelihood, channels = network(name, *size, **options)
+        z = torch.randn(3, 2, dtype=torch.float64) if model.inputs else None
+        x = torch.rand(3, channels, *size, dtype=torch.float64)
+        sampler, truth = PixelSampler(model, likelihood), model(z, x)
+        scale = truth.abs().max().item()
+        torch.testing.assert_close(sampler.params(z, x), truth, rtol=1e-12, atol=1e-12 * scale)
+        model.float()
+        found = sampler.params(None if z is None else z.float(), x.float()).double()
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_cached_sampling_leaves_no_dropout_out_and_takes_an_empty_batch():
+    model, likelihood, _ = network("bits", 3, 5, inputs=0)
+    assert PixelSampler(model, likelihood).sample(n=0, strategy="cached").shape == (0, 1, 3, 5)
+    with pytest.raises(ValueError, match=r"'cached' has no dropout: call eval\(\) first; accepted here: 'fixed_point'"):
+        PixelSampler(model.train(), likelihood).sample(n=2, strategy="cached")
+    with pytest.raises(RuntimeError, match="no kernels for PixelCNNPlusPlus in this version"):
+        PixelSampler(model.eval(), likelihood, backend="cpp").sample(n=2, strategy="cached")
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, to_dense
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 
 Callback = Callable[[int, int], None]  # (rows that are done, all rows)
 Chooser = Callable[[int, int, int, Tensor], Tensor]
-
-
-def unsupported(decoder: nn.Module) -> str | None:
-    """Why "cached" cannot run, or None."""
-    if not isinstance(decoder, GatedPixelCNN):
-        return f"knows GatedPixelCNN, not {type(decoder).__name__}"
-    if decoder.variant != "gated":
-        return f"needs a vertical stack of finished rows, which variant {decoder.variant!r} does not have"
-    return None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ An image is a function of z and u, which all strategies compute (they differ whe
     naive         H W G passes of the whole network, G the colours that are ordered: the definition
     fixed_point   every pixel from the image so far, again until nothing changes: exact after at most H W G passes,
                   usually far fewer, as a pass makes all leading pixels right whose past was
-    cached        one pass in all. The vertical stack of row i reads finished rows: once for the row, as products of
-                  matrices. The horizontal stack reads its row: once for a pixel (and colour)
+    cached        one pass in all. What reads finished rows (the vertical stack, stream u) is computed once for a row,
+                  as products of matrices; the rest once for a pixel (and colour). Not for variant "infovae2017"
 
 The uniforms are counted, not drawn: bits of a hash of (seed, sample, pixel, channel), the same on every device. So
 sample i does not depend on how many are drawn with it.
@@ -23,18 +23,40 @@ from torch import Tensor, nn
 from infovae_fast.backends import Backend, native_missing
 from infovae_fast.backends import choose as choose_backend
 from infovae_fast.likelihoods import Bernoulli, Likelihood
-from infovae_fast.models.incremental import Callback, Chooser, Incremental, unsupported
+from infovae_fast.models.incremental import Callback, Chooser, Incremental
+from infovae_fast.models.incremental_pp import IncrementalPlusPlus
+from infovae_fast.models.pixelcnn import GatedPixelCNN
+from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
 STRATEGIES = ("auto", "naive", "cached", "fixed_point")
 
 
-def _cpp_reason(like: Tensor) -> str | None:
-    return native_missing() if like.device.type == "cpu" else f"it runs on the CPU, and the decoder is on {like.device}"
+def uncached(decoder: nn.Module) -> str | None:
+    """Why "cached" cannot run, or None."""
+    if isinstance(decoder, PixelCNNPlusPlus):
+        return "has no dropout: call eval() first" if decoder.training and decoder.dropout else None
+    if not isinstance(decoder, GatedPixelCNN):
+        return f"knows GatedPixelCNN and PixelCNNPlusPlus, not {type(decoder).__name__}"
+    if decoder.variant != "gated":
+        return f"needs a vertical stack of finished rows, which variant {decoder.variant!r} does not have"
+    return None
+
+
+def _cpp_reason(like: Tensor, decoder: nn.Module | None = None) -> str | None:
+    if like.device.type != "cpu":
+        return f"it runs on the CPU, and the decoder is on {like.device}"
+    if isinstance(decoder, PixelCNNPlusPlus):
+        return "it has no kernels for PixelCNNPlusPlus in this version"
+    return native_missing()
+
+
+def _reference(decoder: nn.Module, z: Tensor | None, n: int) -> Incremental | IncrementalPlusPlus:
+    return (IncrementalPlusPlus if isinstance(decoder, PixelCNNPlusPlus) else Incremental)(decoder, z, n)  # type: ignore[arg-type]
 
 
 BACKENDS = (
     Backend("cpp", _cpp_reason, partial(Incremental, native=True)),
-    Backend("reference", lambda like: None, Incremental),
+    Backend("reference", lambda *inputs: None, _reference),
 )
 
 
@@ -109,8 +131,8 @@ class PixelSampler:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {strategy!r}; accepted: " + ", ".join(map(repr, STRATEGIES)))
         if strategy == "auto":
-            strategy = "fixed_point" if unsupported(self.decoder) else "cached"
-        if strategy == "cached" and (reason := unsupported(self.decoder)):
+            strategy = "fixed_point" if uncached(self.decoder) else "cached"
+        if strategy == "cached" and (reason := uncached(self.decoder)):
             raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
         known, mask = self._known(n, known, known_mask)
         if uniforms is None:
@@ -126,7 +148,7 @@ class PixelSampler:
 
         if strategy == "cached":
             incremental = self._incremental(z, n)
-            if incremental.native and type(self.likelihood) is Bernoulli:
+            if isinstance(incremental, Incremental) and incremental.native and type(self.likelihood) is Bernoulli:
                 x = incremental.run_bits(u.float(), known.to(incremental.memory), mask, temperature, callback)
             else:
                 x = incremental.run(choose, callback)
@@ -153,8 +175,8 @@ class PixelSampler:
         _, height, width = self.image_shape
         return torch.stack(seen, -1).unflatten(-1, (height, width, -1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
 
-    def _incremental(self, z: Tensor | None, n: int) -> Incremental:
-        return choose_backend("pixel_sampler", BACKENDS, self.backend, self._like)(self.decoder, z, n)
+    def _incremental(self, z: Tensor | None, n: int) -> Incremental | IncrementalPlusPlus:
+        return choose_backend("pixel_sampler", BACKENDS, self.backend, self._like, self.decoder)(self.decoder, z, n)
 
     def _naive(self, z: Tensor | None, n: int, choose: Chooser, callback: Callback | None) -> Tensor:
         x = self._like.new_zeros(n, *self.image_shape)

@@ -97,7 +97,8 @@ class PixelCNNPlusPlus(nn.Module):
         _check_sizes(locals())
         params, height, width = shape
         self.inputs, self.image_shape, self.data_channels = inputs, (image_channels, height, width), data_channels
-        self.blocks, self.checkpoint_layers, self.initialised = blocks, checkpoint_layers, False
+        self.blocks, self.dropout = blocks, dropout
+        self.checkpoint_layers, self.initialised = checkpoint_layers, False
         sizes = [(math.ceil(height / 2**r), math.ceil(width / 2**r)) for r in range(RESOLUTIONS)]
         spatial = condition == "spatial" and inputs > 0
         options: dict[str, Any] = {"dropout": dropout, "code": spatial_maps if spatial else inputs}
