@@ -2,6 +2,7 @@
 # make test     set up, then every check and every test
 # make bench    set up, then measure against the competitors that are installed: benchmarks/results/here.jsonl, the table
 #               and picture of README.md (an hour; after a kill it goes on where it was)
+# make gpu-check  on a machine with a GPU: build for it, test on it, compute-sanitizer, ceilings, benchmarks (build/gpu_check)
 # make clean    remove what was built (not .venv, whose downloads take minutes)
 #
 # The set-up goes to .venv and is skipped while nothing that it depends on has changed. Variables:
@@ -16,7 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu-check clean
 
 demo: .venv/.built
 	$(BIN)/python -m infovae_fast.reproduce.small_data --out demo
@@ -34,6 +35,9 @@ bench: .venv/.built
 	$(BIN)/python -m benchmarks.masked_conv --compile --out build/bench.jsonl
 	@mv build/bench.jsonl benchmarks/results/here.jsonl
 	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl
+
+gpu-check: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu_check
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,66 +1,94 @@
 """How near ours comes to what this machine can do: `python -m benchmarks.bound --out benchmarks/results/NAME.jsonl`.
 
 Value and gradient of the MMD of N = M points do 8 D N^2 flops in matrix products, if the pairs of one cloud are visited
-once, and 2 N^2 exponentials. The bound is the time of both at the rates that PyTorch reaches: `mm` of square float32
-matrices, and `exp` of what stays in the cache. All three take turns in one process; medians.
+once, and 2 N^2 exponentials. Their times at the rates that PyTorch reaches make the bound: the sum on a CPU, where both
+use the same units, the longer one on a GPU. A product that keeps float32's digits is float32, or three of TF32. The
+rates are `mm` of square matrices, `exp` of what stays in the cache, and a copy; all take turns with ours in one
+process; medians.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from benchmarks import pairwise
+from benchmarks.clock import machine, measure
 from benchmarks.pairwise import Case
-from benchmarks.run import machine, measure
 
-EDGE = 2048  # of the matrices
-CACHED, PASSES = 2**18, 50  # numbers whose exponentials are taken, and how often
 ROUNDS = 9
+CASES = {
+    "cpu": (Case("rbf", 16384, 10), Case("rbf", 16384, 80)),
+    "cuda": (Case("rbf", 16384, 10), Case("rbf", 65536, 10), Case("rbf", 65536, 80), Case("rbf", 65536, 512)),
+}
+EDGE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+CACHED = {"cpu": 2**18, "cuda": 2**22}  # numbers whose exponentials are taken
+COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
 
 
-def rates_and_seconds(case: Case) -> dict[str, float]:
-    """{"flops": rate, "exponentials": rate, "seconds": of ours}."""
-    x, y = case.inputs()
-    a, b, small = torch.randn(EDGE, EDGE), torch.randn(EDGE, EDGE), torch.randn(CACHED)
-    out, result = torch.empty(EDGE, EDGE), torch.empty(CACHED)
+def ceilings(device: str) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """By name: the operations of a call (bytes read and written for a copy), and the call."""
 
-    def exponentials() -> None:
-        for _ in range(PASSES):
-            torch.exp(small, out=result)
+    def product(dtype: torch.dtype, precision: str) -> Callable[[], Any]:
+        a, b = (torch.randn(EDGE[device], EDGE[device], device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
 
-    runs = (
-        partial(torch.mm, a, b, out=out),
-        exponentials,
-        partial(pairwise.IMPLEMENTATIONS[pairwise.OURS].run, case, x, y),
-    )
-    times: list[list[float]] = [[], [], []]
-    for _ in range(ROUNDS):
-        for run, taken in zip(runs, times, strict=True):
-            taken.append(measure(run)[1])
-    mm, exp, ours = map(median, times)
-    return {"flops": 2 * EDGE**3 / mm, "exponentials": CACHED * PASSES / exp, "seconds": ours}
+        def run() -> None:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(precision)
+            torch.mm(a, b, out=out)
+            torch.set_float32_matmul_precision(before)
+
+        return run
+
+    numbers, copied = torch.randn(CACHED[device], device=device), torch.ones(COPIED[device] // 4, device=device)
+    results, copy = torch.empty_like(numbers), torch.empty_like(copied)
+    flops = 2.0 * EDGE[device] ** 3
+    found: dict[str, tuple[float, Callable[[], Any]]] = {
+        "float32": (flops, product(torch.float32, "highest")),
+        "exp": (float(CACHED[device]), partial(torch.exp, numbers, out=results)),
+        "copy": (2.0 * COPIED[device], partial(copy.copy_, copied)),
+    }
+    if device == "cuda":
+        found["tf32"] = flops, product(torch.float32, "high")
+        found["bfloat16"] = flops, product(torch.bfloat16, "highest")
+    return found
+
+
+def bound(case: Case, rates: dict[str, float], device: str) -> float:
+    products = 8 * case.d * case.n**2 / max(rates["float32"], rates.get("tf32", 0) / 3)
+    exponentials = 2 * case.n**2 / rates["exp"]
+    return products + exponentials if device == "cpu" else max(products, exponentials)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    for case in (Case("rbf", 16384, 10), Case("rbf", 16384, 80)):
-        found = rates_and_seconds(case)
-        bound = 8 * case.d * case.n**2 / found["flops"] + 2 * case.n**2 / found["exponentials"]
-        row = {"op": "bound", "n": case.n, "d": case.d, **found, "bound": bound, "reached": bound / found["seconds"]}
-        print(
-            f"N={case.n} D={case.d}: {found['flops'] / 1e9:.0f} GFLOP/s, {found['exponentials'] / 1e9:.2f}e9 exp/s: "
-            f"bound {bound:.3f} s, ours {found['seconds']:.3f} s, {row['reached']:.0%}",
-            flush=True,
-        )
+    device = options.device
+    ours = pairwise.IMPLEMENTATIONS[pairwise.OURS].run
+    for case in CASES[device]:
+        work = ceilings(device)
+        runs = {"ours": partial(ours, case, *case.inputs(device))} | {name: run for name, (_, run) in work.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(ROUNDS):
+            for name, run in runs.items():
+                times[name].append(measure(run, device)[1])
+        seconds = {name: median(taken) for name, taken in times.items()}
+        rates = {name: operations / seconds[name] for name, (operations, _) in work.items()}
+        least = bound(case, rates, device)
+        print(f"N={case.n} D={case.d}: {seconds['ours']:.4g} s, bound {least:.4g} s, {least / seconds['ours']:.0%}")
+        print("  " + ", ".join(f"{name} {rate / 1e9:,.1f}e9/s" for name, rate in rates.items()), flush=True)
         if options.out:
+            row = {"op": "bound", "n": case.n, "d": case.d, "seconds": seconds["ours"], "bound": least, "rates": rates}
             with options.out.open("a") as file:
-                file.write(json.dumps(row | machine()) + "\n")
+                file.write(json.dumps(row | machine(device)) + "\n")
 
 
 if __name__ == "__main__":

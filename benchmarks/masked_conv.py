@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.run import machine, measure
+from benchmarks.clock import machine, measure
 from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64

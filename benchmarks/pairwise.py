@@ -5,7 +5,7 @@ through `torch.compile`; and the libraries KeOps and GeomLoss, where they are in
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from infovae_fast import IMQ, RBF, mmd, stein_direction, wae_imq
+from infovae_fast.pairwise import CUDA_MOST_DIM
 from infovae_fast.radial import Kernel
 
 Result = tuple[Tensor | None, Tensor | None]  # the gradient or the Stein direction, and the value
@@ -26,14 +27,16 @@ class Case:
     n: int
     d: int
     gradient: bool = True  # to x; the Stein direction is one already
+    dtype: str = "float32"
 
     @cached_property
     def kernel(self) -> Kernel:
         return {"rbf": RBF(), "imq": IMQ(), "imq7": wae_imq(self.d), "stein": RBF()}[self.what].at(self.d)
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
+    def inputs(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        x, y = (torch.randn(self.n, self.d, generator=generator) for _ in range(2))
+        dtype = getattr(torch, self.dtype)
+        x, y = (torch.randn(self.n, self.d, generator=generator).to(device, dtype) for _ in range(2))
         return x.requires_grad_(self.needs_gradient), y
 
     @property
@@ -65,15 +68,25 @@ GRID = [
     *(Case(what, n, 10) for n in (1024, 4096, 16384) for what in ("imq", "imq7", "stein")),
 ]
 
+GPU_CASES = [
+    *(Case("rbf", n, d) for n in (256, 1024, 4096) for d in (2, 10, 80)),
+    *(Case("rbf", n, 10) for n in (16384, 60000, 65536)),
+    *(Case("rbf", 65536, d) for d in (80, 512)),
+    Case("rbf", 10**6, 10, gradient=False),
+    *(Case("imq7", n, 10) for n in (4096, 16384)),
+    Case("stein", 16384, 64),
+    Case("rbf", 16384, 512, dtype="bfloat16"),
+]
+
 REFERENCE_N = 4096  # above it the truth is that of `ROWS` rows: a pass of the reference would take minutes
 ROWS = 256
 
 
 @lru_cache(2)
-def truth(case: Case, estimator: str = "unbiased") -> Result:
+def truth(case: Case, estimator: str = "unbiased", device: str = "cpu") -> Result:
     """The result in float64: by the reference, or, for large N, evenly spaced rows of the gradient and no value."""
     n = case.n
-    x, y = (z.detach().double() for z in case.inputs())
+    x, y = (z.detach().double() for z in case.inputs(device))
     if n <= REFERENCE_N:
         return ours("reference", estimator)(case, x.requires_grad_(case.needs_gradient), y)
     rows = x[:: n // ROWS].clone().requires_grad_(case.needs_gradient)
@@ -93,6 +106,48 @@ def ours(backend: str, estimator: str = "unbiased") -> Callable[[Case, Tensor, T
         return gradient(mmd(x, y, case.kernel, estimator, backend=backend), x)  # type: ignore[arg-type]
 
     return run
+
+
+def graphed(run: Callable[[Case, Tensor, Tensor], Result]) -> Callable[[Case, Tensor, Tensor], Result]:
+    """`run` as a CUDA graph, captured at the first call of a case and replayed."""
+    captured: dict[Case, tuple[torch.cuda.CUDAGraph, Result, tuple[Tensor, Tensor]]] = {}
+
+    def replay(case: Case, x: Tensor, y: Tensor) -> Result:
+        if case not in captured or captured[case][2][0] is not x:
+            captured.clear()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run(case, x, y)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run(case, x, y)
+            captured[case] = graph, out, (x, y)
+        captured[case][0].replay()
+        return captured[case][1]
+
+    return replay
+
+
+class Empty(torch.autograd.Function):
+    """What Python and PyTorch take for an operator that does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def empty(case: Case, x: Tensor, y: Tensor) -> Result:
+    value = Empty.apply(x)
+    if x.requires_grad:
+        torch.autograd.grad(value, x, value.detach())
+    return None, None
 
 
 def gradient(value: Tensor, x: Tensor) -> Result:
@@ -187,7 +242,8 @@ def geomloss(backend: str) -> Callable[[Case, Tensor, Tensor], Result]:
 class Implementation:
     """A function to time, and what it takes for value and gradient of the RBF MMD on two cores with AVX-512.
 
-    The cost decides what is left out: rounded up from N = 4,096, so that a call fits in memory and ends in time.
+    The cost decides what is left out: rounded up from N = 4,096, so that a call fits in memory and ends in time. On a
+    GPU it is the memory alone.
     """
 
     run: Callable[[Case, Tensor, Tensor], Result]
@@ -196,6 +252,7 @@ class Implementation:
     packages: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ("rbf", "imq", "imq7", "stein")
     estimator: str = "unbiased"
+    most_d: int = 2**31
 
     def cost(self, case: Case) -> tuple[float, float]:
         """Seconds and GiB of a call."""
@@ -204,10 +261,10 @@ class Implementation:
         return seconds * 1e-9, gib * 4 / 2**30
 
 
-OURS = "infovae_fast cpp"
+OURS = "infovae_fast"
 EAGER = (70, 0.15)  # most of it page faults
 IMPLEMENTATIONS = {
-    OURS: Implementation(ours("cpp")),  # never left out
+    OURS: Implementation(ours("auto")),  # never left out
     "eager expanded": Implementation(eager(expanded), EAGER, (16, 0)),
     "eager cdist": Implementation(eager(cdist), EAGER, (16, 0)),
     "eager differences": Implementation(eager(differences), (0, 20), (9, 6)),
@@ -217,4 +274,15 @@ IMPLEMENTATIONS = {
         geomloss("online"), (20, 4.2), (0, 0), ("geomloss", "pykeops"), ("rbf",), "biased"
     ),
     "torch.compile": Implementation(compiled(), (20, 0.1), (7, 0)),
+}
+ON_GPU = {
+    name: replace(implementation, nanoseconds=(0, 0))
+    for name, implementation in {
+        OURS: IMPLEMENTATIONS[OURS],
+        f"{OURS} cuda": Implementation(ours("cuda"), most_d=CUDA_MOST_DIM),
+        f"{OURS} triton": Implementation(ours("triton")),
+        f"{OURS} graph": Implementation(graphed(ours("auto"))),
+        "empty function": Implementation(empty),
+        **{name: i for name, i in IMPLEMENTATIONS.items() if name != OURS},
+    }.items()
 }

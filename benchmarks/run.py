@@ -8,13 +8,7 @@ machine is shared. Of ours, a result whose error is above `LARGEST_ERROR` is not
 """
 
 import argparse
-import ctypes
 import json
-import os
-import platform
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,107 +18,83 @@ from typing import Any
 
 import torch
 
-import infovae_fast
 from benchmarks import pairwise
+from benchmarks.clock import machine, measure, peak_mib
 
-LARGEST_ERROR = 1e-5  # of the gradient, relative to its largest component; the value's own is reported beside it
+LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # of the gradient, relative to its largest component
 LONGEST_S = 20  # of one call by its predicted cost: with a longer one the grid would take hours
 MOST_ROUNDS = 50
 README_S, GRID_S = 8, 3  # the time to spend on one implementation of a case
-
-
-def measure(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    out = run()
-    return out, time.perf_counter() - start
 
 
 def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
     (g, value), (g_true, value_true) = out, truth
     found = {}
     if g is not None and g_true is not None:
-        g = g[:: len(g) // len(g_true)]
+        g = g if len(g) == len(g_true) else g[:: len(g) // pairwise.ROWS]
         found["error"] = ((g.double() - g_true).abs().max() / g_true.abs().max()).item()
     if value is not None and value_true is not None:
         found["value_error"] = abs(value.item() / value_true.item() - 1)
     return found
 
 
-def peak_mib(reset: bool = False) -> float | None:
-    """The most memory this process has held since the last reset, which lets go of what is free; Linux alone tells."""
-    try:
-        if reset:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, AttributeError):
-        return None
-
-
-def implementations(compiled: bool) -> dict[str, pairwise.Implementation]:
+def implementations(compiled: bool, device: str = "cpu") -> dict[str, pairwise.Implementation]:
     """By name, ours first, those that are installed."""
-    found = {k: i for k, i in pairwise.IMPLEMENTATIONS.items() if all(find_spec(name) for name in i.packages)}
+    every = pairwise.IMPLEMENTATIONS if device == "cpu" else pairwise.ON_GPU
+    found = {k: i for k, i in every.items() if all(find_spec(name) for name in i.packages)}
     return found if compiled else {name: i for name, i in found.items() if name != "torch.compile"}
 
 
 def feasible(case: pairwise.Case, implementation: pairwise.Implementation, most_gib: float) -> bool:
     seconds, gib = implementation.cost(case)
-    return case.what in implementation.kernels and seconds <= LONGEST_S and gib <= most_gib
+    fits = case.what in implementation.kernels and case.d <= implementation.most_d
+    return fits and seconds <= LONGEST_S and gib <= most_gib
 
 
-def bench(case: pairwise.Case, implementations: dict[str, pairwise.Implementation]) -> list[dict[str, Any]]:
-    x, y = case.inputs()
+def bench(
+    case: pairwise.Case, implementations: dict[str, pairwise.Implementation], device: str = "cpu"
+) -> list[dict[str, Any]]:
+    x, y = case.inputs(device)
     rows: dict[str, dict[str, Any]] = {}
     rounds: dict[str, int] = {}
     times: dict[str, list[float]] = {}
     for name, implementation in implementations.items():
         first = case if name == "torch.compile" else replace(case, n=64)  # what compiles does it in a call before
-        implementation.run(first, *first.inputs())
-        before = peak_mib(reset=True)
-        out, seconds = measure(partial(implementation.run, case, x, y))
-        after = peak_mib()
-        rows[name] = errors(out, pairwise.truth(case, implementation.estimator))
-        if name == pairwise.OURS and rows[name].get("error", 0) > LARGEST_ERROR:
+        implementation.run(first, *first.inputs(device))
+        before = peak_mib(device, reset=True)
+        out, seconds = measure(partial(implementation.run, case, x, y), device)
+        after = peak_mib(device)
+        rows[name] = errors(out, pairwise.truth(case, implementation.estimator, device))
+        if name.startswith(pairwise.OURS) and not rows[name].get("error", 0) <= LARGEST_ERROR[case.dtype]:
             raise SystemExit(f"{case} {name}: error {rows[name]['error']:.1e}, not timed")
         rows[name]["memory_mib"] = None if before is None or after is None else after - before
         rounds[name] = min(MOST_ROUNDS, int((README_S if case in pairwise.README else GRID_S) / seconds))
         if implementation.floats != (0, 0):  # the first call found no memory kept by malloc
             rounds[name] = max(rounds[name], 1)
         times[name] = [] if rounds[name] else [seconds]
-    most_mib = max(row["memory_mib"] or 0 for row in rows.values())
-    held = [torch.ones(2**24) for _ in range(int(most_mib / 64) + 1)]  # 64 MiB each
-    del held  # a malloc that keeps memory has it again
+    if device == "cpu":
+        most_mib = max(row["memory_mib"] or 0 for row in rows.values())
+        held = [torch.ones(2**24) for _ in range(int(most_mib / 64) + 1)]  # 64 MiB each
+        del held  # a malloc that keeps memory has it again
     most = max(rounds.values())
     for i in range(most):
         for name, implementation in implementations.items():
             if (i + 1) * rounds[name] // most > i * rounds[name] // most:  # spread over all rounds
-                times[name].append(measure(partial(implementation.run, case, x, y))[1])
+                times[name].append(measure(partial(implementation.run, case, x, y), device)[1])
     for name, taken in times.items():
         low, *_, high = quantiles(taken, n=5) if len(taken) > 1 else taken * 2
         rows[name] |= {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": len(taken)}
     return [{"op": "pairwise", **asdict(case), "implementation": name, **row} for name, row in rows.items()]
 
 
-def machine() -> dict[str, Any]:
-    """What a row says about where it was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "infovae_fast": infovae_fast.__version__,
-        "commit": commit,
-        "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
-    }
-
-
 def measured(path: Path, here: dict[str, Any]) -> set[tuple[pairwise.Case, str]]:
     """The cases and implementations that have a row of the same commit, malloc and threads."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {
-        (pairwise.Case(row["what"], row["n"], row["d"], row["gradient"]), row["implementation"])
+        (
+            pairwise.Case(row["what"], row["n"], row["d"], row["gradient"], row.get("dtype", "float32")),
+            row["implementation"],
+        )
         for row in rows
         if row["op"] == "pairwise" and all(row[key] == here[key] for key in ("commit", "malloc", "threads"))
     }
@@ -140,18 +110,20 @@ def main() -> None:
     which.add_argument("--grid", action="store_true", help="N = 64 .. 65,536, D = 2 .. 512, value alone too (long)")
     parser.add_argument("--most", type=int, default=2**16, help="largest N")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
     options = parser.parse_args()
-    here, installed = machine(), implementations(options.compile)
+    here, installed = machine(options.device), implementations(options.compile, options.device)
     done = measured(options.out, here) if options.resume else set()
-    for case in pairwise.README if options.bar else pairwise.GRID if options.grid else pairwise.CASES:
+    cases = pairwise.README if options.bar else pairwise.GRID if options.grid else pairwise.CASES
+    for case in cases if options.device == "cpu" else pairwise.GPU_CASES:
         some = {name: i for name, i in installed.items() if feasible(case, i, options.memory)}
         if case.n > options.most or {(case, name) for name in some} <= done:
             continue
-        rows = bench(case, some)
+        rows = bench(case, some, options.device)
         ours = rows[0]["median_s"]
         for row in rows:
-            mode = "" if case.gradient else "value"
-            problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {mode:<6} {row['implementation']:<18}"
+            mode = ("" if case.gradient else "value ") + ("" if case.dtype == "float32" else case.dtype)
+            problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {mode:<8} {row['implementation']:<18}"
             time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.1f}x"
             error, value = (f"{row[key]:.1e}" if key in row else "  –    " for key in ("error", "value_error"))
             memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"

@@ -1,0 +1,80 @@
+"""Time and memory of a call, on the CPU or on a GPU, and what a row says about where it was measured."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import infovae_fast
+
+SHORTEST_S = 1e-3  # a GPU is timed over as many calls in a row as take this long,
+MOST_CALLS = 200  # but not more
+
+
+def measure(run: Callable[[], Any], device: str = "cpu") -> tuple[Any, float]:
+    """The result and the seconds of a call. On a GPU of one among many: the longer of queueing it and running it."""
+    if device == "cpu":
+        start = time.perf_counter()
+        out = run()
+        return out, time.perf_counter() - start
+    out, seconds = _on_gpu(run, 1)
+    if seconds < SHORTEST_S:
+        out, seconds = _on_gpu(run, min(MOST_CALLS, int(SHORTEST_S / seconds) + 1))
+    return out, seconds
+
+
+def _on_gpu(run: Callable[[], Any], calls: int) -> tuple[Any, float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        out = run()
+    end.record()
+    torch.cuda.synchronize()
+    return out, start.elapsed_time(end) * 1e-3 / calls
+
+
+def peak_mib(device: str = "cpu", reset: bool = False) -> float | None:
+    """The most memory held since the last reset: by PyTorch on the GPU, or by this process, where Linux tells."""
+    if device != "cpu":
+        if reset:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        if reset:  # lets go of what is free
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, AttributeError):
+        return None
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a row says about where it was measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    here = {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "infovae_fast": infovae_fast.__version__,
+        "commit": commit or "unknown",
+        "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
+    }
+    if device == "cpu":
+        return here
+    import triton
+
+    return here | {
+        "device": torch.cuda.get_device_name(),
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
