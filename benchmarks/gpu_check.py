@@ -8,8 +8,8 @@
     bound      the ceilings of this GPU, and what ours reaches of the bound
     bench      `benchmarks.run` and `benchmarks.masked_conv` on the GPU
 
-Each step writes OUT/STEP.log and has --limit seconds; the rows go to OUT/rows.jsonl. A step that fails does not stop the
-others; the exit status tells, and the table in the end which one it was.
+Each step writes OUT/STEP.log, and each of its commands has --limit seconds; the rows go to OUT/rows.jsonl. A step that
+fails does not stop the others; the exit status tells, and the table in the end which one it was.
 """
 
 import argparse

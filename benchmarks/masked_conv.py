@@ -2,6 +2,8 @@
 
     python -m benchmarks.masked_conv --out benchmarks/results/NAME.jsonl          (--compile adds torch.compile)
 
+On a GPU (--device cuda) batches are larger, and layers and steps are timed in float32 without TF32 and in bfloat16.
+
 * conv: forward and gradients of one layer, 28x28. "dense" is conv2d(x, weight * mask); "cropped" leaves the rows below
   out (a kernel of r + 1 rows on an image padded above): the fastest plain form. Both channels-last.
 * step: forward and backward pass of the decoder R64 (7 gated layers of 64 maps), bits, batch 32; the plain one has
@@ -15,6 +17,7 @@ Where outputs, gradients or samples of the implementations differ by more than `
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,10 +31,11 @@ from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64
 
-LARGEST_ERROR = 1e-5  # relative to the largest component
+LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative to the largest component
 ROUNDS = 9
 
 Step = Callable[[], Any]
+Where = tuple[str, torch.dtype]  # the device and the type of the numbers
 
 
 def cropped(conv: MaskedConv2d) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -82,14 +86,16 @@ class Plain(nn.Module):
         return conv(F.relu(conv(F.relu(skip))))
 
 
-def conv_case(window: str, kernel: int, batch: int, channels: int, backward: bool) -> dict[str, Step]:
+def conv_case(
+    window: str, kernel: int, batch: int, backward: bool, where: Where, channels: int = 64
+) -> dict[str, Step]:
     torch.manual_seed(0)
-    layer = MaskedConv2d(channels, channels, kernel, window=window, bias=False)
-    x = torch.randn(batch, channels, 28, 28).to(memory_format=torch.channels_last).requires_grad_(backward)
+    layer = MaskedConv2d(channels, channels, kernel, window=window, bias=False).to(*where)
+    x = torch.randn(batch, channels, 28, 28).to(*where, memory_format=torch.channels_last).requires_grad_(backward)
     upstream = torch.randn_like(x)
     options = layer.mask._asdict()
     dense = to_dense(layer.weight.detach(), **options).to(memory_format=torch.channels_last)
-    mask, (kernel_cropped, pad) = (dense != 0).float(), cropped(layer)
+    mask, (kernel_cropped, pad) = (dense != 0).to(dense), cropped(layer)
     kernel_cropped = kernel_cropped.to(memory_format=torch.channels_last)
     r = kernel // 2
 
@@ -115,19 +121,19 @@ def conv_case(window: str, kernel: int, batch: int, channels: int, backward: boo
         layout = {name: value for name, value in options.items() if name != "kernel_size"}
         compact["dense"][2] = from_dense(compact["dense"][2], **layout)
         compact["cropped"][2] = from_dense(F.pad(compact["cropped"][2], whole), **layout)
-    check(f"conv {window} {kernel}", compact)
+    check(f"conv {window} {kernel}", compact, where[1])
     return steps
 
 
-def model() -> GatedPixelCNN:
+def model(where: Where) -> GatedPixelCNN:
     torch.manual_seed(0)
-    return GatedPixelCNN(10, (1, 28, 28), **{k: v for k, v in R64.items() if k != "name"})
+    return GatedPixelCNN(10, (1, 28, 28), **{k: v for k, v in R64.items() if k != "name"}).to(*where)
 
 
-def step_case(batch: int, compiled: bool) -> dict[str, Step]:
-    ours = model()
+def step_case(batch: int, compiled: bool, where: Where) -> dict[str, Step]:
+    ours = model(where)
     plain = Plain(ours)
-    z, x = torch.randn(batch, 10), torch.rand(batch, 1, 28, 28).round()
+    z, x = torch.randn(batch, 10).to(*where), torch.rand(batch, 1, 28, 28).round().to(*where)
 
     def step(network: nn.Module) -> Step:
         weights = [p for p in network.parameters() if p.requires_grad]
@@ -142,13 +148,13 @@ def step_case(batch: int, compiled: bool) -> dict[str, Step]:
 
     shared = {id(p) for name, p in ours.named_parameters() if name.endswith("bias") or name.startswith("condition")}
     found = {"infovae_fast": step(ours), "cropped": step(plain)}
-    check("step R64", {name: run() for name, run in found.items()})
+    check("step R64", {name: run() for name, run in found.items()}, where[1])
     return found | ({"torch.compile": step(torch.compile(plain))} if compiled else {})
 
 
-def sample_case(batch: int) -> dict[str, Step]:
-    ours = model()
-    z, likelihood = torch.randn(batch, 10), Bernoulli()
+def sample_case(batch: int, where: Where) -> dict[str, Step]:
+    ours = model(where)
+    z, likelihood = torch.randn(batch, 10).to(*where), Bernoulli()
     plain, uniforms = Plain(ours), PixelSampler(ours, likelihood).uniforms(batch)
 
     def cached(backend: str) -> Step:
@@ -163,27 +169,29 @@ def sample_case(batch: int) -> dict[str, Step]:
         return (likelihood.draw(plain(z, x), uniforms),)
 
     steps = {"infovae_fast": cached("auto"), "plain cached": cached("reference"), "naive": naive}
-    check(f"sample R64, batch {batch}", {name: run() for name, run in steps.items()})
+    check(f"sample R64, batch {batch}", {name: run() for name, run in steps.items()}, where[1])
     return steps
 
 
-def check(what: str, results: dict[str, Any]) -> None:
+def check(what: str, results: dict[str, Any], dtype: torch.dtype) -> None:
     """All implementations agree with each other, or nothing is timed."""
     ours = results["infovae_fast"]
     for name, result in results.items():
         apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(result, ours, strict=True))
-        if apart > LARGEST_ERROR:
+        if not apart <= LARGEST_ERROR[dtype]:
             raise SystemExit(f"{what}: {name} differs by {apart:.1e}: not timed")
 
 
-def bench(what: dict[str, Any], steps: dict[str, Step], scale: dict[str, int]) -> list[dict[str, Any]]:
+def bench(
+    what: dict[str, Any], steps: dict[str, Step], scale: dict[str, int], device: str = "cpu"
+) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            times[name].append(measure(step)[1] * scale.get(name, 1))
+            times[name].append(measure(step, device)[1] * scale.get(name, 1))
     for name, taken in times.items():
         low, *_, high = quantiles(taken, n=5)
         rows[name] = {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": ROUNDS}
@@ -195,38 +203,41 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
     parser.add_argument("--compile", action="store_true", help="also the training step by torch.compile (minutes)")
     parser.add_argument("--only", choices=("conv", "step", "sample"), help="these cases alone")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    cases: list[tuple[dict[str, Any], Callable[[], dict[str, Step]]]] = [
-        (
-            {"op": "masked_conv", "what": f"conv {window} {k}x{k}", "n": 64, "d": 64, "gradient": backward},
-            lambda window=window, k=k, backward=backward: conv_case(window, k, 64, 64, backward),
-        )
-        for window, k in (("B", 7), ("B", 3), ("V", 3), ("H", 3))
-        for backward in (False, True)
-    ]
-    cases.append(
-        (
-            {"op": "masked_conv", "what": "step R64", "n": 32, "d": 64, "gradient": True},
-            lambda: step_case(32, options.compile),
-        )
-    )
-    cases += [
-        ({"op": "masked_conv", "what": "sample R64", "n": n, "d": 64, "gradient": False}, lambda n=n: sample_case(n))
-        for n in (1, 16, 128)
-    ]
+    device = options.device
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
+    layers, step, samples = (64, 32, (1, 16, 128)) if device == "cpu" else (128, 128, (16, 128, 1024))  # batches
+    cases: list[tuple[dict[str, Any], Callable[[], dict[str, Step]]]] = []
+
+    def add(
+        what: str, n: int, backward: bool, dtype: torch.dtype, case: Callable[..., dict[str, Step]], *args: Any
+    ) -> None:
+        name = {"op": "masked_conv", "what": what, "n": n, "d": 64, "gradient": backward}
+        cases.append((name | {"dtype": str(dtype).removeprefix("torch.")}, partial(case, *args, where=(device, dtype))))
+
+    for dtype in dtypes:
+        for window, k in (("B", 7), ("B", 3), ("V", 3), ("H", 3)):
+            for backward in (False, True):
+                add(f"conv {window} {k}x{k}", layers, backward, dtype, conv_case, window, k, layers, backward)
+        add("step R64", step, True, dtype, step_case, step, options.compile)
+    for n in samples:
+        add("sample R64", n, False, torch.float32, sample_case, n)
     for what, steps in cases:
         if options.only and not what["what"].startswith(options.only):
             continue
-        rows = bench(what, steps(), {"naive": 28 * 28} if what["what"] == "sample R64" else {})
+        rows = bench(what, steps(), {"naive": 28 * 28} if what["what"] == "sample R64" else {}, device)
         ours = rows[0]["median_s"]
         for row in rows:
             mode = "forward + gradients" if row["gradient"] else "forward"
             time_taken = f"{row['median_s'] * 1e3:10.1f} ms  {row['median_s'] / ours:7.2f}x"
-            print(f"{row['what']:<12} N={row['n']:<4} {mode:<20} {row['implementation']:<14} {time_taken}", flush=True)
+            name = f"{row['what']:<12} N={row['n']:<4} {row['dtype']:<8} {mode:<20} {row['implementation']:<14}"
+            print(f"{name} {time_taken}", flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
-                file.write("".join(json.dumps(row | machine()) + "\n" for row in rows))
+                file.write("".join(json.dumps(row | machine(device)) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
