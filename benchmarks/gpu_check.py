@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = sorted(
     str(path.relative_to(ROOT))
-    for stem in ("backends", "pairwise", "radial", "masked_conv", "divergences", "two_sample", "pixel")
+    for stem in ("backends", "pairwise", "radial", "masked_conv", "mmd", "divergences", "two_sample", "pixel")
     for path in ROOT.glob(f"tests/test_{stem}*.py")
 )
 SANITIZED = "tests/test_pairwise_cuda.py -k 'rule or combination'"

@@ -282,3 +282,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     """Standard normal numbers, the same on every call."""
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return numbers.to(device, dtype)
+
+
+def rbf_mean(m, s2, b):
+    """E k(x, y) of an RBF where x - y ~ N(m, s2 I)."""
+    return (b**2 / (b**2 + s2)) ** (len(m) / 2) * math.exp(-float(m @ m) / (2 * (b**2 + s2)))
