@@ -418,6 +418,19 @@ def test_sizes_that_do_not_fit(options, message):
         GatedPixelCNN(**{"inputs": 2, "shape": (6, 8, 8), "maps": 6} | options)
 
 
+@pytest.mark.parametrize("options", [{}, {"variant": "infovae2017"}, {"checkpoint_layers": True}], ids=str)
+def test_a_training_step_compiles_as_one_graph(options):
+    model = InfoVAE.from_config((1, 6, 5), 2, decoder=SMALL | options, objective="mmd_vae")
+    x, found = torch.rand(8, 1, 6, 5).round(), []
+    torch.compiler.reset()
+    step = torch.compile(lambda x: model.loss(x).loss, fullgraph=True, backend="aot_eager")
+    for f in (step, lambda x: model.loss(x).loss):
+        torch.manual_seed(1)
+        loss = f(x)
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    torch.testing.assert_close(*found)
+
+
 def test_inputs_that_do_not_fit():
     model = GatedPixelCNN(2, (1, 4, 5), layers=2, maps=4)
     z, x = torch.randn(3, 2), torch.rand(3, 1, 4, 5)
