@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "vector.h"
@@ -27,6 +28,8 @@ constexpr int kGroup = 16;    // sources whose phi a lane adds up in T
 constexpr int kStep = 64;     // ranges of sources start at multiples of it
 constexpr int kChunk = 256;   // sources that stay in the cache; summed in T before they go to double
 constexpr int kMaxSmall = 16; // coordinates that fit the registers
+constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
+constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
 
@@ -61,6 +64,10 @@ struct Mixture {  // in units of the first scale
     int scales;
     const T *rate, *weight, *weighted_rate;
     T alpha;
+    int quotients;           // of `Quotients`, and how many scales are in each, and their coefficients
+    const int* sizes;
+    const T* coefficients;
+    T typical;               // phi of two points as far apart as is usual
 };
 template <typename T>
 struct Targets {
@@ -131,6 +138,80 @@ struct Cloud {
     }
 };
 
+// IMQ scales over a common denominator, in s = -t >= 0: their phi = P / Q and g = G / Q^2 with
+//
+//     Q = prod_k (1 + r_k s)     P = sum_k w_k prod_{l != k} (1 + r_l s)     G = sum_k w_k r_k prod_{l != k} (1 + r_l s)^2
+//
+// One reciprocal in place of one for each scale. All terms are positive, so that few digits are lost.
+template <typename T>
+struct Quotients {
+    std::vector<int> sizes;
+    std::vector<T> coefficients;  // by falling powers of s: P, Q, G, G of each; then of the next; Q ends with 1
+
+    // s is at most `farthest`.
+    Quotients(const std::vector<T>& rate, const std::vector<T>& weight, double farthest) {
+        const int scales = int(rate.size());
+        const int most = scales < kFewestScales || kUnit == Unit::baseline ? 1 : kMostOfQuotient;
+        for (int k = 0; k < scales;) {
+            const int groups = (scales - k + most - 1) / most;
+            int size = (scales - k + groups - 1) / groups;
+            while (!add(rate.data() + k, weight.data() + k, size, farthest)) --size;
+            k += size;
+        }
+    }
+
+private:
+    using Polynomial = std::vector<double>;  // the coefficient of s^0 first
+
+    static Polynomial product(const Polynomial& a, const Polynomial& b) {
+        Polynomial c(a.size() + b.size() - 1, 0.0);
+        for (size_t i = 0; i < a.size(); ++i) {
+            for (size_t j = 0; j < b.size(); ++j) c[i + j] += a[i] * b[j];
+        }
+        return c;
+    }
+
+    bool add(const T* rate, const T* weight, int size, double farthest) {
+        Polynomial P(size, 0.0), Q{1.0}, G(2 * size - 1, 0.0);
+        for (int k = 0; k < size; ++k) {
+            Polynomial others{1.0};
+            for (int l = 0; l < size; ++l) {
+                if (l != k) others = product(others, {1.0, double(rate[l])});
+            }
+            const Polynomial squared = product(others, others);
+            for (size_t c = 0; c < others.size(); ++c) P[c] += double(weight[k]) * others[c];
+            for (size_t c = 0; c < squared.size(); ++c) G[c] += double(weight[k]) * double(rate[k]) * squared[c];
+            Q = product(Q, {1.0, double(rate[k])});
+        }
+        for (const Polynomial* polynomial : {&P, &Q, &G}) {  // nothing may overflow, vanish or be negative
+            double sum = 0;
+            for (size_t c = polynomial->size(); c-- > 0;) {
+                if (size > 1 && !((*polynomial)[c] >= double(std::numeric_limits<T>::min()))) return false;
+                sum = sum * std::max(farthest, 1.0) + (*polynomial)[c];
+            }
+            if (size > 1 && !(sum <= double(std::numeric_limits<T>::max()) / 100)) return false;
+        }
+        sizes.push_back(size);
+        for (int k = size - 1; k >= 0; --k) {
+            for (const double c : {P[k], Q[k + 1]}) coefficients.push_back(T(c));
+            if (k < size - 1) coefficients.push_back(T(G[2 * k + 1]));
+            coefficients.push_back(T(G[2 * k]));
+        }
+        return true;
+    }
+};
+
+// As the vector code has it, of the exponent t in units of the first scale.
+double phi_of(Radial kind, const RadialMixture& radial, double t) {
+    if (kind == Radial::rbf) return std::exp2(t);
+    double phi = 0;
+    for (size_t k = 0; k < radial.bandwidth.size(); ++k) {
+        const double ratio = radial.bandwidth[0] / radial.bandwidth[k], s = t * ratio * ratio;
+        phi += radial.weight[k] * (radial.rbf ? std::exp2(s) : std::pow(1 - s / radial.alpha, -radial.alpha));
+    }
+    return phi;
+}
+
 }  // namespace
 
 const char* vector_unit() {
@@ -152,7 +233,6 @@ void pairwise(const PairwiseProblem<T>& q) {
         weight.push_back(T(q.radial.weight[k]));
         weighted_rate.push_back(T(q.radial.weight[k] * r));
     }
-    const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha)};
     const double outer = kind == Radial::rbf ? q.radial.weight[0] : 1;  // the vector code's rbf has no weight
     const double scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0;
     const double slope = outer / (b0 * b0 * scale);
@@ -181,6 +261,40 @@ void pairwise(const PairwiseProblem<T>& q) {
     for (Cloud<T>& cloud : clouds) {
         const bool folded = fold_v && &cloud == clouds;
         if (cloud.n > 0) cloud.fill(d, dp, mean.data(), scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
+    }
+
+    T farthest = 0;  // h of that point
+    for (const Cloud<T>& cloud : clouds) {
+        for (int64_t i = 0; i < cloud.n; ++i) farthest = std::max(farthest, cloud.h[i]);
+    }
+    const Quotients<T> quotients(rate, weight, 4 * double(farthest));
+    const auto mixture = [&](double t) {
+        const double typical = small ? 0 : phi_of(kind, q.radial, t);
+        return Mixture<T>{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
+                          int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data(),
+                          std::isfinite(T(typical)) ? T(typical) : T(0)};
+    };
+    // For the pairs of x, of x and y, of y. A mean of phi is at least phi of the mean distance, as phi is convex.
+    Mixture<T> mixtures[3] = {mixture(0), mixture(0), mixture(0)};
+    if (!small) {
+        std::vector<double> u_mean[2];
+        double h_mean[2] = {}, dot[3] = {};
+        for (const int k : {0, 1}) {
+            const Cloud<T>& cloud = clouds[k];
+            u_mean[k].assign(d, 0.0);
+            for (int64_t i = 0; i < cloud.n; ++i) {
+                h_mean[k] += double(cloud.h[i]) / double(cloud.n);
+                for (int64_t c = 0; c < d; ++c) u_mean[k][c] += double(cloud.u[i * dp + c]) / double(cloud.n);
+            }
+        }
+        for (int64_t c = 0; c < d; ++c) {
+            for (const int k : {0, 1, 2}) dot[k] += u_mean[k / 2][c] * u_mean[(k + 1) / 2][c];
+        }
+        for (const int k : {0, 1}) {
+            const double n = double(clouds[k].n);
+            if (n > 1) mixtures[2 * k] = mixture(-(2 * h_mean[k] - dot[2 * k]) * n / (n - 1));
+        }
+        mixtures[1] = mixture(-(h_mean[0] + h_mean[1] - dot[1]));
     }
 
     // A cloud is `full` if its rows need forces or potentials. Pairs of both clouds are visited by the full ones;
@@ -226,6 +340,7 @@ void pairwise(const PairwiseProblem<T>& q) {
             if (j0 >= j1 || (w == 0 && !with_v)) return;
             const int64_t stride = dp * (with_v ? 2 : 1) + 2;
             std::fill_n(sums, count * stride, 0.0);
+            const Mixture<T>& mixture = mixtures[&z == &own ? 2 * task.cloud : 1];
             rows(kind, force, targets, sources(z), mixture, task.i0, task.i1, j0, j1, own_offset, sums, strip);
             for (int64_t r = 0; r < count; ++r) {
                 const double* in = sums + r * stride;
