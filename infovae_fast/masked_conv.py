@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infovae_fast.backends import Backend, choose, native_missing, transforms
+from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
 
 
 class Mask(NamedTuple):
@@ -160,13 +160,36 @@ def _masked_conv_cpp(
     dtype = torch.promote_types(x.dtype, torch.float32)
     tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition))
     offsets = [offset for tap in mask.taps for offset in tap]
-    colours = (mask.groups, mask.group_order == "interleaved", mask.visible(0))
-    out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, colours, mask.gate or "", keep_f)
+    out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, _colours(mask), mask.gate or "", keep_f)
     out = out.to(x.dtype)
     return out, (f.to(x.dtype) if keep_f and mask.gate else out)
 
 
+def _triton_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on GPUs, and x is on {x.device}"
+    return triton_missing() or transforms()
+
+
+def _masked_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+) -> tuple[Tensor, Tensor]:
+    from infovae_fast.kernels.masked_conv import masked_conv
+
+    inputs = (x, weight, bias, condition)
+    keep = keep_f or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
+    window = (mask.kernel_size, _cells(mask)[0])
+    out, f = masked_conv(*inputs, window, _colours(mask), mask.gate or "", keep)
+    return out, (f if keep_f and mask.gate else out)
+
+
+def _colours(mask: Mask) -> tuple[int, int, int]:
+    """Groups, are they interleaved, does the last tap join a group to itself."""
+    return mask.groups, int(mask.group_order == "interleaved"), mask.visible(0)
+
+
 BACKENDS = (
+    Backend("triton", _triton_reason, _masked_conv_triton),
     Backend("cpp", _cpp_reason, _masked_conv_cpp),
     Backend("reference", lambda *inputs: None, masked_conv_reference),
 )
