@@ -132,21 +132,26 @@ def conv_kernel(
     """BM pixels of the convolution, and BN channels of one group, with a gate in each half; or of the gradient to x.
 
     Args:
-        source: [pixels, IN]: x; MIRRORED: the gradient to f. weight: [taps, Cin, Cout]. condition: see CONDITION.
+        source: [pixels, IN]: x; MIRRORED: the gradient to f. weight: [taps, Cin, Cout]; if not MIRRORED, each
+            half with its columns sorted by group. condition: see CONDITION.
         out: [pixels, OUT]. f: [pixels, 2 OUT] with a gate, written if it is to be KEPT.
         GROUPED: how many channels of the source are grouped together: IN, or with a gate and MIRRORED half of it.
         OWN: the centre tap joins a group to itself. CONDITION: 0: none, 2: [images, Cout], 4: [pixels, Cout].
     """
     dtype = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
-    WIDTH: tl.constexpr = OUT * (2 if GATE else 1)  # of f
+    GATED: tl.constexpr = GATE != ""
+    WIDTH: tl.constexpr = OUT * (2 if GATED else 1)  # of f
     PART: tl.constexpr = OUT // GROUPS
     tiles: tl.constexpr = (PART + BN - 1) // BN
     group = tl.program_id(1) // tiles
     j = tl.program_id(1) % tiles * BN + tl.arange(0, BN)
-    column = j * GROUPS + group if INTERLEAVED else group * PART + j
+    column = j * GROUPS + group if INTERLEAVED and GROUPS > 1 else group * PART + j
     first = tl.program_id(0).to(tl.int64) * BM
-    pixel = first + tl.arange(0, BM)
+    source += first * IN
+    out += first * OUT
+    pixel = tl.arange(0, BM)
     image, y, x = pixel_block(first, H, W, BM)
+    there = pixel < pixels - first
     STEPS: tl.constexpr = (TAPS * IN + BK - 1) // BK if FEW else TAPS * ((IN + BK - 1) // BK)
     a = tl.zeros([BM, BN], dtype)
     b = tl.zeros([BM, BN], dtype)
@@ -162,33 +167,37 @@ def conv_kernel(
             seen &= (tap < TAPS - 1) | ((group < other + OWN) if MIRRORED else (other < group + OWN))
         there_y = y[:, None] + dy[None, :]
         there_x = x[:, None] + dx[None, :]
-        inside = (there_y >= 0) & (there_y < H) & (there_x >= 0) & (there_x < W) & (pixel < pixels)[:, None]
+        inside = (there_y >= 0) & (there_y < H) & (there_x >= 0) & (there_x < W) & there[:, None]
         at = (pixel[:, None] + (dy * W + dx)[None, :]) * IN + channel[None, :]
         left = tl.load(source + at, mask=inside & seen[None, :], other=0.0)
         if MIRRORED:
             w = weight + ((tap.to(tl.int64) * OUT)[:, None] + column[None, :]) * IN + channel[:, None]
         else:
-            w = weight + (tap.to(tl.int64) * IN + channel)[:, None] * WIDTH + column[None, :]
+            w = weight + (tap.to(tl.int64) * IN + channel)[:, None] * WIDTH + group * PART + j[None, :]
         known = seen[:, None] & (j < PART)[None, :]
         right = tl.load(w, mask=known, other=0.0)
         a = tl.dot(left, right, a, input_precision=PRECISION, out_dtype=dtype)
-        if GATE:
+        if GATED:
             right = tl.load(w + OUT, mask=known, other=0.0)
             b = tl.dot(left, right, b, input_precision=PRECISION, out_dtype=dtype)
 
-    mine = (pixel < pixels)[:, None] & (j < PART)[None, :]
+    mine = there[:, None] & (j < PART)[None, :]
     at = pixel[:, None] * WIDTH + column[None, :]
     if BIAS:
         a += tl.load(bias + column, mask=j < PART, other=0.0).to(dtype)[None, :]
-        if GATE:
+        if GATED:
             b += tl.load(bias + OUT + column, mask=j < PART, other=0.0).to(dtype)[None, :]
     if CONDITION:
-        c = condition + (at if CONDITION == 4 else image[:, None] * WIDTH + column[None, :])
+        if CONDITION == 4:
+            c = condition + first * WIDTH + at
+        else:
+            c = condition + image[:, None] * WIDTH + column[None, :]
         a += tl.load(c, mask=mine, other=0.0).to(dtype)
-        if GATE:
+        if GATED:
             b += tl.load(c + OUT, mask=mine, other=0.0).to(dtype)
-    if GATE:
+    if GATED:
         if KEEP:
+            f += first * WIDTH
             tl.store(f + at, a.to(f.dtype.element_ty), mask=mine)
             tl.store(f + at + OUT, b.to(f.dtype.element_ty), mask=mine)
         if GATE == "tanh":
@@ -259,15 +268,16 @@ def weight_kernel(
     begin = tl.program_id(2).to(tl.int64) * segment
     total = tl.zeros([BM, BN], dtype)
     for start in range(begin, tl.minimum(begin + segment, pixels), BK):
-        pixel = start + tl.arange(0, BK)
+        pixel = tl.arange(0, BK)
         image, y, x = pixel_block(start, H, W, BK)
+        there = pixel < pixels - start
         there_y = y[None, :] + dy[:, None]
         there_x = x[None, :] + dx[:, None]
-        inside = (there_y >= 0) & (there_y < H) & (there_x >= 0) & (there_x < W) & (pixel < pixels)[None, :]
+        inside = (there_y >= 0) & (there_y < H) & (there_x >= 0) & (there_x < W) & there[None, :]
         at = (pixel[None, :] + (dy * W + dx)[:, None]) * IN + channel[:, None]
-        left = tl.load(source + at, mask=inside & known[:, None], other=0.0)
-        mine = (pixel < pixels)[:, None] & (column < OUT)[None, :]
-        right = tl.load(gradient + pixel[:, None] * OUT + column[None, :], mask=mine, other=0.0)
+        left = tl.load(source + start * IN + at, mask=inside & known[:, None], other=0.0)
+        mine = there[:, None] & (column < OUT)[None, :]
+        right = tl.load(gradient + start * OUT + pixel[:, None] * OUT + column[None, :], mask=mine, other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=dtype)
     if GROUPS > 1:
         source_group = group_of(channel, IN, GROUPS, INTERLEAVED)
@@ -303,6 +313,8 @@ class Conv:
     ) -> None:
         """Writes out [N, H, W, half], and f [N, H, W, Cout] with a gate unless it is empty."""
         kind = 0 if condition is None else condition.ndim
+        if self.colours[0] > 1 and self.colours[1]:  # columns of one group side by side
+            weight = weight.unflatten(2, (self.cout // self.half, -1, self.colours[0])).mT.flatten(2).contiguous()
         flags = (self.gate, f.numel() > 0, bias is not None, kind)
         condition = _rows(condition) if kind == 4 else condition
         self._conv(x, weight, _pointer(bias, x), _pointer(condition, x), out, f, self.half, False, self.cin, flags)
