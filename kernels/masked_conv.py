@@ -43,25 +43,28 @@ def tile(columns: int, depth: int, itemsize: int, halves: int) -> Tile:
     if itemsize == 8:
         return Tile(32, block(columns, 32 // halves), 16, 4, 1)
     if itemsize == 4:
-        return Tile(64, block(columns, 64 // halves), block(depth, 32), 4, 2)
+        return Tile(64, block(columns, 64 // halves), block(depth, 32), 4, 3)
     return Tile(128, block(columns, 128 // halves), block(depth, 64), 8, 3)
 
 
 def weight_tile(rows: int, columns: int, itemsize: int) -> Tile:
     """For the gradient to weight: rows are input channels, or taps and input channels; depth counts pixels."""
     if itemsize == 8:
-        return Tile(block(rows, 32), block(columns, 32), 16, 4, 1)
+        return Tile(block(rows, 32), block(columns, 32), 16, 8, 1)
     if itemsize == 4:
-        return Tile(block(rows, 64), block(columns, 64), 32, 4, 2)
+        return Tile(block(rows, 64), block(columns, 64), 32, 4, 3)
     return Tile(block(rows, 64), block(columns, 128), 64, 8, 3)
+
+
+def gate_tile(columns: int, itemsize: int) -> Tile:
+    """For the gradient to f: rows are pixels; no product."""
+    most = 32 if itemsize == 8 else 64
+    return Tile(most, block(columns, most), 0, 8, 1)
 
 
 def block(size: int, most: int = 1 << 20) -> int:
     """The power of 2 that holds a size."""
     return min(max(16, triton.next_power_of_2(size)), most)
-
-
-GATE_TILE = Tile(64, 64, 0, 8, 1)  # pixels, columns in each half
 
 
 @triton.jit
@@ -338,7 +341,7 @@ class Conv:
 
     def to_f(self, gradient: Tensor, extra: Tensor | None, f: Tensor, out: Tensor, sums: bool) -> Tensor | None:
         """Writes out [N, H, W, Cout]; returns its sums [N, Cout] over the pixels."""
-        bm, bn, _, warps, stages = GATE_TILE
+        bm, bn, _, warps, stages = gate_tile(self.half, f.itemsize)
         blocks = triton.cdiv(self.h * self.w, bm)
         parts = out.new_empty((self.n, blocks, self.cout) if sums else 0, dtype=self.sum_dtype)
         gate_kernel[(self.n * blocks, triton.cdiv(self.half, bn))](

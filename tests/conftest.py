@@ -47,7 +47,7 @@ def gpu_kernels_without_a_gpu() -> None:
             block = conv_kernels.block
             conv_kernels.tile = lambda columns, depth, *_: conv_kernels.Tile(256, block(columns), block(depth), 4, 1)
             conv_kernels.weight_tile = lambda rows, columns, *_: conv_kernels.Tile(block(rows), block(columns), 256, 4, 1)
-            conv_kernels.GATE_TILE = conv_kernels.Tile(256, 256, 1, 4, 1)
+            conv_kernels.gate_tile = lambda columns, *_: conv_kernels.Tile(256, block(columns), 0, 4, 1)
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
         pairwise.BACKENDS += (
