@@ -191,10 +191,7 @@ def conv_kernel(
         if GATED:
             b += tl.load(bias + OUT + column, mask=j < PART, other=0.0).to(dtype)[None, :]
     if CONDITION:
-        if CONDITION == 4:
-            c = condition + first * WIDTH + at
-        else:
-            c = condition + image[:, None] * WIDTH + column[None, :]
+        c = condition + (first * WIDTH + at if CONDITION == 4 else image[:, None] * WIDTH + column[None, :])
         a += tl.load(c, mask=mine, other=0.0).to(dtype)
         if GATED:
             b += tl.load(c + OUT, mask=mine, other=0.0).to(dtype)
@@ -204,8 +201,8 @@ def conv_kernel(
             tl.store(f + at, a.to(f.dtype.element_ty), mask=mine)
             tl.store(f + at + OUT, b.to(f.dtype.element_ty), mask=mine)
         if GATE == "tanh":
-            a, slope = tanh_and_slope(a)
-        s, slope = sigmoid_and_slope(b)
+            a, _ = tanh_and_slope(a)
+        s, _ = sigmoid_and_slope(b)
         a *= s
     tl.store(out + pixel[:, None] * OUT + column[None, :], a.to(out.dtype.element_ty), mask=mine)
 
@@ -272,7 +269,7 @@ def weight_kernel(
     total = tl.zeros([BM, BN], dtype)
     for start in range(begin, tl.minimum(begin + segment, pixels), BK):
         pixel = tl.arange(0, BK)
-        image, y, x = pixel_block(start, H, W, BK)
+        _, y, x = pixel_block(start, H, W, BK)
         there = pixel < pixels - start
         there_y = y[None, :] + dy[:, None]
         there_x = x[None, :] + dx[:, None]
@@ -330,9 +327,9 @@ class Conv:
         self, source: Tensor, weight: Tensor, bias: Tensor, condition: Tensor, out: Tensor, f: Tensor, channels: int,
         mirrored: bool, grouped: int, flags: tuple[str, bool, bool, int],
     ) -> None:  # fmt: skip
-        depth, part = source.shape[-1], channels // self.colours[0]
+        depth, part, halves = source.shape[-1], channels // self.colours[0], 2 if flags[0] else 1
         few = depth < FEW
-        bm, bn, bk, warps, stages = tile(part, depth * self.taps if few else depth, source.itemsize, 2 if flags[0] else 1)
+        bm, bn, bk, warps, stages = tile(part, depth * self.taps if few else depth, source.itemsize, halves)
         conv_kernel[(triton.cdiv(self.pixels, bm), self.colours[0] * triton.cdiv(part, bn))](
             source, weight, bias, condition, out, f, self.pixels, self.h, self.w, depth, channels, *self.cells,
             *self.colours, mirrored, grouped, *flags, self.precision, bm, bn, bk, few,
@@ -460,7 +457,7 @@ def _(gradient, extra, x, weight, f, window, colours, gate, to_x, to_weight, sum
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, condition, *ctx.settings, _ = inputs
+    x, weight, _, condition, *ctx.settings, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.condition = 0 if condition is None else condition.ndim
     ctx.set_materialize_grads(False)

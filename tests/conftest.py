@@ -44,10 +44,10 @@ def gpu_kernels_without_a_gpu() -> None:
                 lambda dp, *_: kernels.Tile(64, 64, kernels.triton.next_power_of_2(dp), 4, 1),
                 64,
             )
-            block = conv_kernels.block
-            conv_kernels.tile = lambda columns, depth, *_: conv_kernels.Tile(256, block(columns), block(depth), 4, 1)
-            conv_kernels.weight_tile = lambda rows, columns, *_: conv_kernels.Tile(block(rows), block(columns), 256, 4, 1)
-            conv_kernels.gate_tile = lambda columns, *_: conv_kernels.Tile(256, block(columns), 0, 4, 1)
+            block, tile = conv_kernels.block, conv_kernels.Tile
+            conv_kernels.tile = lambda columns, depth, *_: tile(256, block(columns), block(depth), 4, 1)
+            conv_kernels.weight_tile = lambda rows, columns, *_: tile(block(rows), block(columns), 256, 4, 1)
+            conv_kernels.gate_tile = lambda columns, *_: tile(256, block(columns), 0, 4, 1)
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
         pairwise.BACKENDS += (

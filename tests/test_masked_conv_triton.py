@@ -46,7 +46,7 @@ CASES = [
     (1, 6, 1, 6, 12, Mask("A", 3, 3, "contiguous", "glu"), 2),
     (3, 1, 1, 1, 3, Mask("B", 3), 4),
     (1, 6, 11, 35, 140, Mask("B", 3, 1, "interleaved", "tanh"), 2),
-    (2, 4, 3, 33, 198, Mask("B", 3, 3, "interleaved", "glu"), 0),
+    (2, 4, 5, 33, 198, Mask("B", 1, 3, "interleaved", "glu"), 0),
     (2, 7, 3, 5, 7, Mask("V0", 5), 2),
     (1, 5, 6, 1, 66, Mask("V0", 7, 1, "interleaved", "tanh"), 0),
     (2, 2, 3, 24, 20, Mask("V0", 3, 1, "interleaved", "glu"), 4),
@@ -114,9 +114,9 @@ def test_it_meets_the_rule(case, as_on_a_gpu):
     meets_the_rule(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_meets_the_rule_in_float64(case):
-    meets_the_rule(case, torch.float64, case[5].gate is not None)
+@pytest.mark.parametrize("case", [case for case in CASES if case[5].gate], ids=str)
+def test_it_meets_the_rule_with_a_gradient_to_what_goes_into_the_gate(case):
+    meets_the_rule(case, torch.float64, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -133,12 +133,13 @@ def test_what_goes_into_the_gate_may_be_differentiated_alone():
     assert torch.equal(alone, both) and (alone != 0).any()
 
 
-def test_segments_of_pixels_add_up_in_order(as_on_a_gpu, monkeypatch):
+def test_segments_of_pixels_add_up_in_order(monkeypatch):
     case = (2, 10, 9, 6, 12, Mask("H", 3, 3, "interleaved"), 0)  # 180 pixels
     tensors, upstream = problem(*case, torch.float64)
-    several, again = (results(case[5], tensors, upstream, "triton") for _ in range(2))
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
     one = results(case[5], tensors, upstream, "triton")
+    monkeypatch.setattr(kernels, "weight_tile", SETTINGS["weight_tile"])
+    monkeypatch.setattr(kernels, "PROGRAMS", SETTINGS["PROGRAMS"])
+    several, again = (results(case[5], tensors, upstream, "triton") for _ in range(2))
     assert torch.equal(several[2], again[2]) and not torch.equal(several[2], one[2])
     near(several[2], one[2])
 
@@ -150,14 +151,13 @@ def test_twice_the_same(as_on_a_gpu):
 
 LAWS = [
     *((laws.test_what_is_not_seen_does_not_change_a_bit, arguments) for arguments in [
-        ("A", 1, "interleaved", None), ("B", 3, "interleaved", "tanh"), ("V", 3, "contiguous", None),
-        ("H0", 3, "contiguous", "glu"),
+        ("A", 1, "interleaved", None), ("B", 3, "interleaved", "tanh"), ("H0", 3, "contiguous", None),
     ]),
     *((laws.test_poisoned_upstream_gradients_reach_only_what_was_seen, arguments) for arguments in [
         ("V0", 1, "interleaved"), ("A", 3, "contiguous"), ("H", 3, "interleaved"),
     ]),
     *((laws.test_masked_blocks_of_the_weight_are_never_read, arguments) for arguments in [
-        ("A", "interleaved", None), ("B", "contiguous", "tanh"), ("H0", "contiguous", None), ("H", "interleaved", "glu"),
+        ("A", "interleaved", None), ("B", "contiguous", "tanh"), ("H", "interleaved", "glu"),
     ]),
     (laws.test_any_strides, ("H0", 3, "tanh")),
     (laws.test_empty_batch, ("B", "tanh", 3, "interleaved")),
@@ -193,9 +193,10 @@ def test_saturated_gates_keep_their_digits(gate):
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[12]], ids=str)
 @pytest.mark.parametrize("learned", [0, 1, 2, 3])
 def test_second_derivatives_point_to_the_reference(case, learned):
-    tensors = [None if t is None else t.to(DEVICE).requires_grad_(k == learned) for k, t in enumerate(problem(*case)[0])]
+    tensors = [None if t is None else t.to(DEVICE) for t in problem(*case)[0]]
     if (one := tensors[learned]) is None:
         pytest.skip("this case has no condition")
+    one.requires_grad_()
     out, _ = _run(case[5], *tensors, "triton")
     (first,) = torch.autograd.grad(out.square().sum(), one, create_graph=True)
     with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
@@ -216,7 +217,7 @@ def test_schemas_and_fakes(case):
     )
     if not mask.gate:
         f, extra = f.new_empty(0), None
-    for wanted in ((True, True, True), (False, True, False), (True, False, False)):
+    for wanted in ((True, True, True), (False, True, False)):
         arguments = (gradient, extra, x.detach(), weight, f, *settings, *wanted)
         torch.library.opcheck(ops.masked_conv_triton_backward.default, arguments)
 
@@ -238,13 +239,14 @@ def test_a_network_of_them(data_channels, variant):
 
 
 COMPILED = [  # dtype, Cin, Cout, mask, condition
-    *((dtype, maps, 2 * maps, Mask("V", 3, gate="tanh"), 4) for dtype in ("bf16", "fp32") for maps in (32, 64, 160)),
-    *((dtype, 1, 128, Mask("V0", 7, gate="tanh"), 2) for dtype in ("bf16", "fp32")),
-    *((dtype, 96, 192, Mask("H", 3, 3, gate="tanh"), 4) for dtype in ("bf16", "fp32")),
-    ("fp16", 64, 128, Mask("H", 3, gate="glu"), 4),
+    *((dtype, maps, 2 * maps, Mask("V", 3, gate="tanh"), 4) for maps in (32, 64, 160) for dtype in ("bf16", "fp32")),
+    ("bf16", 1, 128, Mask("V0", 7, gate="tanh"), 2),
+    ("fp32", 1, 128, Mask("A", 7, gate="tanh"), 2),
+    ("bf16", 96, 192, Mask("H", 3, 3, gate="tanh"), 4),
+    ("fp32", 96, 192, Mask("H", 3, 3, gate="tanh"), 4),
     ("fp32", 64, 64, Mask("B", 7), 0),
     ("fp64", 64, 128, Mask("V", 3, gate="tanh"), 4),
-]  # fmt: skip
+]
 SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -293,10 +295,10 @@ def gate_case(dtype, half, gate):
 @pytest.mark.parametrize(
     "kernel, cases",
     [
-        ("conv_kernel", [conv_case(*case, mirrored) for case in COMPILED for mirrored in (False, True)]),
-        ("weight_kernel", [weight_case(*case) for case in COMPILED]),
-        ("gate_kernel", [gate_case(dtype, half, gate) for dtype, half, gate in [
-            ("bf16", 32, "tanh"), ("fp16", 64, "glu"), ("fp32", 160, "tanh"), ("fp64", 64, "tanh")]]),
+        ("conv_kernel", [*(conv_case(*case, False) for case in COMPILED),
+                         *(conv_case(*case, True) for case in COMPILED[3:5] + COMPILED[8:9])]),
+        ("weight_kernel", [weight_case(*case) for case in COMPILED[3:5] + COMPILED[7:9] + COMPILED[-1:]]),
+        ("gate_kernel", [gate_case(dtype, 64, "tanh") for dtype in ("bf16", "fp32", "fp64")]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
