@@ -34,6 +34,7 @@ and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias and condition; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
+  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and gate follow in this order.
 * A window without taps (A, V0, H0 with kernel_size=1) is refused: the convolution would be zero.

@@ -8,7 +8,8 @@ counter, cell = first + t. With pixels p of all images in one row, channels last
     dweight_t = sum_p x[p + t]^T @ df[p]                          split over the pixels, parts added in order
 
 Products accumulate in float32 (float64 for float64): half precision goes to the tensor cores as it is, float32 as three
-TF32 products, which keep its digits, unless PyTorch's matmul precision permits one ("high", "medium").
+TF32 products, which keep its digits, unless PyTorch's matmul precision permits one ("high", "medium"). Between kernels f
+and its gradient are in the dtype of x.
 
 A program owns the same columns of both halves of f, so that the gate is computed where the sums are, in registers; its
 columns belong to one group of colours. What an output may not see is masked where it is loaded, data and weights both:

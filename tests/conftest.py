@@ -32,7 +32,7 @@ def gpu_kernels_without_a_gpu() -> None:
         return triton_missing() or pairwise._leaf_reason(x, *inputs)
 
     def conv_reason(*inputs: Any) -> str | None:
-        return transforms()
+        return triton_missing() or transforms()
 
     if not torch.cuda.is_available():
         if triton_missing() is None:
