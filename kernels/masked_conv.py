@@ -8,8 +8,8 @@ counter, cell = first + t. With pixels p of all images in one row, channels last
     dweight_t = sum_p x[p + t]^T @ df[p]                          split over the pixels, parts added in order
 
 Products accumulate in float32 (float64 for float64): half precision goes to the tensor cores as it is, float32 as three
-TF32 products, which keep its digits, unless PyTorch's matmul precision permits one ("high", "medium"). Between kernels f
-and its gradient are in the dtype of x.
+TF32 products, which keep its digits, unless PyTorch's matmul precision permits one ("high", "medium"). Between kernels
+f and its gradient are in the dtype of x.
 
 A program owns the same columns of both halves of f, so that the gate is computed where the sums are, in registers; its
 columns belong to one group of colours. What an output may not see is masked where it is loaded, data and weights both:
@@ -85,7 +85,7 @@ def tap_and_channel(step, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.c
 
 @triton.jit
 def offset(tap, K: tl.constexpr, FIRST: tl.constexpr):
-    """(dy, dx)."""
+    """(dy, dx); no tap looks down, dy <= 0."""
     return (FIRST + tap) // K - K // 2, (FIRST + tap) % K - K // 2
 
 
@@ -171,7 +171,7 @@ def conv_kernel(
             seen &= (tap < TAPS - 1) | ((group < other + OWN) if MIRRORED else (other < group + OWN))
         there_y = y[:, None] + dy[None, :]
         there_x = x[:, None] + dx[None, :]
-        inside = (there_y >= 0) & (there_y < H) & (there_x >= 0) & (there_x < W) & there[:, None]
+        inside = ((there_y < H) if MIRRORED else (there_y >= 0)) & (there_x >= 0) & (there_x < W) & there[:, None]
         at = (pixel[:, None] + (dy * W + dx)[None, :]) * IN + channel[None, :]
         left = tl.load(source + at, mask=inside & seen[None, :], other=0.0)
         if MIRRORED:
@@ -274,7 +274,7 @@ def weight_kernel(
         there = pixel < pixels - start
         there_y = y[None, :] + dy[:, None]
         there_x = x[None, :] + dx[:, None]
-        inside = (there_y >= 0) & (there_y < H) & (there_x >= 0) & (there_x < W) & there[None, :]
+        inside = (there_y >= 0) & (there_x >= 0) & (there_x < W) & there[None, :]
         at = (pixel[None, :] + (dy * W + dx)[:, None]) * IN + channel[:, None]
         left = tl.load(source + start * IN + at, mask=inside & known[:, None], other=0.0)
         mine = there[:, None] & (column < OUT)[None, :]

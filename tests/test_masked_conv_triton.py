@@ -225,7 +225,7 @@ def test_schemas_and_fakes(case):
         torch.library.opcheck(ops.masked_conv_triton_backward.default, arguments)
 
 
-@pytest.mark.parametrize("data_channels, variant", [(1, "gated"), (3, "gated"), (1, "infovae2017")])
+@pytest.mark.parametrize("data_channels, variant", [(3, "gated"), (1, "infovae2017")])
 def test_a_network_of_them(data_channels, variant):
     found = {}
     for backend in ("triton", "reference"):
@@ -299,9 +299,9 @@ def gate_case(dtype, half, gate):
     "kernel, cases",
     [
         ("conv_kernel", [*(conv_case(*case, False) for case in COMPILED),
-                         *(conv_case(*case, True) for case in COMPILED[3:5] + COMPILED[8:9])]),
-        ("weight_kernel", [weight_case(*case) for case in COMPILED[3:5] + COMPILED[7:9] + COMPILED[-1:]]),
-        ("gate_kernel", [gate_case(dtype, 64, "tanh") for dtype in ("bf16", "fp32", "fp64")]),
+                         *(conv_case(*case, True) for case in COMPILED[3:4] + COMPILED[8:9])]),
+        ("weight_kernel", [weight_case(*case) for case in COMPILED[3:4] + COMPILED[7:9] + COMPILED[-1:]]),
+        ("gate_kernel", [gate_case(dtype, 64, "tanh") for dtype in ("fp32", "fp64")]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
