@@ -689,7 +689,8 @@ def test_errors_of_the_helpers_and_the_module():
 
 def test_a_named_backend_that_cannot_run_says_why():
     x, weight = torch.zeros(1, 1, 3, 3), torch.zeros(5, 1, 1)
-    for name, reason in backends.explain("masked_conv", masked_conv.BACKENDS, x, weight, None, None, Mask("B", 3)).items():
+    inputs = (x, weight, None, None, Mask("B", 3))
+    for name, reason in backends.explain("masked_conv", masked_conv.BACKENDS, *inputs).items():
         if reason is not None:
             message = f"backend='{name}' cannot run masked_conv: .*Available here: .*reference"
             with pytest.raises(RuntimeError, match=message):
