@@ -34,6 +34,7 @@ and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias and condition; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
+  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and gate follow in this order.
 * A window without taps (A, V0, H0 with kernel_size=1) is refused: the convolution would be zero.
@@ -49,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infovae_fast.backends import Backend, choose, native_missing, transforms
+from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
 
 
 class Mask(NamedTuple):
@@ -160,13 +161,36 @@ def _masked_conv_cpp(
     dtype = torch.promote_types(x.dtype, torch.float32)
     tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition))
     offsets = [offset for tap in mask.taps for offset in tap]
-    colours = (mask.groups, mask.group_order == "interleaved", mask.visible(0))
-    out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, colours, mask.gate or "", keep_f)
+    out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, _colours(mask), mask.gate or "", keep_f)
     out = out.to(x.dtype)
     return out, (f.to(x.dtype) if keep_f and mask.gate else out)
 
 
+def _triton_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on GPUs, and x is on {x.device}"
+    return triton_missing() or transforms()
+
+
+def _masked_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+) -> tuple[Tensor, Tensor]:
+    from infovae_fast.kernels.masked_conv import masked_conv
+
+    inputs = (x, weight, bias, condition)
+    keep = keep_f or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
+    window = (mask.kernel_size, _cells(mask)[0])
+    out, f = masked_conv(*inputs, window, _colours(mask), mask.gate or "", keep)
+    return out, (f if keep_f and mask.gate else out)
+
+
+def _colours(mask: Mask) -> tuple[int, int, int]:
+    """Groups, are they interleaved, does the last tap join a group to itself."""
+    return mask.groups, int(mask.group_order == "interleaved"), mask.visible(0)
+
+
 BACKENDS = (
+    Backend("triton", _triton_reason, _masked_conv_triton),
     Backend("cpp", _cpp_reason, _masked_conv_cpp),
     Backend("reference", lambda *inputs: None, masked_conv_reference),
 )

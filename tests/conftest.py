@@ -21,8 +21,8 @@ ARCHITECTURES = (80, 90)
 @pytest.fixture(scope="session", autouse=True)
 def gpu_kernels_without_a_gpu() -> None:
     """backend="cuda" runs its kernels as C++ and "triton" in the interpreter; "auto" never does, they come last."""
-    from infovae_fast import pairwise
-    from infovae_fast.backends import Backend, triton_missing
+    from infovae_fast import masked_conv, pairwise
+    from infovae_fast.backends import Backend, transforms, triton_missing
     from tests.simt.pairwise import leaf
 
     def cuda_reason(x: torch.Tensor, *inputs: Any) -> str | None:
@@ -31,8 +31,12 @@ def gpu_kernels_without_a_gpu() -> None:
     def triton_reason(x: torch.Tensor, *inputs: Any) -> str | None:
         return triton_missing() or pairwise._leaf_reason(x, *inputs)
 
+    def conv_reason(*inputs: Any) -> str | None:
+        return triton_missing() or transforms()
+
     if not torch.cuda.is_available():
         if triton_missing() is None:
+            from infovae_fast.kernels import masked_conv as conv_kernels
             from infovae_fast.kernels import pairwise as kernels
 
             # The interpreter's time is the number of its operations: few and large tiles.
@@ -40,6 +44,12 @@ def gpu_kernels_without_a_gpu() -> None:
                 lambda dp, *_: kernels.Tile(64, 64, kernels.triton.next_power_of_2(dp), 4, 1),
                 64,
             )
+            block, tile = conv_kernels.block, conv_kernels.Tile
+            conv_kernels.tile = lambda columns, depth, *_: tile(256, block(columns), block(depth), 4, 1)
+            conv_kernels.weight_tile = lambda rows, columns, *_: tile(block(rows), block(columns), 256, 4, 1)
+            conv_kernels.gate_tile = lambda columns, *_: tile(256, block(columns), 0, 4, 1)
+            conv_kernels.PROGRAMS = 1
+            masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
             Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),

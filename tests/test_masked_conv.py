@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infovae_fast import backends
+from infovae_fast import backends, masked_conv
 from infovae_fast.masked_conv import (
     BACKENDS,
     Mask,
@@ -35,7 +35,7 @@ each_gate = pytest.mark.parametrize("gate", GATES)
 
 @pytest.fixture(params=BACKENDS, ids=lambda row: row.name)
 def conv(request):
-    """masked_conv2d on every backend that can run here."""
+    """masked_conv2d on every backend that can run here; Triton in its interpreter: tests/test_masked_conv_triton.py."""
     inputs = (torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), None, None, Mask("B", 1))
     if (reason := request.param.reason(*inputs)) is not None:
         pytest.skip(reason)
@@ -689,7 +689,8 @@ def test_errors_of_the_helpers_and_the_module():
 
 def test_a_named_backend_that_cannot_run_says_why():
     x, weight = torch.zeros(1, 1, 3, 3), torch.zeros(5, 1, 1)
-    for name, reason in backends.explain("masked_conv", BACKENDS, x, weight, None, None, Mask("B", 3)).items():
+    inputs = (x, weight, None, None, Mask("B", 3))
+    for name, reason in backends.explain("masked_conv", masked_conv.BACKENDS, *inputs).items():
         if reason is not None:
             message = f"backend='{name}' cannot run masked_conv: .*Available here: .*reference"
             with pytest.raises(RuntimeError, match=message):
