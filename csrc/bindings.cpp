@@ -431,9 +431,10 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
     TORCH_CHECK_VALUE(uniforms.has_value() == mask.has_value() && (count == channels || !uniforms.has_value()),
                       "draw_images: got ", count, " params for ", channels, " channels; accepted: one each, or no uniforms");
     const auto shape = conditions[0].sizes();
+    const int64_t size = int64_t(known.element_size()), wide = (2 * maps * size + 15) / 16 * 16 / size;
     TORCH_CHECK_VALUE(shape.size() == 4 && (shape[0] == 1 || shape[0] == n) && (shape[1] == 1 || shape[1] == height) &&
-                          (shape[2] == 1 || shape[2] == width) && shape[3] == 2 * maps,
-                      "conditions: got shape ", shape, "; accepted: [1 or n, 1 or H, 1 or W, ", 2 * maps, "]");
+                          (shape[2] == 1 || shape[2] == width) && shape[3] == wide,
+                      "conditions: got shape ", shape, "; accepted: [1 or n, 1 or H, 1 or W, ", wide, "]");
     const auto here = [&](const Tensor& t) {
         TORCH_CHECK_VALUE(t.device() == known.device(), "got ", t.device(), " beside ", known.device());
         return t.contiguous();

@@ -69,8 +69,8 @@ template <typename T>
 struct PixelImages {
     int64_t n, channels, height, width, maps, groups, params, layers, first_reach, reach;
     const T* table;  // all weights: `table` of models/incremental.py; aligned to 16 bytes
-    // What z adds to V and to the base of each layer, [2 maps], at image s, row i and column j: it starts at
-    // above[layer] + s condition_image + i condition_row + j condition_column.
+    // What z adds to V and to the base of each layer at image s, row i and column j starts at above[layer] + s
+    // condition_image + i condition_row + j condition_column: 2 maps numbers, and zeros up to a multiple of 16 bytes.
     std::vector<const T*> above, beside;
     int64_t condition_image, condition_row, condition_column;
     // All [n, channels, height, width]. Bits x = (u < sigmoid(params / temperature)), or known where the mask says so;

@@ -1,6 +1,6 @@
 // Whole images of a gated PixelCNN on a GPU, in one launch.
 //
-// A block owns up to 8 images from the first to the last pixel and waits for no other block. Each of its threads:
+// A block owns up to 8 images (float64: 2) from the first to the last pixel and waits for no other block. Each of its threads:
 //
 //     row     the vertical stack: products of matrices [images width, K] x [K, 2C], tiles in registers. The rings and
 //             the bases of the images are in the block's part of the workspace; tiles and weights come through shared
@@ -28,9 +28,11 @@ constexpr int kAhead = 8;      // steps of the tape in shared memory; cuda_pipel
 constexpr int kDeep = 16;      // rows of a vertical matrix in shared memory at once
 constexpr int kColumns = 8;    // of a vertical product that a thread has
 constexpr int kMaxSlices = 32; // of the rows of a horizontal matrix: more cost more to add up than they save
-constexpr int kMaxLayers = kImageMaxLayers, kMaxImages = 8;
+constexpr int kMaxLayers = kImageMaxLayers;
 template <typename T>
 constexpr int kLanes = 16 / int(sizeof(T));
+template <typename T>
+constexpr int kMaxImages = sizeof(T) == 4 ? 8 : 2;  // of a block
 
 #ifdef __CUDACC__
 template <typename T>
@@ -85,7 +87,7 @@ struct Work {
     // Matrices of the vertical stack: rows of `wide`; inputs of `first_depth` and `depth` channels.
     const T *vertical, *tape, *biases, *tape_end;
     int wide, first_depth, depth;
-    // The workspace of an image: the rings, then the bases [width, layers, 2 maps].
+    // The workspace of an image: the rings, then the bases [width, layers, wide].
     T* workspace;
     int first_ring, ring, rings, image_size;
     // The division of the work.
@@ -211,7 +213,7 @@ __device__ __forceinline__ void vertical_row(const Work<T>& w, int i, int64_t fi
                     }
                 }
             };
-            // put(row, image, pixel of the row, column, sum + bias + condition) for each sum of this thread.
+            // put(row, image, pixel of the row, column, sums + added + condition), V sums of this thread at once.
             const auto each = [&](const T* added, const T* condition, auto put) {
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
@@ -220,19 +222,27 @@ __device__ __forceinline__ void vertical_row(const Work<T>& w, int i, int64_t fi
                     const T* of_pixel = condition + (first + image) * w.condition_image + i * w.condition_row +
                                         j * w.condition_column;
 #pragma unroll
-                    for (int k = 0; k < kColumns; ++k) {
-                        const int c = (k / V * w.across + tx) * V + k % V;
-                        if (c < wide) put(at, image, j, c, acc[r][k] + added[c] + (c < 2 * w.maps ? of_pixel[c] : T(0)));
+                    for (int q = 0; q < Q; ++q) {
+                        const int c = (q * w.across + tx) * V;
+                        if (c >= wide) continue;
+                        Lane value = pack<V>(added + c);
+                        const Lane more = pack<V>(of_pixel + c);
+#pragma unroll
+                        for (int k = 0; k < V; ++k) value.at[k] += acc[r][q * V + k] + more.at[k];
+                        put(at, image, j, c, value);
                     }
                 }
             };
-            multiply(nullptr, left_stride, matrix, K);
-            each(bias, w.above[l], [&](int at, int, int, int c, T value) { below[at * below_stride + c] = value; });
-            multiply(below, below_stride, link, wide);
-            each(link + int64_t(wide) * wide, w.beside[l], [&](int, int image, int j, int c, T value) {
-                T* base = workspace + image * w.image_size + w.rings + (j * w.layers + l) * 2 * w.maps;
-                if (c < 2 * w.maps) base[c] = value;
-            });
+#pragma unroll 1
+            for (int pass = 0; pass < 2; ++pass) {  // what the taps see, then the link
+                const bool linked = pass == 1;
+                multiply(linked ? below : nullptr, linked ? below_stride : left_stride, linked ? link : matrix, linked ? wide : K);
+                each(linked ? link + int64_t(wide) * wide : bias, linked ? w.beside[l] : w.above[l],
+                     [&](int at, int image, int j, int c, const Lane& value) {
+                         T* base = workspace + image * w.image_size + w.rings + (j * w.layers + l) * wide;
+                         *reinterpret_cast<Lane*>(linked ? base + c : below + at * below_stride + c) = value;
+                     });
+            }
             for (int e = thread; l + 1 < w.layers && e < rows * w.maps; e += kThreads) {
                 const int at = e / w.maps, c = e % w.maps, image = (start + at) / w.width, j = (start + at) % w.width;
                 const T* f = below + at * below_stride + c;
@@ -299,7 +309,7 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
 
     for (int j = 0; j < w.width; ++j) {
         const int first_place = (j + 1) % (w.first_reach + 1), place = (j + 1) % (w.reach + 1);
-        const int bases = w.layers * 2 * maps, line = 128 / int(sizeof(T)), lines = (bases + line - 1) / line;
+        const int bases = w.layers * w.wide, line = 128 / int(sizeof(T)), lines = (bases + line - 1) / line;
         const auto base_of = [&](int image, int column) {
             return workspace + image * w.image_size + w.rings + column * bases;
         };
@@ -314,7 +324,7 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                 product(w.gates, row + here * channels * I, taps * channels);
                 for (int e = thread; e < own * I; e += kThreads) {
                     const int image = e % I, c = e / I;
-                    const T* base = base_of(image, j) + (l * w.groups + group) * 2 * own + c;
+                    const T* base = base_of(image, j) + l * w.wide + group * 2 * own + c;
                     const T a = sum(w.gates, image, c, image < count ? base[0] : T(0));
                     const T b = sum(w.gates, image, own + c, image < count ? base[own] : T(0));
                     memory[((l * maps) + group * own + c) * I + image] = gate(a, b);
@@ -393,15 +403,14 @@ __global__ void __launch_bounds__(kThreads, 1) images_kernel(const __grid_consta
 template <typename T>
 struct Plan {
     Work<T> work{};
-    int images = 0;  // of the kernel: 1, 2, 4 or 8
+    int images = 0;  // of the kernel: a power of 2
     int64_t blocks = 0, elements = 0, table = 0;
     size_t shared = 0;
     const char* error = nullptr;
 };
 
-template <typename T>
 constexpr int rows_of_thread(int images) {  // of a vertical tile; as many as the registers hold
-    return images == 1 ? 2 : images == 8 && sizeof(T) == 4 ? 8 : 4;
+    return images == 1 ? 2 : images == 8 ? 8 : 4;
 }
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -420,7 +429,7 @@ void divide(Plan<T>& p, int images) {
     w.sums = int(round_up(w.drawn + logits * images, V));
     const auto room = [&](const Split& s) { return s.slices * images * s.pitch; };
     const int most = std::max({room(w.gates), room(w.own), room(w.logits)});
-    w.tile = std::min(kThreads / w.across * rows_of_thread<T>(images), images * w.width);
+    w.tile = std::min(kThreads / w.across * rows_of_thread(images), images * w.width);
     w.left = 0;
     w.right = w.left + 2 * w.tile * (kDeep + V);
     w.below = w.right + 2 * kDeep * w.wide;
@@ -468,13 +477,13 @@ Plan<T> plan(const PixelImages<T>& q, int processors, size_t shared) {
     const int64_t first_ring = (w.first_reach + 1) * int64_t(w.width + 2 * w.first_reach) * w.first_depth;
     const int64_t ring = (w.reach + 1) * int64_t(w.width + 2 * w.reach) * w.depth;
     const int64_t rings = first_ring + others * ring;
-    const int64_t image_size = round_up(rings + int64_t(w.width) * w.layers * 2 * w.maps, 32);
-    if (image_size * kMaxImages > int64_t(1) << 30) p.error = "an image of fewer columns: offsets have 32 bits";
+    const int64_t image_size = round_up(rings + int64_t(w.width) * w.layers * w.wide, 32);
+    if (image_size * kMaxImages<T> > int64_t(1) << 30) p.error = "an image of fewer columns: offsets have 32 bits";
     if (p.error != nullptr) return p;
     w.first_ring = int(first_ring), w.ring = int(ring), w.rings = int(rings), w.image_size = int(image_size);
 
     const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    int64_t each = std::clamp<int64_t>(ceil(w.n, processors), 1, kMaxImages);
+    int64_t each = std::clamp<int64_t>(ceil(w.n, processors), 1, kMaxImages<T>);
     const auto fit = [&] {
         int images = 1;
         while (images < each) images *= 2;
@@ -496,7 +505,10 @@ Plan<T> plan(const PixelImages<T>& q, int processors, size_t shared) {
 
 template <typename T, int I>
 cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
-    const auto kernel = images_kernel<T, I, rows_of_thread<T>(I)>;
+    if constexpr (I > 1) {
+        if (p.images < I) return launch<T, I / 2>(p, stream);
+    }
+    const auto kernel = images_kernel<T, I, rows_of_thread(I)>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(p.shared));
     if (error != cudaSuccess) return error;
@@ -522,10 +534,7 @@ const char* images_cuda(const PixelImages<T>& images, void* workspace, int proce
     if (p.error != nullptr || p.blocks == 0) return p.error;
     p.work.workspace = static_cast<T*>(workspace);
     const auto queue = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = p.images == 1   ? launch<T, 1>(p, queue)
-                              : p.images == 2 ? launch<T, 2>(p, queue)
-                              : p.images == 4 ? launch<T, 4>(p, queue)
-                                              : launch<T, 8>(p, queue);
+    const cudaError_t error = launch<T, kMaxImages<T>>(p, queue);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -117,10 +117,12 @@ def conditions_of(decoder: GatedPixelCNN, z: Tensor | None, weights: Weights) ->
     """What z adds in each layer to V and to the base, [n or 1, 1 or H, 1 or W, 2C] each."""
     columns = _order(2 * decoder.maps, decoder.data_channels, halves=2)
     nothing = (weights.skip.new_zeros(1, 2 * decoder.maps),) * 2
+
+    def rows(condition: Tensor) -> Tensor:
+        return _by_row(condition).to(weights.skip.dtype).contiguous()
+
     pairs = (condition or nothing for condition in decoder.conditions(z))
-    above, beside = zip(*((above, beside[:, columns]) for above, beside in pairs), strict=True)
-    above, beside = ([_by_row(c).to(weights.skip.dtype).contiguous() for c in cs] for cs in (above, beside))
-    return list(zip(above, beside, strict=True))
+    return [(rows(above), rows(beside[:, columns])) for above, beside in pairs]
 
 
 class Incremental:
@@ -269,7 +271,9 @@ class Images:
         weights = prepare(decoder)
         self.memory = table(weights, decoder.image_shape[0])
         self.shape = (n, *decoder.image_shape)
-        self.conditions = [c for pair in conditions_of(decoder, z, weights) for c in pair]
+        rest = -2 * decoder.maps % _lanes(self.memory.dtype)
+        conditions = [c for pair in conditions_of(decoder, z, weights) for c in pair]
+        self.conditions = [F.pad(c, (0, rest)) for c in conditions] if rest else conditions
         reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
         self.sizes = [decoder.maps, decoder.data_channels, len(weights.output_bias), reaches[0], reaches[-1]]
 
@@ -331,11 +335,12 @@ def _lanes(dtype: torch.dtype) -> int:
 
 def cuda_limits(decoder: GatedPixelCNN, shared: int) -> str | None:
     """What csrc/cuda/incremental.cu has no room for, where a block may have so many bytes of shared memory."""
-    if len(decoder.layers) > MOST_LAYERS or decoder.maps > MOST_MAPS:
-        return f"got {len(decoder.layers)} layers of {decoder.maps} maps, accepted: at most {MOST_LAYERS} of {MOST_MAPS}"
+    layers, maps = len(decoder.layers), decoder.maps
+    if layers > MOST_LAYERS or maps > MOST_MAPS:
+        return f"got {layers} layers of {maps} maps, accepted: at most {MOST_LAYERS} of {MOST_MAPS}"
     lanes, groups = _lanes(next(decoder.parameters()).dtype), decoder.data_channels
     params = decoder.head[-1].weight.shape[2]
-    if (most := max(2 * decoder.maps, params) // groups) > THREADS * lanes:
+    if (most := max(2 * maps, params) // groups) > THREADS * lanes:
         return f"got {most} columns for a colour, accepted: at most {THREADS * lanes}"
     if (bytes_ := shared_memory(decoder)) > shared:
         return f"an image needs {bytes_} bytes of shared memory, accepted here: at most {shared}"
@@ -345,7 +350,12 @@ def cuda_limits(decoder: GatedPixelCNN, shared: int) -> str | None:
 def shared_memory(decoder: GatedPixelCNN) -> int:
     """Bytes that a block with one image needs: the larger of those for a row and for a pixel."""
     channels, _, width = decoder.image_shape
-    maps, groups, layers, params = decoder.maps, decoder.data_channels, len(decoder.layers), decoder.head[-1].weight.shape[2]
+    maps, groups, layers, params = (
+        decoder.maps,
+        decoder.data_channels,
+        len(decoder.layers),
+        decoder.head[-1].weight.shape[2],
+    )
     first, other = (decoder.layers[k].vertical.mask.kernel_size // 2 for k in (0, -1))
     itemsize = max(next(decoder.parameters()).dtype.itemsize, 4)
     lanes = 16 // itemsize

@@ -26,6 +26,7 @@ from infovae_fast.likelihoods import Bernoulli, Likelihood
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits, unsupported
 
 STRATEGIES = ("auto", "naive", "cached", "fixed_point")
+LEAST_SHARED = 99 << 10  # bytes of shared memory that a block may have on all GPUs since sm_80
 
 
 # A reason is given for a parameter of the decoder, the decoder, and what is to be drawn (None: params alone).
@@ -34,7 +35,8 @@ def _cuda_reason(like: Tensor, *inputs: Any) -> str | None:
         return f"it runs on NVIDIA GPUs, and the decoder is on {like.device}"
     if (reason := native_missing("cuda")) is not None:
         return reason
-    return images_reason(torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin, *inputs)
+    gpu = torch.cuda.get_device_properties(like.device)
+    return images_reason(getattr(gpu, "shared_memory_per_block_optin", LEAST_SHARED), *inputs)
 
 
 def images_reason(shared: int, decoder: Any = None, likelihood: Likelihood | None = None) -> str | None:

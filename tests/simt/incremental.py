@@ -62,11 +62,12 @@ def run(
 
     assert all(t.is_contiguous() and t.dtype == table.dtype for t in (table, known, *conditions))
     used = ctypes.c_int64()
+    pointers = (ctypes.c_void_p * len(conditions))(*map(Tensor.data_ptr, conditions))
     error = call(
         numbers(n, channels, height, width, maps, groups, count, len(conditions) // 2, *reaches),
-        pointer(table), ctypes.c_int64(table.numel()), (ctypes.c_void_p * len(conditions))(*map(Tensor.data_ptr, conditions)),
-        numbers(*strides), pointer(uniforms), pointer(known), pointer(mask), ctypes.c_double(temperature), pointer(x),
-        pointer(out), processors, ctypes.c_int64(shared), ctypes.byref(used),
+        pointer(table), ctypes.c_int64(table.numel()), pointers, numbers(*strides), pointer(uniforms),
+        pointer(known), pointer(mask), ctypes.c_double(temperature), pointer(x), pointer(out),
+        processors, ctypes.c_int64(shared), ctypes.byref(used),
     )  # fmt: skip
     if error is not None:
         raise RuntimeError(error.decode())
