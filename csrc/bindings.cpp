@@ -406,12 +406,12 @@ void draw_bits_cpu(at::TensorList bases, at::TensorList state, at::TensorList ho
     });
 }
 
-// x like known, and params [n, P, H, W] if they are wanted; sizes = (maps, groups, P, first reach, reach).
+// x like known, and params [n, P, H, W] if they are wanted.
 std::tuple<Tensor, Tensor> draw_images_empty(const Tensor& /*table*/, at::TensorList /*conditions*/, at::IntArrayRef sizes,
                                              const std::optional<Tensor>& /*uniforms*/, const Tensor& known,
                                              const std::optional<Tensor>& /*mask*/, double /*temperature*/, bool params) {
-    TORCH_CHECK_VALUE(sizes.size() == 5 && known.dim() == 4, "draw_images: got ", sizes.size(), " sizes and ", known.dim(),
-                      " dimensions; accepted: 5 sizes, known [n, C, H, W]");
+    TORCH_CHECK_VALUE(sizes.size() == 7 && known.dim() == 4, "draw_images: got ", sizes.size(), " sizes and ", known.dim(),
+                      " dimensions; accepted: 7 sizes, known [n, C, H, W]");
     const auto s = known.sym_sizes();
     return {at::empty_symint(s, known.options()),
             params ? at::empty_symint({s[0], sizes[2], s[2], s[3]}, known.options()) : at::empty({0}, known.options())};
@@ -426,10 +426,15 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
     const int64_t maps = sizes[0], groups = sizes[1], count = sizes[2], layers = int64_t(conditions.size()) / 2;
     TORCH_CHECK_VALUE(channels > 0 && height > 0 && width > 0 && maps > 0 && groups > 0 && count > 0 &&
                           maps % groups == 0 && count % groups == 0 && channels % groups == 0 && sizes[3] > 0 &&
-                          sizes[4] >= 0 && layers > 0 && conditions.size() % 2 == 0,
+                          sizes[4] >= 0 && sizes[5] >= 0 && sizes[6] >= 0 && layers > 0 && conditions.size() % 2 == 0,
                       "draw_images: got known ", known.sizes(), ", sizes ", sizes, " and ", conditions.size(), " conditions");
-    TORCH_CHECK_VALUE(uniforms.has_value() == mask.has_value() && (count == channels || !uniforms.has_value()),
-                      "draw_images: got ", count, " params for ", channels, " channels; accepted: one each, or no uniforms");
+    const int64_t levels = sizes[5], mixtures = sizes[6], draws = channels + (mixtures > 0 ? 1 : 0);
+    const bool mixes = mixtures > 0 && groups == 1 && levels > 1 && (channels == 1 || channels == 3);
+    const int64_t wanted = mixtures > 0 ? (channels == 1 ? 3 : 10) * mixtures : std::max<int64_t>(levels, 1) * channels;
+    TORCH_CHECK_VALUE(uniforms.has_value() == mask.has_value(), "draw_images: got uniforms or a mask; accepted: both, or neither");
+    TORCH_CHECK_VALUE(!uniforms.has_value() || (count == wanted && levels != 1 && (mixtures == 0 || mixes)), "draw_images: got ",
+                      count, " params of ", groups, " groups for ", channels, " channels, ", levels, " levels and ", mixtures,
+                      " mixtures");
     const auto shape = conditions[0].sizes();
     const int64_t size = int64_t(known.element_size()), wide = (2 * maps * size + 15) / 16 * 16 / size;
     TORCH_CHECK_VALUE(shape.size() == 4 && (shape[0] == 1 || shape[0] == n) && (shape[1] == 1 || shape[1] == height) &&
@@ -442,8 +447,8 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
     const Tensor weights = here(table), given = here(known);
     const Tensor u = uniforms.has_value() ? here(*uniforms) : Tensor(), m = mask.has_value() ? here(*mask) : Tensor();
     TORCH_CHECK_VALUE(!u.defined() || (u.scalar_type() == at::kFloat && m.scalar_type() == at::kBool &&
-                                       u.sizes() == known.sizes() && m.sizes() == known.sizes()),
-                      "draw_images: accepted: float32 uniforms and bool mask of shape ", known.sizes());
+                                       u.sizes() == at::IntArrayRef({n, draws, height, width}) && m.sizes() == known.sizes()),
+                      "draw_images: accepted: float32 uniforms [n, ", draws, ", H, W] and bool mask of shape ", known.sizes());
     const c10::cuda::CUDAGuard guard(known.device());
     int processors = 1, shared = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, known.get_device()));
@@ -461,6 +466,7 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
         images.condition_image = shape[0] == 1 ? 0 : shape[1] * shape[2] * shape[3];
         images.condition_row = shape[1] == 1 ? 0 : shape[2] * shape[3];
         images.condition_column = shape[2] == 1 ? 0 : shape[3];
+        images.levels = levels, images.mixtures = mixtures;
         images.uniforms = u.defined() ? u.const_data_ptr<float>() : nullptr;
         images.known = given.const_data_ptr<T>();
         images.mask = m.defined() ? m.const_data_ptr<bool>() : nullptr;
@@ -515,8 +521,9 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("draw_bits(Tensor[] bases, Tensor(a!)[] state, Tensor[] horizontal, Tensor[] step, Tensor[] step_bias, "
           "Tensor[] head, Tensor(b!) memory, int[] reaches, int image_channels, Tensor(c!) x, Tensor uniforms, "
           "Tensor known, Tensor mask, float temperature) -> ()");
-    // Whole images of bits of a gated PixelCNN on a GPU, x [n, C, H, W], and if wanted params [n, P, H, W] of every pixel;
-    // `Images` of models/incremental.py makes the table. Without uniforms everything is known.
+    // Whole images of a gated PixelCNN on a GPU, x [n, C, H, W], and if wanted params [n, P, H, W] of every pixel. `Images`
+    // of models/incremental.py makes the table; sizes = (maps, groups, P, first reach, reach, levels, mixtures). Without
+    // uniforms everything is known.
     m.def("draw_images(Tensor table, Tensor[] conditions, int[] sizes, Tensor? uniforms, Tensor known, Tensor? mask, "
           "float temperature, bool params) -> (Tensor x, Tensor params)",
           {at::Tag::pt2_compliant_tag});

@@ -73,11 +73,13 @@ struct PixelImages {
     // condition_image + i condition_row + j condition_column: 2 maps numbers, and zeros up to a multiple of 16 bytes.
     std::vector<const T*> above, beside;
     int64_t condition_image, condition_row, condition_column;
-    // All [n, channels, height, width]. Bits x = (u < sigmoid(params / temperature)), or known where the mask says so;
-    // without uniforms everything is known, and any number of params does.
+    // What is drawn: bits (levels = 0), levels by the softmax of a logit each, or by a mixture of so many logistics; see
+    // infovae_fast/likelihoods.py. The uniforms are [n, U, height, width], U = channels, and one more for a mixture;
+    // without them everything is known, and any number of params does. All else is [n, channels, height, width].
+    int64_t levels, mixtures;
     const float* uniforms;
-    const T* known;
-    const bool* mask;
+    const T* known;    // where
+    const bool* mask;  // says so
     T temperature;
     T* x;
     T* out;  // params of every pixel, [n, params, height, width], or null

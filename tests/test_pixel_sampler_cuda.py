@@ -8,8 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from infovae_fast import Bernoulli, Categorical, GatedPixelCNN, PixelSampler
+from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, GatedPixelCNN, Gaussian, PixelSampler
 from infovae_fast.backends import Backend, native_missing
 from infovae_fast.models import incremental, pixel_sampler
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
@@ -30,7 +31,7 @@ def simulated(monkeypatch):
     gpu = {"processors": 2, "shared": simt.SHARED}
 
     def run(self, *inputs):
-        given = (self.memory, self.conditions, self.sizes, *inputs)
+        given = (self.memory, self.conditions, *inputs)
         if not ON_GPU:
             return simt.leaf(*given, **gpu)
         to = partial(torch.utils._pytree.tree_map, lambda t: t.cuda() if isinstance(t, torch.Tensor) else t)
@@ -113,6 +114,32 @@ def test_the_images_are_those_of_the_cpu(name):
                 assert torch.equal(images, PixelSampler(model, likelihood, backend="reference").sample(**drawing))
 
 
+LEVELS = [  # likelihood, channels, groups
+    (Categorical(5), 1, 1),
+    (Categorical(70), 1, 1),  # more than a warp has threads
+    (Categorical(3), 3, 3),
+    (DiscretizedLogisticMixture(2, 3), 3, 1),
+    (DiscretizedLogisticMixture(40, 256), 3, 1),
+    (DiscretizedLogisticMixture(5, 256), 1, 1),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "channels", "groups"), LEVELS, ids=str)
+def test_levels_are_those_of_the_cpu(likelihood, channels, groups):
+    params = likelihood.channels(channels)
+    model = GatedPixelCNN(2, (params, 3, 4), channels, groups, layers=2, maps=6, first_kernel=3).double()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.7, 0.7)
+    z, known, mask = torch.randn(5, 2).double(), bits(model, 5), torch.rand(5, 1, 3, 4) < 0.3
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        for drawing in ({"seed": 1}, {"temperature": 0.6}, {"known": known, "known_mask": mask}):
+            samplers = (PixelSampler(model, likelihood, backend=name) for name in ("cuda", "reference"))
+            out, truth = (sampler.sample(z.to(dtype), **drawing) for sampler in samplers)
+            torch.testing.assert_close(out, truth, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-15)
+            assert len(out.unique()) > 2
+
+
 def test_known_pixels_stay_and_others_heed_them():
     for name in NAMES:
         model, likelihood, codes = model_of(name, (4, 5))
@@ -131,12 +158,12 @@ def test_an_image_does_not_depend_on_the_others(simulated):
         images = incremental.Images(model.to(dtype), codes(11).to(dtype), 11)  # torch's sums may depend on the others
         u, x = torch.rand(11, *model.image_shape), bits(model, 11).to(dtype)
         conditions, no = images.conditions, torch.zeros(x.shape, dtype=torch.bool)
-        drawn, params = images.run_bits(u, x, no, 1.0), images.params(x)
+        drawn, params = images.draw(u, x, no, 1.0), images.params(x)
         for first, n, processors in ((0, 1, 1), (2, 3, 1), (1, 5, 1), (0, 7, 2), (0, 11, 7), (0, 11, 1), (0, 11, 40)):
             simulated["processors"] = processors
             part = slice(first, first + n)
             images.conditions = [c[part].contiguous() for c in conditions]
-            assert torch.equal(images.run_bits(u[part], x[part], no[part], 1.0), drawn[part])
+            assert torch.equal(images.draw(u[part], x[part], no[part], 1.0), drawn[part])
             assert torch.equal(images.params(x[part]), params[part])
     model, _, codes = model_of("grey", (1, 20), maps=128, layers=2)
     images, x = incremental.Images(model, codes(2), 2), bits(model, 2)
@@ -182,7 +209,7 @@ def test_what_has_no_room_is_said(simulated):
             sampler.sample(n=1)
         return str(error.value)
 
-    assert "it draws bits, and the likelihood is Categorical" in refusal(Categorical(3), layers=2, maps=4)
+    assert "it draws for Bernoulli, Categorical, Discr" in refusal(Gaussian(), layers=2, maps=4)
     assert "got 33 layers of 4 maps, accepted: at most 32 of 1024" in refusal(Bernoulli(), layers=33, maps=4)
     assert "got 1200 columns for a colour, accepted: at most 1024" in refusal(Bernoulli(), layers=1, maps=600)
     simulated["shared"] = 40 << 10
@@ -200,7 +227,13 @@ def test_shared_memory_is_as_predicted(options, channels):
     for dtype in (torch.float32, torch.float64):
         model = GatedPixelCNN(2, (channels, 28, 28), channels, channels, **options).to(dtype)
         images = incremental.Images(model, torch.zeros(0, 2, dtype=dtype), 0)
-        given = (images.memory, images.conditions, images.sizes, None, torch.zeros(0, *model.image_shape, dtype=dtype))
+        given = (
+            images.memory,
+            images.conditions,
+            [*images.sizes, 0, 0],
+            None,
+            torch.zeros(0, *model.image_shape, dtype=dtype),
+        )
         *_, used = simt.run(*given, None, 1.0, False, 1, simt.SHARED)
         assert used == incremental.shared_memory(model)
         assert (
@@ -214,7 +247,7 @@ def test_the_kernel_refuses_what_does_not_fit():
         pytest.skip("on a GPU the binding refuses first")
     model, _, codes = model_of("grey", (3, 4))
     images = incremental.Images(model, codes(2), 2)
-    given = (images.memory, images.conditions, images.sizes, None, bits(model, 2), None, 1.0, True)
+    given = (images.memory, images.conditions, [*images.sizes, 0, 0], None, bits(model, 2), None, 1.0, True)
     with pytest.raises(RuntimeError, match="more shared memory"):
         simt.leaf(*given, shared=1000)
     with pytest.raises(RuntimeError, match="the table has another size"):

@@ -63,6 +63,35 @@ __device__ __forceinline__ T gate(T a, T b) {
     return tanh(a) / (T(1) + exp(-b));
 }
 
+// The k at which the cumulated softmax of `count` logits passes u, found by a warp.
+template <typename T, typename F>
+__device__ __forceinline__ int choose(int count, T u, F logit) {
+    const int lane = int(threadIdx.x) % 32, each = (count + 31) / 32;
+    const int begin = min(lane * each, count), end = min(begin + each, count);
+    constexpr unsigned all = 0xffffffffu;
+    T most = T(-INFINITY), own = 0;
+    for (int k = begin; k < end; ++k) most = max(most, logit(k));
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(all, most, offset));
+    for (int k = begin; k < end; ++k) own += exp(logit(k) - most);
+    T sum = own;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const T before = __shfl_up_sync(all, sum, offset);
+        if (lane >= offset) sum += before;
+    }
+    const T total = __shfl_sync(all, sum, 31), before = __shfl_up_sync(all, sum, 1);
+    sum = lane == 0 ? T(0) : before;
+    int passed = 0;
+    for (int k = begin; k < end; ++k) {
+        sum += exp(logit(k) - most);
+        passed += k + 1 < count && sum <= u * total;
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) passed += __shfl_xor_sync(all, passed, offset);
+    return passed;
+}
+
 // A horizontal product with so many columns: thread t has lanes of columns t % quads, rows t / quads + v slices.
 struct Split {
     int columns, quads, slices, pitch;  // pitch: of the sums of a slice and image
@@ -80,6 +109,7 @@ struct Work {
     int channels, height, width, maps, groups, params, layers, first_reach, reach;
     const T *above[kMaxLayers], *beside[kMaxLayers];
     int64_t condition_image, condition_row, condition_column;
+    int levels, mixtures, draws;
     const float* uniforms;
     const T* known;
     const bool* mask;
@@ -359,18 +389,63 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                 }
             }
             __syncthreads();
-            for (int e = thread; e < w.channels / w.groups * I; e += kThreads) {
+            const auto place_of = [&](int image, int c, int channels) {
+                return ((first + image) * channels + c) * pixels + pixel;
+            };
+            const auto set = [&](int image, int c, T x) {
+                const T value = T(2) * x - T(1);
+                w.x[place_of(image, c, w.channels)] = x;
+                put(state, first_place, w.first_reach, w.channels, c, image, value);
+                workspace[image * w.image_size + (i % (w.first_reach + 1) * (w.width + 2 * w.first_reach) +
+                          w.first_reach + j) * w.first_depth + c] = value;
+            };
+            const auto known = [&](int image, int c) {
+                return w.uniforms == nullptr || w.mask[place_of(image, c, w.channels)];
+            };
+            const int colours = w.channels / w.groups;
+            for (int e = thread; (w.uniforms == nullptr || w.levels == 0) && e < colours * I; e += kThreads) {  // bits
                 const int image = e % I, c = e / I * w.groups + group;
                 if (image >= count) continue;
-                const int64_t at = ((first + image) * w.channels + c) * pixels + pixel;
-                T x;
-                if (w.uniforms == nullptr || w.mask[at]) x = w.known[at];
-                else x = T(w.uniforms[at]) < T(1) / (T(1) + exp(-drawn[e] / w.temperature)) ? T(1) : T(0);
-                const T y_value = T(2) * x - T(1);
-                w.x[at] = x;
-                put(state, first_place, w.first_reach, w.channels, c, image, y_value);
-                workspace[image * w.image_size + (i % (w.first_reach + 1) * (w.width + 2 * w.first_reach) +
-                          w.first_reach + j) * w.first_depth + c] = y_value;
+                const int64_t at = place_of(image, c, w.channels);
+                if (known(image, c)) set(image, c, w.known[at]);
+                else set(image, c, T(w.uniforms[at]) < T(1) / (T(1) + exp(-drawn[e] / w.temperature)) ? T(1) : T(0));
+            }
+            // Levels: a warp for each image, and colour if they do not depend on each other.
+            const int warp = thread / 32, tasks = w.uniforms == nullptr || w.levels == 0 ? 0 : w.mixtures > 0 ? I : colours * I;
+            for (int task = warp; task < tasks; task += kThreads / 32) {
+                const int image = task % I, own_c = task / I, c = own_c * w.groups + group;
+                if (image >= count) continue;
+                if (known(image, c)) {
+                    for (int k = c; k < (w.mixtures > 0 ? w.channels : c + 1); ++k) {
+                        if (thread % 32 == 0) set(image, k, w.known[place_of(image, k, w.channels)]);
+                    }
+                    continue;
+                }
+                const T last = T(w.levels - 1);
+                const auto noise = [&](int k) { return T(w.uniforms[place_of(image, k, w.draws)]); };
+                const int choices = w.mixtures > 0 ? w.mixtures : w.levels, stride = w.mixtures > 0 ? 1 : colours;
+                const int chosen = choose(choices, noise(c), [&](int k) {
+                    return drawn[(k * stride + own_c) * I + image] / w.temperature;
+                });
+                if (thread % 32 != 0) continue;
+                if (w.mixtures == 0) {
+                    set(image, c, T(chosen) / last);
+                    continue;
+                }
+                const auto param = [&](int row) { return drawn[(row * w.mixtures + chosen) * I + image]; };
+                T y[3];
+#pragma unroll
+                for (int k = 0; k < 3; ++k) {
+                    if (k >= w.channels) continue;
+                    T mean = param(3 * k + 1);
+#pragma unroll
+                    for (int b = 0; b < k; ++b) mean += tanh(param(3 * (k * (k - 1) / 2 + b) + 3)) * y[b];
+                    const T u = noise(1 + k), wide = exp(param(3 * k + 2)) * (w.temperature * log(u / (T(1) - u)));
+                    const T level = rint((mean + wide + T(1)) * (last / T(2)));
+                    const T kept = level < 0 ? T(0) : level > last ? last : level;  // NaN stays
+                    y[k] = kept / (last / T(2)) - T(1);
+                    set(image, k, kept / last);
+                }
             }
             __syncthreads();
         }
@@ -391,7 +466,6 @@ __global__ void __launch_bounds__(kThreads, 1) images_kernel(const __grid_consta
         for (int image = 0; image < count; ++image) {
             for (int k = thread; k < w.rings; k += kThreads) workspace[image * w.image_size + k] = T(0);
         }
-        __syncthreads();
         for (int i = 0; i < w.height; ++i) {
             vertical_row<T, R>(w, i, first, count, workspace, scratch);
             horizontal_row<T, I>(w, i, first, count, workspace, scratch, biases, tape);
@@ -454,6 +528,7 @@ Plan<T> plan(const PixelImages<T>& q, int processors, size_t shared) {
     w.first_reach = int(q.first_reach), w.reach = int(q.reach);
     std::copy(q.above.begin(), q.above.end(), w.above), std::copy(q.beside.begin(), q.beside.end(), w.beside);
     w.condition_image = q.condition_image, w.condition_row = q.condition_row, w.condition_column = q.condition_column;
+    w.levels = int(q.levels), w.mixtures = int(q.mixtures), w.draws = w.channels + (w.mixtures > 0 ? 1 : 0);
     w.uniforms = q.uniforms, w.known = q.known, w.mask = q.mask, w.temperature = q.temperature, w.x = q.x, w.out = q.out;
 
     const int own = w.maps / w.groups, side = 2 * w.first_reach + 1, other_side = 2 * w.reach + 1;

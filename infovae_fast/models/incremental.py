@@ -267,31 +267,27 @@ MOST_LAYERS, MOST_MAPS = 32, 1024
 class Images:
     """`GatedPixelCNN`, whole images in one launch of csrc/cuda/incremental.cu."""
 
-    def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int) -> None:
+    def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int) -> None:  # n: that of `Incremental`
         weights = prepare(decoder)
         self.memory = table(weights, decoder.image_shape[0])
-        self.shape = (n, *decoder.image_shape)
         rest = -2 * decoder.maps % _lanes(self.memory.dtype)
         conditions = [c for pair in conditions_of(decoder, z, weights) for c in pair]
         self.conditions = [F.pad(c, (0, rest)) for c in conditions] if rest else conditions
         reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
         self.sizes = [decoder.maps, decoder.data_channels, len(weights.output_bias), reaches[0], reaches[-1]]
 
-    def run_bits(
-        self, uniforms: Tensor, known: Tensor, mask: Tensor, temperature: float, callback: Callback | None = None
+    def draw(
+        self, uniforms: Tensor, known: Tensor, mask: Tensor, temperature: float, levels: int = 0, mixtures: int = 0
     ) -> Tensor:
-        """As `Incremental.run_bits`; the callback comes once, when all rows are under way."""
-        x, _ = self._leaf(uniforms, known, mask, temperature, False)
-        if callback is not None:
-            callback(self.shape[2], self.shape[2])
-        return x
+        """Images of bits, of `levels` by a softmax, or by a mixture of logistics; `known` where the mask says so."""
+        return self._leaf([*self.sizes, levels, mixtures], uniforms, known, mask, temperature, False)[0]
 
     def params(self, x: Tensor) -> Tensor:
         """Of every pixel of x, [n, P, H, W]."""
-        return self._leaf(None, x.to(self.memory), None, 1.0, True)[1]
+        return self._leaf([*self.sizes, 0, 0], None, x.to(self.memory), None, 1.0, True)[1]
 
     def _leaf(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.infovae_fast.draw_images(self.memory, self.conditions, self.sizes, *inputs)
+        return torch.ops.infovae_fast.draw_images(self.memory, self.conditions, *inputs)
 
 
 def table(weights: Weights, channels: int) -> Tensor:

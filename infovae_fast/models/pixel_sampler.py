@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from infovae_fast.backends import Backend, native_missing
 from infovae_fast.backends import choose as choose_backend
-from infovae_fast.likelihoods import Bernoulli, Likelihood
+from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits, unsupported
 
 STRATEGIES = ("auto", "naive", "cached", "fixed_point")
+DRAWN = (Bernoulli, Categorical, DiscretizedLogisticMixture)  # by `Images`
 LEAST_SHARED = 99 << 10  # bytes of shared memory that a block may have on all GPUs since sm_80
 
 
@@ -41,8 +42,9 @@ def _cuda_reason(like: Tensor, *inputs: Any) -> str | None:
 
 def images_reason(shared: int, decoder: Any = None, likelihood: Likelihood | None = None) -> str | None:
     """What `Images` cannot do, where a block may have so many bytes of shared memory."""
-    if likelihood is not None and type(likelihood) is not Bernoulli:
-        return f"it draws bits, and the likelihood is {type(likelihood).__name__}"
+    if likelihood is not None and type(likelihood) not in DRAWN:
+        names = ", ".join(kind.__name__ for kind in DRAWN)
+        return f"it draws for {names}, and the likelihood is {type(likelihood).__name__}"
     return None if decoder is None else cuda_limits(decoder, shared)
 
 
@@ -64,8 +66,8 @@ class PixelSampler:
         model: an `InfoVAE` with an autoregressive decoder, or such a decoder: a module decoder(z, x) -> params with
             `autoregressive = True` and `image_shape` = (C, H, W).
         likelihood: of a decoder; that of an `InfoVAE` is known.
-        backend: of "cached", "auto" or one of `infovae_fast.backends.NAMES`. "cuda" draws images of bits in one
-            launch; "cpp" draws bits in whole rows, other values a pixel at a time.
+        backend: of "cached", "auto" or one of `infovae_fast.backends.NAMES`. "cuda" draws whole images, not for
+            `Gaussian`; "cpp" draws bits in whole rows, other values a pixel at a time.
 
     Raises:
         ValueError: a decoder that is not autoregressive; no likelihood; one that does not fit the order of colours.
@@ -116,7 +118,7 @@ class PixelSampler:
             temperature: above 0; see `likelihoods`.
             seed: of the uniforms.
             uniforms: [n, U, H, W] in (0, 1) instead, U = likelihood.uniforms(C).
-            callback: called as callback(done, H) with the number of rows that are final; by "cuda" once.
+            callback: called as callback(done, H) with the number of rows that are final; for "cuda" once.
             strategy: "auto" is "cached" where that can run, else "fixed_point".
 
         Raises:
@@ -145,8 +147,13 @@ class PixelSampler:
 
         if strategy == "cached":
             incremental = self._incremental(z, n, self.likelihood)
-            if isinstance(incremental, Images) or (incremental.native and type(self.likelihood) is Bernoulli):
-                x = incremental.run_bits(u.float(), known.to(incremental.memory), mask, temperature, callback)
+            given = (u.float(), known.to(incremental.memory), mask, temperature)
+            if isinstance(incremental, Images):
+                x = incremental.draw(*given, *(getattr(self.likelihood, name, 0) for name in ("levels", "mixtures")))
+                if callback is not None:
+                    callback(x.shape[2], x.shape[2])
+            elif incremental.native and type(self.likelihood) is Bernoulli:
+                x = incremental.run_bits(*given, callback)
             else:
                 x = incremental.run(choose, callback)
             return x.to(self._like.dtype)

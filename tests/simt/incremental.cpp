@@ -7,10 +7,10 @@ template <typename T>
 const char* run(const int64_t* sizes, const T* table, int64_t elements, const T* const* conditions, const int64_t* strides,
                 const float* uniforms, const T* known, const bool* mask, double temperature, T* x, T* out,
                 int processors, int64_t shared, int64_t* used) {
-    const auto [n, channels, height, width, maps, groups, params, layers, first_reach, reach] =
-        *reinterpret_cast<const int64_t(*)[10]>(sizes);
+    const auto [n, channels, height, width, maps, groups, params, layers, first_reach, reach, levels, mixtures] =
+        *reinterpret_cast<const int64_t(*)[12]>(sizes);
     infovae_fast::PixelImages<T> images{n, channels, height, width, maps, groups, params, layers, first_reach, reach, table,
-                                        {}, {}, strides[0], strides[1], strides[2], uniforms, known, mask, T(temperature),
+                                        {}, {}, strides[0], strides[1], strides[2], levels, mixtures, uniforms, known, mask, T(temperature),
                                         x, out};
     for (int64_t layer = 0; layer < layers; ++layer) {
         images.above.push_back(conditions[2 * layer]);

@@ -43,7 +43,7 @@ def run(
 ) -> tuple[Tensor, Tensor, int]:
     """`leaf`, and the bytes of shared memory."""
     n, channels, height, width = known.shape
-    maps, groups, count, *reaches = sizes
+    maps, groups, count, *others = sizes
     x = torch.full_like(known, torch.nan, memory_format=torch.contiguous_format)
     out = x.new_full((n, count, height, width) if params else (0,), torch.nan)
     known, mask, uniforms = (None if t is None else t.contiguous() for t in (known, mask, uniforms))
@@ -64,7 +64,7 @@ def run(
     used = ctypes.c_int64()
     pointers = (ctypes.c_void_p * len(conditions))(*map(Tensor.data_ptr, conditions))
     error = call(
-        numbers(n, channels, height, width, maps, groups, count, len(conditions) // 2, *reaches),
+        numbers(n, channels, height, width, maps, groups, count, len(conditions) // 2, *others),
         pointer(table), ctypes.c_int64(table.numel()), pointers, numbers(*strides), pointer(uniforms),
         pointer(known), pointer(mask), ctypes.c_double(temperature), pointer(x), pointer(out),
         processors, ctypes.c_int64(shared), ctypes.byref(used),
