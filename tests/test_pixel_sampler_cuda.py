@@ -242,6 +242,22 @@ def test_shared_memory_is_as_predicted(options, channels):
         )
 
 
+def test_the_operator_has_a_fake():
+    if (reason := native_missing()) is not None:
+        pytest.skip(reason)
+    model, _, codes = model_of("grey", (3, 4))
+    images, x = incremental.Images(model, codes(2), 2), bits(model, 2)
+    given = (images.memory.to("meta"), images.conditions, [*images.sizes, 0, 0], None, x.to("meta"), None, 1.0)
+    for params, shape in ((True, x.shape), (False, (0,))):
+        fakes = torch.ops.infovae_fast.draw_images(*given, params)
+        assert [(t.shape, t.dtype, t.is_contiguous()) for t in fakes] == [
+            (x.shape, x.dtype, True),
+            (shape, x.dtype, True),
+        ]
+    with pytest.raises(ValueError, match="draw_images: got 5 sizes and 4 dimensions; accepted: 7 sizes"):
+        torch.ops.infovae_fast.draw_images(given[0], given[1], images.sizes, *given[3:], True)
+
+
 def test_the_kernel_refuses_what_does_not_fit():
     if ON_GPU:
         pytest.skip("on a GPU the binding refuses first")
