@@ -292,11 +292,10 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                                                T* scratch, const T* biases, Tape<T>& tape) {
     constexpr int V = kLanes<T>;
     using Lane = Pack<T, V>;
-    const int thread = int(threadIdx.x), maps = w.maps, own = maps / w.groups, logits = w.params / w.groups;
+    const int thread = int(threadIdx.x), maps = w.maps, own = maps / w.groups;
     const int first_size = (2 * w.first_reach + 1) * w.channels * I, size = (2 * w.reach + 1) * maps * I;
     T *const state = scratch + w.state, *const memory = scratch + w.memory, *const head = scratch + w.head;
     T *const drawn = scratch + w.drawn, *const sums = scratch + w.sums;
-    const T *const step_bias = biases, *const skip_bias = biases + (w.layers - 1) * maps;
     for (int k = thread; k < w.sums; k += kThreads) scratch[k] = T(0);  // left of the row; groups that come later
     __syncthreads();
 
@@ -346,49 +345,44 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
         for (int k = thread; j + 1 < w.width && k < count * lines; k += kThreads) {
             expect(base_of(k / lines, j + 1) + k % lines * line);
         }
+        const int64_t pixels = int64_t(w.height) * w.width, pixel = int64_t(i) * w.width + j;
         for (int group = 0; group < w.groups; ++group) {
-            for (int l = 0; l < w.layers; ++l) {
-                T* const row = l == 0 ? state : state + first_size + (l - 1) * size;
+            // The products: gate 0, step 0, gate 1, .., gate L - 1, then the head's three.
+            for (int p = 0; p < 2 * w.layers + 2; ++p) {
+                const int l = p / 2, k = p - (2 * w.layers - 1);  // k: of the head
+                const bool gates = k < 0 && p % 2 == 0;
                 const int here = l == 0 ? first_place : place, reach = l == 0 ? w.first_reach : w.reach;
                 const int channels = l == 0 ? w.channels : maps, taps = l == 0 && w.groups == 1 ? reach : reach + 1;
-                product(w.gates, row + here * channels * I, taps * channels);
-                for (int e = thread; e < own * I; e += kThreads) {
-                    const int image = e % I, c = e / I;
-                    const T* base = base_of(image, j) + l * w.wide + group * 2 * own + c;
-                    const T a = sum(w.gates, image, c, image < count ? base[0] : T(0));
-                    const T b = sum(w.gates, image, own + c, image < count ? base[own] : T(0));
-                    memory[((l * maps) + group * own + c) * I + image] = gate(a, b);
-                }
-                __syncthreads();
-                if (l + 1 == w.layers) break;
-                product(w.own, memory + l * maps * I, maps);
-                for (int e = thread; e < own * I; e += kThreads) {
-                    const int image = e % I, c = group * own + e / I;
-                    const T h = sum(w.own, image, e / I, step_bias[l * maps + c]);
-                    const T before = l == 0 ? T(0) : row[((place + w.reach) * maps + c) * I + image];
-                    put(state + first_size + l * size, place, w.reach, maps, c, image, h + before);
+                T* const row = l == 0 ? state : state + first_size + (l - 1) * size;
+                const Split s = gates ? w.gates : k == 2 ? w.logits : w.own;
+                product(s,
+                        gates ? row + here * channels * I : k > 0 ? head + (k - 1) * maps * I : memory + (k < 0 ? l * maps * I : 0),
+                        gates ? taps * channels : k == 0 ? w.layers * maps : maps);
+                const T* const bias = biases + (k < 0 ? l : w.layers - 1 + k) * maps + group * s.columns;
+                for (int e = thread; e < (gates ? own : s.columns) * I; e += kThreads) {
+                    const int image = e % I, c = e / I, m = group * own + c;
+                    if (gates) {
+                        const T* base = base_of(image, j) + l * w.wide + group * 2 * own + c;
+                        const T a = sum(s, image, c, image < count ? base[0] : T(0));
+                        const T b = sum(s, image, own + c, image < count ? base[own] : T(0));
+                        memory[(l * maps + m) * I + image] = gate(a, b);
+                        continue;
+                    }
+                    const T value = sum(s, image, c, bias[c]);
+                    if (k < 0) {
+                        const T before = l == 0 ? T(0) : row[((place + w.reach) * maps + m) * I + image];
+                        put(state + first_size + l * size, place, w.reach, maps, m, image, value + before);
+                    } else if (k < 2) {
+                        head[(k * maps + m) * I + image] = value < 0 ? T(0) : value;
+                    } else {
+                        drawn[e] = value;
+                        if (w.out != nullptr && image < count) {
+                            w.out[((first + image) * w.params + c * w.groups + group) * pixels + pixel] = value;
+                        }
+                    }
                 }
                 __syncthreads();
             }
-            for (int k = 0; k < 2; ++k) {  // the two inner vectors of the head
-                product(w.own, k == 0 ? memory : head, k == 0 ? w.layers * maps : maps);
-                for (int e = thread; e < own * I; e += kThreads) {
-                    const int image = e % I, c = group * own + e / I;
-                    const T value = sum(w.own, image, e / I, skip_bias[k * maps + c]);
-                    head[(k * maps + c) * I + image] = value < 0 ? T(0) : value;
-                }
-                __syncthreads();
-            }
-            product(w.logits, head + maps * I, maps);
-            const int64_t pixels = int64_t(w.height) * w.width, pixel = int64_t(i) * w.width + j;
-            for (int e = thread; e < logits * I; e += kThreads) {
-                const int image = e % I, c = e / I;
-                const T value = drawn[e] = sum(w.logits, image, c, skip_bias[2 * maps + group * logits + c]);
-                if (w.out != nullptr && image < count) {
-                    w.out[((first + image) * w.params + c * w.groups + group) * pixels + pixel] = value;
-                }
-            }
-            __syncthreads();
             const auto place_of = [&](int image, int c, int channels) {
                 return ((first + image) * channels + c) * pixels + pixel;
             };
