@@ -73,7 +73,7 @@ struct PixelImages {
     // condition_image + i condition_row + j condition_column: 2 maps numbers, and zeros up to a multiple of 16 bytes.
     std::vector<const T*> above, beside;
     int64_t condition_image, condition_row, condition_column;
-    // What is drawn: bits (levels = 0), levels by the softmax of a logit each, or by a mixture of so many logistics; see
+    // What is drawn: bits (levels = 0), levels by a softmax, or by a mixture of so many logistics: see
     // infovae_fast/likelihoods.py. The uniforms are [n, U, height, width], U = channels, and one more for a mixture;
     // without them everything is known, and any number of params does. All else is [n, channels, height, width].
     int64_t levels, mixtures;

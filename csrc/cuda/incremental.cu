@@ -1,6 +1,6 @@
 // Whole images of a gated PixelCNN on a GPU, in one launch.
 //
-// A block owns up to 8 images (float64: 2) from the first to the last pixel and waits for no other block. Each of its threads:
+// A block owns up to 8 images (float64: 2) from the first to the last pixel and waits for no other block:
 //
 //     row     the vertical stack: products of matrices [images width, K] x [K, 2C], tiles in registers. The rings and
 //             the bases of the images are in the block's part of the workspace; tiles and weights come through shared
@@ -140,7 +140,8 @@ struct Tape {
     unsigned step = 0;
 
     __device__ Tape(T* memory, const Work<T>& w)
-        : slots(reinterpret_cast<Lane*>(memory) + threadIdx.x), next(reinterpret_cast<const Lane*>(w.tape) + threadIdx.x),
+        : slots(reinterpret_cast<Lane*>(memory) + threadIdx.x),
+          next(reinterpret_cast<const Lane*>(w.tape) + threadIdx.x),
           end(reinterpret_cast<const Lane*>(w.tape_end)), size(end - reinterpret_cast<const Lane*>(w.tape)) {
         for (int k = 0; k < kAhead - 1; ++k) bring(k);
     }
@@ -161,7 +162,8 @@ struct Tape {
 
 // The vertical stack of row i: bases, and row i of all rings but the first. R rows of a tile are a thread's.
 template <typename T, int R>
-__device__ __forceinline__ void vertical_row(const Work<T>& w, int i, int64_t first, int count, T* workspace, T* scratch) {
+__device__ __forceinline__ void vertical_row(const Work<T>& w, int i, int64_t first, int count, T* workspace,
+                                             T* scratch) {
     constexpr int V = kLanes<T>, Q = kColumns / V, pieces = kDeep / V;
     using Lane = Pack<T, V>;
     const int thread = int(threadIdx.x), wide = w.wide, left_stride = kDeep + V, below_stride = wide + V;
@@ -201,15 +203,18 @@ __device__ __forceinline__ void vertical_row(const Work<T>& w, int i, int64_t fi
                     for (int c = 0; c < kColumns; ++c) acc[r][c] = T(0);
                 }
                 const auto bring = [&](int from, int stage) {
-                    const int piece = thread % pieces * V, k = from + piece, many = min(kDeep, inputs - from) * wide / V;
+                    const int piece = thread % pieces * V, k = from + piece;
+                    const int many = min(kDeep, inputs - from) * wide / V;
                     if (input == nullptr && k < inputs) {
                         const T* at = ring + tap_at[k / depth] + k % depth;
                         for (int r = thread / pieces; r < rows; r += kThreads / pieces) {
-                            __pipeline_memcpy_async(left + (stage * w.tile + r) * left_stride + piece, at + row_at[r], 16);
+                            T* const to = left + (stage * w.tile + r) * left_stride + piece;
+                            __pipeline_memcpy_async(to, at + row_at[r], 16);
                         }
                     }
                     for (int e = thread; e < many; e += kThreads) {
-                        __pipeline_memcpy_async(right + stage * kDeep * wide + e * V, weights + int64_t(from) * wide + e * V, 16);
+                        const T* at = weights + int64_t(from) * wide + e * V;
+                        __pipeline_memcpy_async(right + stage * kDeep * wide + e * V, at, 16);
                     }
                     __pipeline_commit();
                 };
@@ -266,7 +271,8 @@ __device__ __forceinline__ void vertical_row(const Work<T>& w, int i, int64_t fi
 #pragma unroll 1
             for (int pass = 0; pass < 2; ++pass) {  // what the taps see, then the link
                 const bool linked = pass == 1;
-                multiply(linked ? below : nullptr, linked ? below_stride : left_stride, linked ? link : matrix, linked ? wide : K);
+                multiply(linked ? below : nullptr, linked ? below_stride : left_stride, linked ? link : matrix,
+                         linked ? wide : K);
                 each(linked ? link + int64_t(wide) * wide : bias, linked ? w.beside[l] : w.above[l],
                      [&](int at, int image, int j, int c, const Lane& value) {
                          T* base = workspace + image * w.image_size + w.rings + (j * w.layers + l) * wide;
@@ -355,9 +361,10 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                 const int channels = l == 0 ? w.channels : maps, taps = l == 0 && w.groups == 1 ? reach : reach + 1;
                 T* const row = l == 0 ? state : state + first_size + (l - 1) * size;
                 const Split s = gates ? w.gates : k == 2 ? w.logits : w.own;
-                product(s,
-                        gates ? row + here * channels * I : k > 0 ? head + (k - 1) * maps * I : memory + (k < 0 ? l * maps * I : 0),
-                        gates ? taps * channels : k == 0 ? w.layers * maps : maps);
+                const T* const x = gates   ? row + here * channels * I
+                                   : k > 0 ? head + (k - 1) * maps * I
+                                           : memory + (k < 0 ? l * maps * I : 0);
+                product(s, x, gates ? taps * channels : k == 0 ? w.layers * maps : maps);
                 const T* const bias = biases + (k < 0 ? l : w.layers - 1 + k) * maps + group * s.columns;
                 for (int e = thread; e < (gates ? own : s.columns) * I; e += kThreads) {
                     const int image = e % I, c = e / I, m = group * own + c;
@@ -405,8 +412,8 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                 else set(image, c, T(w.uniforms[at]) < T(1) / (T(1) + exp(-drawn[e] / w.temperature)) ? T(1) : T(0));
             }
             // Levels: a warp for each image, and colour if they do not depend on each other.
-            const int warp = thread / 32, tasks = w.uniforms == nullptr || w.levels == 0 ? 0 : w.mixtures > 0 ? I : colours * I;
-            for (int task = warp; task < tasks; task += kThreads / 32) {
+            const int tasks = w.uniforms == nullptr || w.levels == 0 ? 0 : w.mixtures > 0 ? I : colours * I;
+            for (int task = thread / 32; task < tasks; task += kThreads / 32) {
                 const int image = task % I, own_c = task / I, c = own_c * w.groups + group;
                 if (image >= count) continue;
                 if (known(image, c)) {
@@ -434,8 +441,8 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                     T mean = param(3 * k + 1);
 #pragma unroll
                     for (int b = 0; b < k; ++b) mean += tanh(param(3 * (k * (k - 1) / 2 + b) + 3)) * y[b];
-                    const T u = noise(1 + k), wide = exp(param(3 * k + 2)) * (w.temperature * log(u / (T(1) - u)));
-                    const T level = rint((mean + wide + T(1)) * (last / T(2)));
+                    const T u = noise(1 + k), spread = exp(param(3 * k + 2)) * (w.temperature * log(u / (T(1) - u)));
+                    const T level = rint((mean + spread + T(1)) * (last / T(2)));
                     const T kept = level < 0 ? T(0) : level > last ? last : level;  // NaN stays
                     y[k] = kept / (last / T(2)) - T(1);
                     set(image, k, kept / last);
@@ -523,7 +530,8 @@ Plan<T> plan(const PixelImages<T>& q, int processors, size_t shared) {
     std::copy(q.above.begin(), q.above.end(), w.above), std::copy(q.beside.begin(), q.beside.end(), w.beside);
     w.condition_image = q.condition_image, w.condition_row = q.condition_row, w.condition_column = q.condition_column;
     w.levels = int(q.levels), w.mixtures = int(q.mixtures), w.draws = w.channels + (w.mixtures > 0 ? 1 : 0);
-    w.uniforms = q.uniforms, w.known = q.known, w.mask = q.mask, w.temperature = q.temperature, w.x = q.x, w.out = q.out;
+    w.uniforms = q.uniforms, w.known = q.known, w.mask = q.mask, w.temperature = q.temperature;
+    w.x = q.x, w.out = q.out;
 
     const int own = w.maps / w.groups, side = 2 * w.first_reach + 1, other_side = 2 * w.reach + 1;
     w.wide = int(round_up(2 * w.maps, V));
@@ -545,7 +553,7 @@ Plan<T> plan(const PixelImages<T>& q, int processors, size_t shared) {
 
     const int64_t first_ring = (w.first_reach + 1) * int64_t(w.width + 2 * w.first_reach) * w.first_depth;
     const int64_t ring = (w.reach + 1) * int64_t(w.width + 2 * w.reach) * w.depth;
-    const int64_t rings = first_ring + others * ring;
+    const int64_t rings = round_up(first_ring + others * ring, 32);  // lines of memory
     const int64_t image_size = round_up(rings + int64_t(w.width) * w.layers * w.wide, 32);
     if (image_size * kMaxImages<T> > int64_t(1) << 30) p.error = "an image of fewer columns: offsets have 32 bits";
     if (p.error != nullptr) return p;

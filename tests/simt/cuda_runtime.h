@@ -502,7 +502,7 @@ T __ldg(const T* at) {
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
     if ((bytes != 4 && bytes != 8 && bytes != 16) || (uintptr_t(to) | uintptr_t(from)) % bytes) {
-        std::fprintf(stderr, "simt: a copy of %zu bytes from %p to %p; accepted: 4, 8 or 16, aligned\n", bytes, from, to);
+        std::fprintf(stderr, "simt: a copy of %zu bytes, %p to %p; accepted: 4, 8 or 16, aligned\n", bytes, from, to);
         std::abort();
     }
     std::memset(to, 0xFF, bytes);

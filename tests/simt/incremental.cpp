@@ -4,15 +4,13 @@
 namespace {
 
 template <typename T>
-const char* run(const int64_t* sizes, const T* table, int64_t elements, const T* const* conditions, const int64_t* strides,
+const char* run(const int64_t* s, const T* table, int64_t elements, const T* const* conditions, const int64_t* strides,
                 const float* uniforms, const T* known, const bool* mask, double temperature, T* x, T* out,
                 int processors, int64_t shared, int64_t* used) {
-    const auto [n, channels, height, width, maps, groups, params, layers, first_reach, reach, levels, mixtures] =
-        *reinterpret_cast<const int64_t(*)[12]>(sizes);
-    infovae_fast::PixelImages<T> images{n, channels, height, width, maps, groups, params, layers, first_reach, reach, table,
-                                        {}, {}, strides[0], strides[1], strides[2], levels, mixtures, uniforms, known, mask, T(temperature),
-                                        x, out};
-    for (int64_t layer = 0; layer < layers; ++layer) {
+    infovae_fast::PixelImages<T> images{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], table, {}, {},
+                                        strides[0], strides[1], strides[2], s[10], s[11], uniforms, known, mask,
+                                        T(temperature), x, out};
+    for (int64_t layer = 0; layer < images.layers; ++layer) {
         images.above.push_back(conditions[2 * layer]);
         images.beside.push_back(conditions[2 * layer + 1]);
     }
@@ -26,12 +24,12 @@ const char* run(const int64_t* sizes, const T* table, int64_t elements, const T*
 
 }  // namespace
 
-#define ENTRY(name, T)                                                                                                \
-    extern "C" const char* name(const int64_t* sizes, const T* table, int64_t elements, const T* const* conditions,   \
-                                const int64_t* strides, const float* uniforms, const T* known, const bool* mask,      \
-                                double temperature, T* x, T* out, int processors, int64_t shared, int64_t* used) {    \
-        return run<T>(sizes, table, elements, conditions, strides, uniforms, known, mask, temperature, x, out,        \
-                      processors, shared, used);                                                                      \
+#define ENTRY(name, T)                                                                                               \
+    extern "C" const char* name(const int64_t* sizes, const T* table, int64_t elements, const T* const* conditions,  \
+                                const int64_t* strides, const float* uniforms, const T* known, const bool* mask,     \
+                                double temperature, T* x, T* out, int processors, int64_t shared, int64_t* used) {   \
+        return run<T>(sizes, table, elements, conditions, strides, uniforms, known, mask, temperature, x, out,       \
+                      processors, shared, used);                                                                     \
     }
 ENTRY(images_float, float)
 ENTRY(images_double, double)
