@@ -408,6 +408,88 @@ void draw_bits_cpu(at::TensorList bases, at::TensorList state, at::TensorList ho
     });
 }
 
+// x like known, and params [n, P, H, W] if they are wanted.
+std::tuple<Tensor, Tensor> draw_images_empty(const Tensor& /*table*/, at::TensorList /*conditions*/, at::IntArrayRef sizes,
+                                             const std::optional<Tensor>& /*uniforms*/, const Tensor& known,
+                                             const std::optional<Tensor>& /*mask*/, double /*temperature*/, bool params) {
+    TORCH_CHECK_VALUE(sizes.size() == 7 && known.dim() == 4, "draw_images: got ", sizes.size(), " sizes and ", known.dim(),
+                      " dimensions; accepted: 7 sizes, known [n, C, H, W]");
+    const auto s = known.sym_sizes();
+    return {at::empty_symint(s, known.options()),
+            params ? at::empty_symint({s[0], sizes[2], s[2], s[3]}, known.options()) : at::empty({0}, known.options())};
+}
+
+#ifdef WITH_CUDA
+std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList conditions, at::IntArrayRef sizes,
+                                            const std::optional<Tensor>& uniforms, const Tensor& known,
+                                            const std::optional<Tensor>& mask, double temperature, bool params) {
+    const auto out = draw_images_empty(table, conditions, sizes, uniforms, known, mask, temperature, params);
+    const int64_t n = known.size(0), channels = known.size(1), height = known.size(2), width = known.size(3);
+    const int64_t maps = sizes[0], groups = sizes[1], count = sizes[2], layers = int64_t(conditions.size()) / 2;
+    TORCH_CHECK_VALUE(channels > 0 && height > 0 && width > 0 && maps > 0 && groups > 0 && count > 0 &&
+                          maps % groups == 0 && count % groups == 0 && channels % groups == 0 && sizes[3] > 0 &&
+                          sizes[4] >= 0 && sizes[5] >= 0 && sizes[6] >= 0 && layers > 0 && conditions.size() % 2 == 0,
+                      "draw_images: got known ", known.sizes(), ", sizes ", sizes, " and ", conditions.size(), " conditions");
+    const int64_t levels = sizes[5], mixtures = sizes[6], draws = channels + (mixtures > 0 ? 1 : 0);
+    const bool mixes = mixtures > 0 && groups == 1 && levels > 1 && (channels == 1 || channels == 3);
+    const int64_t wanted = mixtures > 0 ? (channels == 1 ? 3 : 10) * mixtures : std::max<int64_t>(levels, 1) * channels;
+    TORCH_CHECK_VALUE(uniforms.has_value() == mask.has_value(), "draw_images: got uniforms or a mask; accepted: both, or neither");
+    TORCH_CHECK_VALUE(!uniforms.has_value() || (count == wanted && levels != 1 && (mixtures == 0 || mixes)), "draw_images: got ",
+                      count, " params of ", groups, " groups for ", channels, " channels, ", levels, " levels and ", mixtures,
+                      " mixtures");
+    const auto shape = conditions[0].sizes();
+    const int64_t size = int64_t(known.element_size()), wide = (2 * maps * size + 15) / 16 * 16 / size;
+    TORCH_CHECK_VALUE(shape.size() == 4 && (shape[0] == 1 || shape[0] == n) && (shape[1] == 1 || shape[1] == height) &&
+                          (shape[2] == 1 || shape[2] == width) && shape[3] == wide,
+                      "conditions: got shape ", shape, "; accepted: [1 or n, 1 or H, 1 or W, ", wide, "]");
+    const auto here = [&](const Tensor& t) {
+        TORCH_CHECK_VALUE(t.device() == known.device(), "got ", t.device(), " beside ", known.device());
+        return t.contiguous();
+    };
+    const Tensor weights = here(table), given = here(known);
+    const Tensor u = uniforms.has_value() ? here(*uniforms) : Tensor(), m = mask.has_value() ? here(*mask) : Tensor();
+    TORCH_CHECK_VALUE(!u.defined() || (u.scalar_type() == at::kFloat && m.scalar_type() == at::kBool &&
+                                       u.sizes() == at::IntArrayRef({n, draws, height, width}) && m.sizes() == known.sizes()),
+                      "draw_images: accepted: float32 uniforms [n, ", draws, ", H, W] and bool mask of shape ", known.sizes());
+    const c10::cuda::CUDAGuard guard(known.device());
+    int processors = 1, shared = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, known.get_device()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, known.get_device()));
+    AT_DISPATCH_FLOATING_TYPES(known.scalar_type(), "infovae_fast::draw_images", [&] {
+        using T = scalar_t;
+        PixelImages<T> images{n, channels, height, width, maps, groups, count, layers, sizes[3], sizes[4],
+                              data<T>(weights, {weights.numel()}, known)};
+        for (size_t k = 0; k < conditions.size(); ++k) {
+            const Tensor& c = conditions[k];
+            TORCH_CHECK_VALUE(c.device() == known.device(), "got ", c.device(), " beside ", known.device());
+            (k % 2 == 0 ? images.above : images.beside)
+                .push_back(data<T>(c, {shape[0], shape[1], shape[2], shape[3]}, known));
+        }
+        images.condition_image = shape[0] == 1 ? 0 : shape[1] * shape[2] * shape[3];
+        images.condition_row = shape[1] == 1 ? 0 : shape[2] * shape[3];
+        images.condition_column = shape[2] == 1 ? 0 : shape[3];
+        images.levels = levels, images.mixtures = mixtures;
+        images.uniforms = u.defined() ? u.const_data_ptr<float>() : nullptr;
+        images.known = given.const_data_ptr<T>();
+        images.mask = m.defined() ? m.const_data_ptr<bool>() : nullptr;
+        images.temperature = T(temperature);
+        images.x = std::get<0>(out).template mutable_data_ptr<T>();
+        images.out = params ? std::get<1>(out).template mutable_data_ptr<T>() : nullptr;
+        const ImagesNeed need = images_cuda_need(images, processors, size_t(shared));
+        TORCH_CHECK_VALUE(need.error != nullptr || need.table == weights.numel(), "table: got ", weights.numel(),
+                          " numbers; accepted: ", need.table);
+        const char* error = need.error;
+        if (error == nullptr) {
+            const Tensor workspace = at::empty({int64_t(need.workspace)}, known.options().dtype(at::kByte));
+            error = images_cuda(images, workspace.mutable_data_ptr(), processors, size_t(shared),
+                                c10::cuda::getCurrentCUDAStream().stream());
+        }
+        TORCH_CHECK(error == nullptr, "draw_images on ", known.device(), ": ", error);
+    });
+    return out;
+}
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY(infovae_fast, m) {
@@ -441,6 +523,12 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("draw_bits(Tensor[] bases, Tensor(a!)[] state, Tensor[] horizontal, Tensor[] step, Tensor[] step_bias, "
           "Tensor[] head, Tensor(b!) memory, int[] reaches, int image_channels, Tensor(c!) x, Tensor uniforms, "
           "Tensor known, Tensor mask, float temperature) -> ()");
+    // Whole images of a gated PixelCNN on a GPU, x [n, C, H, W], and if wanted params [n, P, H, W] of every pixel. `Images`
+    // of models/incremental.py makes the table; sizes = (maps, groups, P, first reach, reach, levels, mixtures). Without
+    // uniforms everything is known.
+    m.def("draw_images(Tensor table, Tensor[] conditions, int[] sizes, Tensor? uniforms, Tensor known, Tensor? mask, "
+          "float temperature, bool params) -> (Tensor x, Tensor params)",
+          {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
@@ -453,11 +541,15 @@ TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
     m.impl("masked_conv_backward", masked_conv_backward_cpu);
 }
 #ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) { m.impl("pairwise", pairwise_native); }
+TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) {
+    m.impl("pairwise", pairwise_native);
+    m.impl("draw_images", draw_images_cuda);
+}
 #endif
 TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
     m.impl("radial", radial_empty);
     m.impl("pairwise", pairwise_empty);
+    m.impl("draw_images", draw_images_empty);
     m.impl("masked_conv_forward", masked_conv_forward_empty);
     m.impl("masked_conv_backward", masked_conv_backward_empty);
 }

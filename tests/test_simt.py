@@ -84,6 +84,20 @@ def test_orders_tell_of_a_missing_barrier(gpu, monkeypatch, n, distance):
     assert results[0].tobytes() != results[1].tobytes()
 
 
+def test_copies_are_there_when_they_were_waited_for(gpu, monkeypatch):
+    x = np.arange(256, dtype=np.float32).reshape(64, 4)
+
+    def run():
+        out = np.zeros((4, 64, 4), np.float32)
+        assert call(gpu.run_copies, x, out) == 0
+        return out
+
+    out = identical(in_orders(monkeypatch, run))
+    for row, there in enumerate((1, 3, 4)):  # groups of one, two and one
+        assert np.array_equal(out[row, :, :there], x[:, :there]) and np.isnan(out[row, :, there:]).all()
+    assert np.array_equal(out[3], x)
+
+
 def test_orders_are_those_of_the_blocks_too(gpu, monkeypatch):
     def run():
         ints, tickets, wide = np.zeros(4, np.int32), np.zeros(9, np.uint32), np.zeros(1, np.uint64)

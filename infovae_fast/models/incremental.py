@@ -2,7 +2,8 @@
 
 The vertical stack of row i reads finished rows: one product of matrices a layer for the whole row, one for its link.
 The horizontal stack reads its own row: one product a layer for each pixel, and for each colour that is ordered. Both
-work from one table, `Weights`, and from what z adds, `Incremental.conditions`.
+work from one table, `Weights`, and from what z adds, `conditions_of`. `Incremental` goes from row to row in Python;
+`Images` leaves whole images to a GPU.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, to_dense
@@ -102,6 +104,30 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
 
 
+def conditions_of(decoder: GatedPixelCNN, z: Tensor | None, weights: Weights) -> list[tuple[Tensor, Tensor]]:
+    """What z adds in each layer to V and to the base, [n or 1, 1 or H, 1 or W, 2C] each."""
+    columns = _order(2 * decoder.maps, decoder.data_channels, halves=2)
+    nothing = (weights.skip.new_zeros(1, 2 * decoder.maps),) * 2
+
+    def rows(condition: Tensor) -> Tensor:
+        return _by_row(condition).to(weights.skip.dtype).contiguous()
+
+    pairs = (condition or nothing for condition in decoder.conditions(z))
+    return [(rows(above), rows(beside[:, columns])) for above, beside in pairs]
+
+
+def params_of_pixels(run: Callable[[Chooser], Tensor], x: Tensor, groups: int) -> Tensor:
+    """[n, P, H, W]: what `run` computes on the way when it is told x, pixel by pixel."""
+    seen: list[Tensor] = []
+
+    def choose(i: int, j: int, group: int, params: Tensor) -> Tensor:
+        seen.append(params)
+        return x[:, group::groups, i, j]
+
+    run(choose)
+    return torch.stack(seen, -1).unflatten(-1, (*x.shape[2:], groups)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
 class Incremental:
     """`GatedPixelCNN` a row and a pixel at a time; every number is computed once.
 
@@ -114,11 +140,7 @@ class Incremental:
         self.channels, self.height, self.width = decoder.image_shape
         self.reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
         self.taps = [layer.vertical.mask.taps for layer in decoder.layers]
-        columns = _order(2 * self.maps, self.groups, halves=2)
-        self.conditions = [
-            tuple(_by_row(c).to(self.weights.skip.dtype).contiguous() for c in (above, beside[:, columns]))
-            for above, beside in (condition or self._nothing() for condition in decoder.conditions(z))
-        ]
+        self.conditions = conditions_of(decoder, z, self.weights)
         new, layers, w = self.weights.skip.new_zeros, len(self.reaches), self.width
         inputs = [self.channels] + [self.maps] * (layers - 1)
         # The inputs of the vertical stack, y and v_l; the row so far of those of the horizontal one, y and h_l; per
@@ -128,10 +150,6 @@ class Incremental:
         self.bases = [new(n, w, 2 * self.maps) for _ in inputs]
         self.memory = new(n, (layers + 2) * self.maps)
         self.native = native
-
-    def _nothing(self) -> tuple[Tensor, Tensor]:
-        zeros = self.weights.skip.new_zeros(1, 2 * self.maps)
-        return zeros, zeros
 
     def run(self, choose: Chooser, callback: Callback | None = None) -> Tensor:
         """choose(i, j, group, params [n, P/G]) -> the group's channels [n, C/G] of pixel (i, j)."""
@@ -161,6 +179,10 @@ class Incremental:
             rows.append(x)
             self._finish(i, callback)
         return torch.stack(rows, 2)
+
+    def params(self, x: Tensor) -> Tensor:
+        """Of every pixel of x, [n, P, H, W]."""
+        return params_of_pixels(self.run, x, self.groups)
 
     def _finish(self, i: int, callback: Callback | None) -> None:
         r = self.reaches[0]
@@ -232,3 +254,116 @@ class Incremental:
 def _by_row(condition: Tensor) -> Tensor:
     """[n, 2C] or [n, 2C, H, W] -> [n, 1 or H, 1 or W, 2C]."""
     return condition.permute(0, 2, 3, 1) if condition.ndim == 4 else condition[:, None, None]
+
+
+THREADS, SLICES, AHEAD, DEEP = 256, 32, 8, 16  # kThreads, kMaxSlices, kAhead and kDeep of csrc/cuda/incremental.cu
+MOST_LAYERS, MOST_MAPS = 32, 1024
+
+
+class Images:
+    """`GatedPixelCNN`, whole images in one launch of csrc/cuda/incremental.cu."""
+
+    def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int) -> None:  # n: that of `Incremental`
+        weights = prepare(decoder)
+        self.memory = table(weights, decoder.image_shape[0])
+        rest = -2 * decoder.maps % _lanes(self.memory.dtype)
+        conditions = [c for pair in conditions_of(decoder, z, weights) for c in pair]
+        self.conditions = [F.pad(c, (0, rest)) for c in conditions] if rest else conditions
+        reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
+        self.sizes = [decoder.maps, decoder.data_channels, len(weights.output_bias), reaches[0], reaches[-1]]
+
+    def draw(
+        self, uniforms: Tensor, known: Tensor, mask: Tensor, temperature: float, levels: int = 0, mixtures: int = 0
+    ) -> Tensor:
+        """Images of bits, of `levels` by a softmax, or by a mixture of logistics; `known` where the mask says so."""
+        return self._leaf([*self.sizes, levels, mixtures], uniforms, known, mask, temperature, False)[0]
+
+    def params(self, x: Tensor) -> Tensor:
+        """Of every pixel of x, [n, P, H, W]."""
+        return self._leaf([*self.sizes, 0, 0], None, x.to(self.memory), None, 1.0, True)[1]
+
+    def _leaf(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.infovae_fast.draw_images(self.memory, self.conditions, *inputs)
+
+
+def table(weights: Weights, channels: int) -> Tensor:
+    """All of `weights`, for an image of so many channels, as csrc/cuda/incremental.cu reads it, in vectors of 16 bytes.
+
+    First the vertical stack, layer by layer: matrix, bias, link, its bias, padded with zeros to whole vectors. Then
+    the tape of each group, its horizontal matrices in the order of their use. Then the biases of the horizontal stack.
+    """
+    lanes, maps = _lanes(weights.skip.dtype), len(weights.skip_bias)
+    parts = []
+    for first, layer in zip([True] + [False] * len(weights.layers), weights.layers, strict=False):
+        wide = -2 * maps % lanes
+        vertical = layer.vertical.unflatten(0, (-1, channels if first else maps))  # [taps, Cin, 2C]
+        parts += [
+            F.pad(vertical, (0, wide, 0, -vertical.shape[1] % lanes)),
+            F.pad(layer.vertical_bias, (0, wide)),
+            F.pad(layer.link, (0, wide, 0, wide)),
+            F.pad(layer.horizontal_bias, (0, wide)),
+        ]
+    for group in range(len(weights.skip)):
+        for layer in weights.layers:
+            parts += [_steps(m[group]) for m in (layer.horizontal, layer.step) if m is not None]
+        parts += [_steps(m[group]) for m in (weights.skip, weights.hidden, weights.output)]
+    parts += [layer.step_bias for layer in weights.layers if layer.step_bias is not None]
+    parts += [weights.skip_bias, weights.hidden_bias, weights.output_bias]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _steps(matrix: Tensor) -> Tensor:
+    """[K, M] -> [steps, THREADS, lanes]: in step v thread t has columns t % quads and row t // quads + v slices."""
+    lanes = _lanes(matrix.dtype)
+    matrix = F.pad(matrix, (0, -matrix.shape[1] % lanes))
+    slices = min(THREADS * lanes // matrix.shape[1], SLICES)
+    matrix = F.pad(matrix, (0, 0, 0, -len(matrix) % slices)).unflatten(0, (-1, slices)).flatten(1)
+    return F.pad(matrix, (0, THREADS * lanes - matrix.shape[1])).unflatten(1, (THREADS, lanes))
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    return 16 // max(dtype.itemsize, 4)
+
+
+def cuda_limits(decoder: GatedPixelCNN, shared: int) -> str | None:
+    """What csrc/cuda/incremental.cu has no room for, where a block may have so many bytes of shared memory."""
+    layers, maps = len(decoder.layers), decoder.maps
+    if layers > MOST_LAYERS or maps > MOST_MAPS:
+        return f"got {layers} layers of {maps} maps, accepted: at most {MOST_LAYERS} of {MOST_MAPS}"
+    lanes, groups = _lanes(next(decoder.parameters()).dtype), decoder.data_channels
+    params = decoder.head[-1].weight.shape[2]
+    if (most := max(2 * maps, params) // groups) > THREADS * lanes:
+        return f"got {most} columns for a colour, accepted: at most {THREADS * lanes}"
+    if (bytes_ := shared_memory(decoder)) > shared:
+        return f"an image needs {bytes_} bytes of shared memory, accepted here: at most {shared}"
+    return None
+
+
+def shared_memory(decoder: GatedPixelCNN) -> int:
+    """Bytes that a block with one image needs: the larger of those for a row and for a pixel."""
+    channels, _, width = decoder.image_shape
+    maps, groups, layers, params = (
+        decoder.maps,
+        decoder.data_channels,
+        len(decoder.layers),
+        decoder.head[-1].weight.shape[2],
+    )
+    first, other = (decoder.layers[k].vertical.mask.kernel_size // 2 for k in (0, -1))
+    itemsize = max(next(decoder.parameters()).dtype.itemsize, 4)
+    lanes = 16 // itemsize
+
+    def whole(count: int) -> int:
+        return -(-count // lanes) * lanes
+
+    def sums(columns: int) -> int:
+        return min(THREADS * lanes // whole(columns), SLICES) * (whole(columns) + lanes)
+
+    wide = whole(2 * maps)
+    tile = min(THREADS // -(-wide // 8) * 2, width)
+    row = 2 * tile * (DEEP + lanes) + 2 * DEEP * wide + tile * (wide + lanes)
+    offsets = 4 * (tile + (2 * max(first, other) + 1) ** 2)
+    state = (2 * first + 1) * channels + (layers - 1) * (2 * other + 1) * maps
+    pixel = whole(state + (layers + 2) * maps + params // groups)
+    pixel += max(map(sums, (2 * maps // groups, maps // groups, params // groups)))
+    fixed = AHEAD * THREADS * lanes + whole((layers + 1) * maps + params)
+    return itemsize * fixed + max(itemsize * row + offsets, itemsize * pixel)

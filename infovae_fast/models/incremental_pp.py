@@ -5,7 +5,6 @@ does what u gives to ul and to params: `base` of each block. What is left for a 
 of ul's convolutions, at half the resolution for one pixel of four.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infovae_fast.masked_conv import gated
+from infovae_fast.models.incremental import Callback, Chooser, params_of_pixels
 from infovae_fast.models.pixelcnn_pp import RESOLUTIONS, PixelCNNPlusPlus, _Block, _Blocks, _both, _Conv
 
 Table = tuple[Tensor, Tensor]  # matrix [inputs, outputs], bias [outputs]
@@ -146,7 +146,7 @@ class IncrementalPlusPlus:
         self.head = _table(decoder.head[1], options)
 
     @torch.no_grad()
-    def run(self, choose: Callable[..., Tensor], callback: Callable[[int, int], None] | None = None) -> Tensor:
+    def run(self, choose: Chooser, callback: Callback | None = None) -> Tensor:
         """choose(i, j, 0, params [n, P]) -> pixel (i, j) [n, C]."""
         x = torch.zeros(self.n, self.channels, self.height, self.width, **self.options)
         y = torch.zeros(
@@ -172,6 +172,10 @@ class IncrementalPlusPlus:
             if callback is not None:
                 callback(i + 1, self.height)
         return x
+
+    def params(self, x: Tensor) -> Tensor:
+        """Of every pixel of x, [n, P, H, W]."""
+        return params_of_pixels(self.run, x, 1)
 
     def _row(self, r: int, i: int, u: Tensor) -> Tensor:
         """Stream u of row i and resolution r, up, through the coarser ones, and down: [n, F, w] -> [n, F, w]."""

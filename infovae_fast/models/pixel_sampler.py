@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from infovae_fast.backends import Backend, native_missing
 from infovae_fast.backends import choose as choose_backend
-from infovae_fast.likelihoods import Bernoulli, Likelihood
-from infovae_fast.models.incremental import Callback, Chooser, Incremental
+from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood
+from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
 from infovae_fast.models.incremental_pp import IncrementalPlusPlus
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
 STRATEGIES = ("auto", "naive", "cached", "fixed_point")
+DRAWN = (Bernoulli, Categorical, DiscretizedLogisticMixture)  # by `Images`
+LEAST_SHARED = 99 << 10  # bytes of shared memory that a block may have on all GPUs since sm_80
 
 
 def uncached(decoder: nn.Module) -> str | None:
@@ -42,21 +44,42 @@ def uncached(decoder: nn.Module) -> str | None:
     return None
 
 
-def _cpp_reason(like: Tensor, decoder: nn.Module | None = None) -> str | None:
+# A reason is given for a parameter of the decoder, the decoder, and what is to be drawn (None: params alone).
+def _cuda_reason(like: Tensor, *inputs: Any) -> str | None:
+    if like.device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, and the decoder is on {like.device}"
+    if (reason := native_missing("cuda")) is not None:
+        return reason
+    gpu = torch.cuda.get_device_properties(like.device)
+    return images_reason(getattr(gpu, "shared_memory_per_block_optin", LEAST_SHARED), *inputs)
+
+
+def images_reason(shared: int, decoder: Any = None, likelihood: Likelihood | None = None) -> str | None:
+    """What `Images` cannot do, where a block may have so many bytes of shared memory."""
+    if likelihood is not None and type(likelihood) not in DRAWN:
+        names = ", ".join(kind.__name__ for kind in DRAWN)
+        return f"it draws for {names}, and the likelihood is {type(likelihood).__name__}"
+    return None if decoder is None else _no_kernels(decoder) or cuda_limits(decoder, shared)
+
+
+def _cpp_reason(like: Tensor, decoder: Any = None, likelihood: Likelihood | None = None) -> str | None:
     if like.device.type != "cpu":
         return f"it runs on the CPU, and the decoder is on {like.device}"
-    if isinstance(decoder, PixelCNNPlusPlus):
-        return "it has no kernels for PixelCNNPlusPlus in this version"
-    return native_missing()
+    return _no_kernels(decoder) or native_missing()
 
 
-def _reference(decoder: nn.Module, z: Tensor | None, n: int) -> Incremental | IncrementalPlusPlus:
-    return (IncrementalPlusPlus if isinstance(decoder, PixelCNNPlusPlus) else Incremental)(decoder, z, n)  # type: ignore[arg-type]
+def _no_kernels(decoder: Any) -> str | None:
+    return "it has no kernels for PixelCNNPlusPlus in this version" if isinstance(decoder, PixelCNNPlusPlus) else None
+
+
+def _reference(decoder: Any, z: Tensor | None, n: int) -> Incremental | IncrementalPlusPlus:
+    return (IncrementalPlusPlus if isinstance(decoder, PixelCNNPlusPlus) else Incremental)(decoder, z, n)
 
 
 BACKENDS = (
+    Backend("cuda", _cuda_reason, Images),
     Backend("cpp", _cpp_reason, partial(Incremental, native=True)),
-    Backend("reference", lambda *inputs: None, _reference),
+    Backend("reference", lambda like, *inputs: None, _reference),
 )
 
 
@@ -67,8 +90,8 @@ class PixelSampler:
         model: an `InfoVAE` with an autoregressive decoder, or such a decoder: a module decoder(z, x) -> params with
             `autoregressive = True` and `image_shape` = (C, H, W).
         likelihood: of a decoder; that of an `InfoVAE` is known.
-        backend: of "cached", "auto" or one of `infovae_fast.backends.NAMES`. "cpp" draws bits in whole rows, other
-            values a pixel at a time.
+        backend: of "cached", "auto" or one of `infovae_fast.backends.NAMES`. "cuda" draws whole images, not for
+            `Gaussian`; "cpp" draws bits in whole rows, other values a pixel at a time.
 
     Raises:
         ValueError: a decoder that is not autoregressive; no likelihood; one that does not fit the order of colours.
@@ -119,7 +142,7 @@ class PixelSampler:
             temperature: above 0; see `likelihoods`.
             seed: of the uniforms.
             uniforms: [n, U, H, W] in (0, 1) instead, U = likelihood.uniforms(C).
-            callback: called as callback(done, H) with the number of rows that are final.
+            callback: called as callback(done, H) with the number of rows that are final; for "cuda" once.
             strategy: "auto" is "cached" where that can run, else "fixed_point".
 
         Raises:
@@ -147,8 +170,13 @@ class PixelSampler:
             return torch.where(mask[:, group::g, i, j], known[:, group::g, i, j], drawn.to(known.dtype))
 
         if strategy == "cached":
-            incremental = self._incremental(z, n)
-            if isinstance(incremental, Incremental) and incremental.native and type(self.likelihood) is Bernoulli:
+            incremental = self._incremental(z, n, self.likelihood)
+            if isinstance(incremental, Images):
+                sizes = (getattr(self.likelihood, name, 0) for name in ("levels", "mixtures"))
+                x = incremental.draw(u.float(), known.to(incremental.memory), mask, temperature, *sizes)
+                if callback is not None:
+                    callback(x.shape[2], x.shape[2])
+            elif isinstance(incremental, Incremental) and incremental.native and type(self.likelihood) is Bernoulli:
                 x = incremental.run_bits(u.float(), known.to(incremental.memory), mask, temperature, callback)
             else:
                 x = incremental.run(choose, callback)
@@ -165,18 +193,13 @@ class PixelSampler:
     def params(self, z: Tensor | None, x: Tensor) -> Tensor:
         """decoder(z, x) as "cached" computes it, a pixel and colour at a time: [N, P, H, W], equal but for rounding."""
         z, n = self._codes(z, len(x))
-        seen: list[Tensor] = []
+        return self._incremental(z, n, None).params(x)
 
-        def choose(i: int, j: int, group: int, params: Tensor) -> Tensor:
-            seen.append(params)
-            return x[:, group :: self.groups, i, j]
-
-        self._incremental(z, n).run(choose)
-        _, height, width = self.image_shape
-        return torch.stack(seen, -1).unflatten(-1, (height, width, -1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
-
-    def _incremental(self, z: Tensor | None, n: int) -> Incremental | IncrementalPlusPlus:
-        return choose_backend("pixel_sampler", BACKENDS, self.backend, self._like, self.decoder)(self.decoder, z, n)
+    def _incremental(
+        self, z: Tensor | None, n: int, likelihood: Likelihood | None
+    ) -> Incremental | IncrementalPlusPlus | Images:
+        inputs = (self._like, self.decoder, likelihood)
+        return choose_backend("pixel_sampler", BACKENDS, self.backend, *inputs)(self.decoder, z, n)
 
     def _naive(self, z: Tensor | None, n: int, choose: Chooser, callback: Callback | None) -> Tensor:
         x = self._like.new_zeros(n, *self.image_shape)

@@ -6,6 +6,8 @@
 //
 //     forward (the default), reverse, shuffle or shuffle:SEED      the order of lanes, of warps and of blocks
 //
+// Asynchronous copies (__pipeline_memcpy_async) leave poison until their thread has waited for them, and read then.
+//
 // Threads that wait for others which have exited, or which wait at another line, are reported and the process aborts;
 // here that includes exited lanes in a mask, which CUDA permits at times. What a lane that takes no part would give is
 // poison. Dynamic shared memory is shared_memory<T>(), from here; under nvcc (#ifdef __CUDACC__) the .cu defines it:
@@ -148,10 +150,19 @@ struct Fibre {
     size_t size;
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    unsigned group;
+};
+
 struct Thread : Fibre {
     uint3 index;
     bool ready;
     Stop stop;
+    std::vector<Copy> copies;  // that are under way, and the number of groups so far
+    unsigned groups;
     uint64_t value, result;  // what it brings to the others and gets from them
     int source;              // the lane that it reads
 };
@@ -288,7 +299,7 @@ inline void run_warp(Thread* warp, unsigned lanes) {
 
 inline void run_block() {
     Thread* const end = threads + thread_count;
-    for (Thread* thread = threads; thread < end; ++thread) thread->ready = true;
+    for (Thread* thread = threads; thread < end; ++thread) thread->ready = true, thread->copies.clear();
     for (;;) {
         in_order((thread_count + warpSize - 1) / warpSize, [&](size_t w) {
             Thread* warp = threads + w * warpSize;
@@ -485,6 +496,26 @@ T atomicCAS(T* at, simt::Given<T> expected, simt::Given<T> value) {
 template <typename T>
 T __ldg(const T* at) {
     return *at;
+}
+
+// ---- cuda_pipeline.h ----
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+    if ((bytes != 4 && bytes != 8 && bytes != 16) || (uintptr_t(to) | uintptr_t(from)) % bytes) {
+        std::fprintf(stderr, "simt: a copy of %zu bytes, %p to %p; accepted: 4, 8 or 16, aligned\n", bytes, from, to);
+        std::abort();
+    }
+    std::memset(to, 0xFF, bytes);
+    simt::running->copies.push_back({to, from, bytes, simt::running->groups});
+}
+inline void __pipeline_commit() { ++simt::running->groups; }
+inline void __pipeline_wait_prior(unsigned prior) {
+    simt::Thread& self = *simt::running;
+    auto copy = self.copies.begin();
+    for (; copy != self.copies.end() && self.groups - copy->group > std::min(prior, 8u); ++copy) {
+        std::memcpy(copy->to, copy->from, copy->bytes);
+    }
+    self.copies.erase(self.copies.begin(), copy);
 }
 
 // ---- arithmetic ----

@@ -1,4 +1,5 @@
 // Kernels that tests/test_simt.py runs on tests/simt/cuda_runtime.h, and compiles with nvcc where there is one.
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #ifdef __CUDACC__
@@ -79,6 +80,27 @@ __global__ void neighbour(const float* x, int distance, bool barrier, float* out
     tile[threadIdx.x] = x[threadIdx.x];
     if (barrier) __syncthreads();
     out[threadIdx.x] = tile[(threadIdx.x + distance) % blockDim.x];
+}
+
+// Four copies in three groups; a row of out after each wait. What is not there yet is poison here, and a race on a GPU.
+__global__ void copies(const float* x, float* out) {
+    __shared__ __align__(16) float slots[64][4];
+    const int thread = threadIdx.x;
+    float* const mine = slots[thread];
+    for (int k = 0; k < 4; ++k) {
+        __pipeline_memcpy_async(mine + k, x + 4 * thread + k, sizeof(float));
+        if (k != 1) __pipeline_commit();
+    }
+    for (int row = 0; row < 3; ++row) {
+        __pipeline_wait_prior(2 - row);
+        for (int k = 0; k < 4; ++k) out[(row * 64 + thread) * 4 + k] = mine[k];
+    }
+    __syncthreads();
+    __pipeline_memcpy_async(mine, x + 4 * (63 - thread), 16);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    for (int k = 0; k < 4; ++k) out[(3 * 64 + thread) * 4 + k] = slots[63 - thread][k];
 }
 
 enum Mistake { kNone, kExit, kOtherBarrier, kOtherWarpBarrier, kWarpOfExited, kNotInMask };
@@ -183,6 +205,7 @@ int run_transpose(const float* x, int rows, int columns, int dynamic, float* out
 int run_neighbour(const float* x, int n, int distance, bool barrier, float* out) {
     return launch(neighbour, 1, n, 0, x, distance, barrier, out);
 }
+int run_copies(const float* x, float* out) { return launch(copies, 1, 64, 0, x, out); }
 int run_diverge(int mistake) { return launch(diverge, dim3(1, 2), dim3(16, 4), 0, mistake); }
 int run_warp_operations(const int* x, int n, int* out) { return launch(warp_operations, 1, n, 0, x, out); }
 int run_atomics(int* ints, unsigned* tickets, unsigned long long* wide, float* single, double* twice) {
