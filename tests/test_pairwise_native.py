@@ -145,15 +145,17 @@ def test_far_pairs_are_as_good_as_nothing():
     assert out[1].abs().max() <= 2e3 * torch.finfo(torch.float32).tiny
 
 
-def test_values_keep_their_digits_where_all_distances_are_alike():
+@pytest.mark.parametrize("dim", [10, 80])
+def test_values_keep_their_digits_where_distances_are_alike(dim):
     values, errors = [], []
     for seed in range(8):
         torch.manual_seed(seed)
-        x, y = torch.randn(2, 1000, 80)
-        values.append(mmd(x.double(), y.double(), wae_imq(80)).item())
-        errors.append(mmd(x, y, wae_imq(80)).item() - values[-1])
+        x, y = torch.randn(2, 1000, dim)
+        values.append(mmd(x.double(), y.double(), wae_imq(dim)).item())
+        errors.append(mmd(x, y, wae_imq(dim)).item() - values[-1])
     values, errors = torch.tensor(values), torch.tensor(errors)
-    assert errors.square().mean().sqrt() < 2e-6 * values.std()  # 6e-6 where phi itself is summed in float32
+    # Where phi itself is summed in float32 it is 2e-6 and 6e-6.
+    assert errors.square().mean().sqrt() < (1e-6 if dim == 10 else 2e-6) * values.std()
 
 
 def test_nan_stays_visible():

@@ -79,6 +79,7 @@ struct Sources {
     const T *u, *h, *a;      // [m, dp], [m], [m]
     const T *ut;             // [m / kChunk, d, kChunk], or null where the coordinates fit the registers
     const T *p, *v;          // [m, dp], what g and phi multiply; v may be null
+    const double* a_before;  // [m + 1], sum of a_i over i < j
 };
 
 #define VECTOR_CODE "pairwise.inc"
@@ -90,12 +91,14 @@ struct Cloud {
     int64_t n = 0;
     const T *given_a = nullptr, *given_v = nullptr;
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *v = nullptr;
+    double* a_before = nullptr;
 
     void carve(Carver& memory, int64_t d, int64_t dp, bool small, bool fold_v) {
         const int64_t padded = round_up(n, kChunk);
         u = memory.take<T>(padded * dp);
         h = memory.take<T>(padded);
         a = memory.take<T>(padded);
+        a_before = memory.take<double>(padded + 1);
         ut = small ? nullptr : memory.take<T>(padded * d);
         p = given_a != nullptr || fold_v ? memory.take<T>(padded * dp) : u;
         v = given_v != nullptr && !fold_v ? memory.take<T>(padded * dp) : nullptr;
@@ -135,6 +138,8 @@ struct Cloud {
                 }
             }
         });
+        a_before[0] = 0;
+        for (int64_t j = 0; j < padded; ++j) a_before[j + 1] = a_before[j] + double(a[j]);
     }
 };
 
@@ -269,33 +274,32 @@ void pairwise(const PairwiseProblem<T>& q) {
     }
     const Quotients<T> quotients(rate, weight, 4 * double(farthest));
     const auto mixture = [&](double t) {
-        const double typical = small ? 0 : phi_of(kind, q.radial, t);
+        const double typical = phi_of(kind, q.radial, t);
         return Mixture<T>{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
                           int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data(),
                           std::isfinite(T(typical)) ? T(typical) : T(0)};
     };
     // For the pairs of x, of x and y, of y. A mean of phi is at least phi of the mean distance, as phi is convex.
-    Mixture<T> mixtures[3] = {mixture(0), mixture(0), mixture(0)};
-    if (!small) {
-        std::vector<double> u_mean[2];
-        double h_mean[2] = {}, dot[3] = {};
-        for (const int k : {0, 1}) {
-            const Cloud<T>& cloud = clouds[k];
-            u_mean[k].assign(d, 0.0);
-            for (int64_t i = 0; i < cloud.n; ++i) {
-                h_mean[k] += double(cloud.h[i]) / double(cloud.n);
-                for (int64_t c = 0; c < d; ++c) u_mean[k][c] += double(cloud.u[i * dp + c]) / double(cloud.n);
-            }
+    std::vector<double> u_mean[2];
+    double h_mean[2] = {}, dot[3] = {};
+    for (const int k : {0, 1}) {
+        const Cloud<T>& cloud = clouds[k];
+        u_mean[k].assign(d, 0.0);
+        for (int64_t i = 0; i < cloud.n; ++i) {
+            h_mean[k] += double(cloud.h[i]);
+            for (int64_t c = 0; c < d; ++c) u_mean[k][c] += double(cloud.u[i * dp + c]);
         }
-        for (int64_t c = 0; c < d; ++c) {
-            for (const int k : {0, 1, 2}) dot[k] += u_mean[k / 2][c] * u_mean[(k + 1) / 2][c];
-        }
-        for (const int k : {0, 1}) {
-            const double n = double(clouds[k].n);
-            if (n > 1) mixtures[2 * k] = mixture(-(2 * h_mean[k] - dot[2 * k]) * n / (n - 1));
-        }
-        mixtures[1] = mixture(-(h_mean[0] + h_mean[1] - dot[1]));
+        h_mean[k] /= double(cloud.n);
+        for (double& mean : u_mean[k]) mean /= double(cloud.n);
     }
+    for (int64_t c = 0; c < d; ++c) {
+        for (const int k : {0, 1, 2}) dot[k] += u_mean[k / 2][c] * u_mean[(k + 1) / 2][c];
+    }
+    const auto within = [&](int k) {
+        const double n = double(clouds[k].n);
+        return mixture(-(2 * h_mean[k] - dot[2 * k]) * n / (n - 1));
+    };
+    const Mixture<T> mixtures[3] = {within(0), mixture(-(h_mean[0] + h_mean[1] - dot[1])), within(1)};
 
     // A cloud is `full` if its rows need forces or potentials. Pairs of both clouds are visited by the full ones;
     // if there is none, by x.
@@ -330,7 +334,7 @@ void pairwise(const PairwiseProblem<T>& q) {
         const int64_t count = task.i1 - task.i0;
         const Targets<T> targets{own.u, own.h};
         const auto sources = [&](const Cloud<T>& z) {
-            return Sources<T>{small ? dp : d, dp, z.u, z.h, z.a, z.ut, z.p, z.v};
+            return Sources<T>{small ? dp : d, dp, z.u, z.h, z.a, z.ut, z.p, z.v, z.a_before};
         };
         double energy_here = 0;
         std::fill_n(row_totals, count * (dp + 2), 0.0);
