@@ -146,7 +146,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, again: Tensor | None) -> tuple[Any, ...]:
-        if again is not None:
+        if again is not None and not torch.compiler.is_compiling():  # it gives all gradients
             raise RuntimeError("this backend gives first derivatives; use backend='reference' to differentiate twice")
         gradient, x = ctx.saved_tensors
         need_params, need_x, *_ = ctx.needs_input_grad

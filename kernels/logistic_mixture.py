@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 512  # of a tile, so that what the gradient needs fits the registers
+BYTES = 1024  # of a tile, so that what the gradient needs fits the registers
 WARPS = 4
 
 
@@ -36,7 +36,7 @@ def decay(w, TERMS: tl.constexpr):
     small = tl.where(w < 1, w, 1.0)
     series = tl.zeros_like(w) + 1.0
     for i in tl.static_range(TERMS):
-        series = 1.0 - small * series / (TERMS + 1 - i)
+        series = 1.0 - small * series * (1.0 / (TERMS + 1 - i))
     return e, tl.where(w < 1, series, 1.0 - e)
 
 
@@ -157,6 +157,11 @@ def terms(dtype: torch.dtype) -> int:
     return 18 if dtype == torch.float64 else 10
 
 
+def block(dtype: torch.dtype, k: int) -> int:
+    """The pixels of a program."""
+    return max(1, BYTES // dtype.itemsize // triton.next_power_of_2(k))
+
+
 def _flat(t: Tensor) -> Tensor:
     """[N, C, *S] as [N, C, pixels], a view if that can be."""
     return t.flatten(2) if t.ndim > 2 else t.unsqueeze(2)
@@ -172,12 +177,11 @@ def logistic_mixture(params: Tensor, x: Tensor, levels: int, gradient: bool) -> 
     nll = params.new_zeros(n, pixels)
     if params.numel():
         k = params.shape[1] // (3 if channels == 1 else 10)
-        kp = triton.next_power_of_2(k)
-        block = max(1, ELEMENTS // kp)
+        pixels_of_program = block(params.dtype, k)
         with torch.cuda.device(params.device) if params.is_cuda else nullcontext():
-            logistic_mixture_kernel[(triton.cdiv(n * pixels, block),)](
-                flat, x_flat, nll, to, n, pixels, *flat.stride(), *x_flat.stride(), *to.stride(), levels - 1,
-                k, kp, channels, gradient, terms(params.dtype), block, num_warps=WARPS,
+            logistic_mixture_kernel[(triton.cdiv(n * pixels, pixels_of_program),)](
+                flat, x_flat, nll, to, n, pixels, *flat.stride(), *x_flat.stride(), *to.stride(), levels - 1, k,
+                triton.next_power_of_2(k), channels, gradient, terms(params.dtype), pixels_of_program, num_warps=WARPS,
             )  # fmt: skip
         if gradient and to.data_ptr() != slope.data_ptr():
             slope.copy_(to.view(params.shape))

@@ -21,7 +21,7 @@ ARCHITECTURES = (80, 90)
 @pytest.fixture(scope="session", autouse=True)
 def gpu_kernels_without_a_gpu() -> None:
     """backend="cuda" runs its kernels as C++ and "triton" in the interpreter; "auto" never does, they come last."""
-    from infovae_fast import pairwise
+    from infovae_fast import logistic_mixture, pairwise
     from infovae_fast.backends import Backend, triton_missing
     from tests.simt.pairwise import leaf
 
@@ -33,6 +33,7 @@ def gpu_kernels_without_a_gpu() -> None:
 
     if not torch.cuda.is_available():
         if triton_missing() is None:
+            from infovae_fast.kernels import logistic_mixture as mixture_kernels
             from infovae_fast.kernels import pairwise as kernels
 
             # The interpreter's time is the number of its operations: few and large tiles.
@@ -40,9 +41,17 @@ def gpu_kernels_without_a_gpu() -> None:
                 lambda dp, *_: kernels.Tile(64, 64, kernels.triton.next_power_of_2(dp), 4, 1),
                 64,
             )
+            mixture_kernels.BYTES *= 64
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
             Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),
+        )
+        logistic_mixture.BACKENDS += (
+            Backend(
+                "triton",
+                lambda *inputs: triton_missing() or logistic_mixture._leaf_reason(*inputs),
+                partial(logistic_mixture._run_leaf, logistic_mixture._triton),
+            ),
         )
 
 
