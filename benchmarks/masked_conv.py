@@ -1,4 +1,4 @@
-"""Time masked convolutions, a training step and sampling against what people write.
+"""Time masked convolutions, a training step, sampling and the mixture likelihood against what people write.
 
     python -m benchmarks.masked_conv --out benchmarks/results/NAME.jsonl          (--compile adds torch.compile)
 
@@ -8,6 +8,8 @@
   cropped convolutions, channels-last.
 * sample: R64, 28x28 bits. "plain cached" computes every number once, in PyTorch; "naive" is the plain network's time
   for one pass times 784.
+* nll: the discretised logistic mixture of PixelCNN++, 10 components, 3x32x32, in both memory layouts of the params;
+  "eager" is the reference.
 
 Where outputs, gradients or samples of the implementations differ by more than `LARGEST_ERROR`, nothing is timed.
 """
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.run import machine, measure
-from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler
+from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler, discretized_logistic_mixture_nll
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64
 
@@ -167,6 +169,26 @@ def sample_case(batch: int) -> dict[str, Step]:
     return steps
 
 
+def nll_case(layout: torch.memory_format, batch: int, compiled: bool) -> dict[str, Step]:
+    torch.manual_seed(0)
+    params = torch.randn(batch, 100, 32, 32).to(memory_format=layout).requires_grad_()
+    x = torch.randint(256, (batch, 3, 32, 32)) / 255
+
+    def reference(params: Tensor, x: Tensor) -> Tensor:
+        return discretized_logistic_mixture_nll(params, x, backend="reference")
+
+    def step(f: Callable[[Tensor, Tensor], Tensor]) -> Step:
+        def run() -> Any:
+            nll = f(params, x)
+            return nll.detach(), *torch.autograd.grad(nll.sum(), params)
+
+        return run
+
+    steps = {"infovae_fast": step(discretized_logistic_mixture_nll), "eager": step(reference)}
+    check("nll", {name: run() for name, run in steps.items()})
+    return steps | ({"torch.compile": step(torch.compile(reference))} if compiled else {})
+
+
 def check(what: str, results: dict[str, Any]) -> None:
     """All implementations agree with each other, or nothing is timed."""
     ours = results["infovae_fast"]
@@ -193,8 +215,10 @@ def bench(what: dict[str, Any], steps: dict[str, Step], scale: dict[str, int]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
-    parser.add_argument("--compile", action="store_true", help="also the training step by torch.compile (minutes)")
-    parser.add_argument("--only", choices=("conv", "step", "sample"), help="these cases alone")
+    parser.add_argument(
+        "--compile", action="store_true", help="also the training step and the nll by torch.compile (minutes)"
+    )
+    parser.add_argument("--only", choices=("conv", "step", "sample", "nll"), help="these cases alone")
     options = parser.parse_args()
     cases: list[tuple[dict[str, Any], Callable[[], dict[str, Step]]]] = [
         (
@@ -214,6 +238,13 @@ def main() -> None:
         ({"op": "masked_conv", "what": "sample R64", "n": n, "d": 64, "gradient": False}, lambda n=n: sample_case(n))
         for n in (1, 16, 128)
     ]
+    cases += [
+        (
+            {"op": "logistic_mixture", "what": what, "n": 32, "d": 10, "gradient": True},
+            lambda layout=layout: nll_case(layout, 32, options.compile),
+        )
+        for what, layout in (("nll", torch.contiguous_format), ("nll channels-last", torch.channels_last))
+    ]
     for what, steps in cases:
         if options.only and not what["what"].startswith(options.only):
             continue
@@ -222,7 +253,7 @@ def main() -> None:
         for row in rows:
             mode = "forward + gradients" if row["gradient"] else "forward"
             time_taken = f"{row['median_s'] * 1e3:10.1f} ms  {row['median_s'] / ours:7.2f}x"
-            print(f"{row['what']:<12} N={row['n']:<4} {mode:<20} {row['implementation']:<14} {time_taken}", flush=True)
+            print(f"{row['what']:<17} N={row['n']:<4} {mode:<20} {row['implementation']:<14} {time_taken}", flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
