@@ -274,6 +274,28 @@ def test_saturated_coefficients_keep_their_slope(backend):
         assert torch.allclose(gradient[:, coefficient].double(), gradient[:, mean] * y * slope, rtol=1e-5, atol=0)
 
 
+def test_bins_of_any_width(backend):
+    """In float64, from far below s to far above it: where the formulas change."""
+    can_run(backend)
+    w = torch.logspace(-4, 3, 150, dtype=torch.float64, device=oracle.device)
+    params = torch.stack([torch.zeros_like(w), torch.full_like(w, 0.01), (2 / 31 / w).log()], 1)
+    x = torch.full_like(w, 16 / 31)[:, None]
+    wanted = results(params, x, 32, "reference")
+    for got, exact in zip(results(params, x, 32, backend), wanted, strict=True):
+        assert ((got - exact).abs() <= EXACT * (1 + exact.abs())).all()
+
+
+def test_x_is_rounded_to_its_level(backend):
+    can_run(backend)
+    levels = torch.arange(256, device=oracle.device)[:, None]
+    params = torch.tensor([[0.0, 0.1, -4.0]], device=oracle.device).expand(256, -1)
+    exact, _ = results(params, levels / 255, 256, backend)
+    for shift in (-0.4, 0.4):
+        assert torch.equal(results(params, (levels + shift) / 255, 256, backend)[0], exact)
+    far, _ = results(params[:3], torch.tensor([[-1.0], [255.0], [1e6]], device=oracle.device), 256, backend)
+    assert (far > 2 * exact.max()).all()
+
+
 def test_extreme_params_stay_finite(backend):
     can_run(backend)
     mu, log_s = torch.tensor([-1000.0, -1.0, 0.0, 1 / 255, 50.0]), torch.tensor([-60.0, -20.0, 0.0, 30.0, 80.0, 100.0])
