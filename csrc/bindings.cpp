@@ -300,13 +300,14 @@ std::tuple<Tensor, Tensor> logistic_mixture_empty(const Tensor& params, const Te
 std::tuple<Tensor, Tensor> logistic_mixture_cpu(const Tensor& params, const Tensor& x, int64_t levels, bool gradient) {
     TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, "params: got ",
                      params.scalar_type(), "; accepted: float32, float64");
-    TORCH_CHECK_TYPE(x.scalar_type() == params.scalar_type(), "x: got ", x.scalar_type(), " beside ", params.scalar_type());
+    TORCH_CHECK_TYPE(x.scalar_type() == params.scalar_type(), "x: got ", x.scalar_type(), " beside ",
+                     params.scalar_type());
     const int64_t channels = x.dim() < 2 ? 0 : x.size(1), each = channels == 1 ? 3 : 10;
     TORCH_CHECK_VALUE((channels == 1 || channels == 3) && x.dim() == params.dim() && x.size(0) == params.size(0) &&
                           x.sizes().slice(2) == params.sizes().slice(2) && params.size(1) > 0 &&
                           params.size(1) % each == 0 && levels > 1,
                       "got params ", params.sizes(), ", x ", x.sizes(), " and ", levels,
-                      " levels; accepted: [N, 3 K, *S] and [N, 1, *S], or [N, 10 K, *S] and [N, 3, *S], 2 levels or more");
+                      " levels; accepted: [N, 3 K, *S] and [N, 1, *S], [N, 10 K, *S] and [N, 3, *S]; 2 levels or more");
     auto out = logistic_mixture_empty(params, x, levels, gradient);
     if (params.numel() == 0) {
         std::get<0>(out).zero_();
@@ -314,7 +315,8 @@ std::tuple<Tensor, Tensor> logistic_mixture_cpu(const Tensor& params, const Tens
     }
     const auto last = [](const Tensor& t) { return t.movedim(1, -1); };
     const bool interleaved = last(params).is_contiguous();
-    const Tensor ps = interleaved ? params : params.contiguous(), xs = interleaved ? last(x).contiguous() : x.contiguous();
+    const Tensor ps = interleaved ? params : params.contiguous();
+    const Tensor xs = interleaved ? last(x).contiguous() : x.contiguous();
     auto& [nll, slope] = out;
     const Tensor result = !gradient ? Tensor() : slope.strides() == ps.strides() ? slope : at::empty_like(ps);
     AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "infovae_fast::logistic_mixture", [&] {

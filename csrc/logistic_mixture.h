@@ -5,8 +5,8 @@
 
 namespace infovae_fast {
 
-// params [n, pixels, P] and x [n, pixels, channels] if they are interleaved, else [n, P, pixels] and [n, channels, pixels];
-// P = 3 k for 1 channel, 10 k for 3.
+// params [n, pixels, P] and x [n, pixels, channels] if they are interleaved, else [n, P, pixels] and
+// [n, channels, pixels]; P = 3 k for 1 channel, 10 k for 3.
 template <typename T>
 struct LogisticMixture {
     int64_t n, pixels, k, channels, levels;
