@@ -1,4 +1,4 @@
-"""Time masked convolutions, a training step and sampling against what people write.
+"""Time masked convolutions, a training step, sampling and the mixture likelihood against what people write.
 
     python -m benchmarks.masked_conv --out benchmarks/results/NAME.jsonl          (--compile adds torch.compile)
 
@@ -10,6 +10,8 @@ On a GPU (--device cuda) batches are larger, and layers and steps are timed in f
   cropped convolutions, channels-last.
 * sample: R64, 28x28 bits. "plain cached" computes every number once, in PyTorch; "naive" is the plain network's time
   for one pass times 784.
+* nll: the discretised logistic mixture of PixelCNN++, 10 components, 3x32x32, in both memory layouts of the params;
+  "eager" is the reference.
 
 Where outputs, gradients or samples of the implementations differ by more than `LARGEST_ERROR`, nothing is timed.
 """
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.clock import machine, measure
-from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler
+from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler, discretized_logistic_mixture_nll
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64
 
@@ -173,6 +175,26 @@ def sample_case(batch: int, where: Where) -> dict[str, Step]:
     return steps
 
 
+def nll_case(layout: torch.memory_format, batch: int, compiled: bool, where: Where) -> dict[str, Step]:
+    torch.manual_seed(0)
+    params = torch.randn(batch, 100, 32, 32).to(*where, memory_format=layout).requires_grad_()
+    x = (torch.randint(256, (batch, 3, 32, 32)) / 255).to(*where)
+
+    def reference(params: Tensor, x: Tensor) -> Tensor:
+        return discretized_logistic_mixture_nll(params, x, backend="reference")
+
+    def step(f: Callable[[Tensor, Tensor], Tensor]) -> Step:
+        def run() -> Any:
+            nll = f(params, x)
+            return nll.detach(), *torch.autograd.grad(nll.sum(), params)
+
+        return run
+
+    steps = {"infovae_fast": step(discretized_logistic_mixture_nll), "eager": step(reference)}
+    check("nll", {name: run() for name, run in steps.items()}, where[1])
+    return steps | ({"torch.compile": step(torch.compile(reference))} if compiled else {})
+
+
 def check(what: str, results: dict[str, Any], dtype: torch.dtype) -> None:
     """All implementations agree with each other, or nothing is timed."""
     ours = results["infovae_fast"]
@@ -201,8 +223,8 @@ def bench(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
-    parser.add_argument("--compile", action="store_true", help="also the training step by torch.compile (minutes)")
-    parser.add_argument("--only", choices=("conv", "step", "sample"), help="these cases alone")
+    parser.add_argument("--compile", action="store_true", help="also the step and the nll by torch.compile (minutes)")
+    parser.add_argument("--only", choices=("conv", "step", "sample", "nll"), help="these cases alone")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     device = options.device
@@ -224,6 +246,8 @@ def main() -> None:
         add("step R64", step, True, dtype, step_case, step, options.compile)
     for n in samples:
         add("sample R64", n, False, torch.float32, sample_case, n)
+    for what, layout in (("nll", torch.contiguous_format), ("nll channels-last", torch.channels_last)):
+        add(what, step, True, torch.float32, nll_case, layout, step, options.compile)
     for what, steps in cases:
         if options.only and not what["what"].startswith(options.only):
             continue
@@ -232,7 +256,7 @@ def main() -> None:
         for row in rows:
             mode = "forward + gradients" if row["gradient"] else "forward"
             time_taken = f"{row['median_s'] * 1e3:10.1f} ms  {row['median_s'] / ours:7.2f}x"
-            name = f"{row['what']:<12} N={row['n']:<4} {row['dtype']:<8} {mode:<20} {row['implementation']:<14}"
+            name = f"{row['what']:<17} N={row['n']:<4} {row['dtype']:<8} {mode:<20} {row['implementation']:<14}"
             print(f"{name} {time_taken}", flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def table(rows: Rows) -> str:
 
 def conv_table(rows: list[dict[str, Any]]) -> str:
     """One line for each case of benchmarks/masked_conv.py, the newest rows of each."""
-    titles = {"dense": "dense, masked", "cropped": "cropped", "torch.compile": "`torch.compile` of cropped"}
+    titles = {"dense": "dense, masked", "cropped": "cropped", "eager": "eager", "torch.compile": "`torch.compile`"}
     titles |= {"plain cached": "cached, in PyTorch", "naive": "naive"}
     cases: dict[tuple[str, int, bool], dict[str, float]] = {}
     for row in rows:
@@ -139,7 +139,7 @@ def main() -> None:
         for row in every
         if row["op"] == "pairwise" and row.get("gradient", True)
     }
-    convs = [row for row in every if row["op"] == "masked_conv"]
+    convs = [row for row in every if row["op"] in ("masked_conv", "logistic_mixture")]
     readme = ROOT / "README.md"
     text = readme.read_text()
     if rows:

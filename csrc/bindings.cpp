@@ -25,6 +25,7 @@
 #include "autograd.h"
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
 #include "incremental.h"
+#include "logistic_mixture.h"
 #include "masked_conv.h"
 #include "pairwise.h"
 #include "radial.h"
@@ -290,6 +291,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor
     return out;
 }
 
+std::tuple<Tensor, Tensor> logistic_mixture_empty(const Tensor& params, const Tensor& /*x*/, int64_t /*levels*/,
+                                                  bool gradient) {
+    return {at::empty_symint({params.sym_size(0)}, params.options()),
+            gradient ? at::empty_like(params) : at::empty({0}, params.options())};
+}
+
+std::tuple<Tensor, Tensor> logistic_mixture_cpu(const Tensor& params, const Tensor& x, int64_t levels, bool gradient) {
+    TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, "params: got ",
+                     params.scalar_type(), "; accepted: float32, float64");
+    TORCH_CHECK_TYPE(x.scalar_type() == params.scalar_type(), "x: got ", x.scalar_type(), " beside ",
+                     params.scalar_type());
+    const int64_t channels = x.dim() < 2 ? 0 : x.size(1), each = channels == 1 ? 3 : 10;
+    TORCH_CHECK_VALUE((channels == 1 || channels == 3) && x.dim() == params.dim() && x.size(0) == params.size(0) &&
+                          x.sizes().slice(2) == params.sizes().slice(2) && params.size(1) > 0 &&
+                          params.size(1) % each == 0 && levels > 1,
+                      "got params ", params.sizes(), ", x ", x.sizes(), " and ", levels,
+                      " levels; accepted: [N, 3 K, *S] and [N, 1, *S], [N, 10 K, *S] and [N, 3, *S]; 2 levels or more");
+    auto out = logistic_mixture_empty(params, x, levels, gradient);
+    if (params.numel() == 0) {
+        std::get<0>(out).zero_();
+        return out;
+    }
+    const auto last = [](const Tensor& t) { return t.movedim(1, -1); };
+    const bool interleaved = last(params).is_contiguous();
+    const Tensor ps = interleaved ? params : params.contiguous();
+    const Tensor xs = interleaved ? last(x).contiguous() : x.contiguous();
+    auto& [nll, slope] = out;
+    const Tensor result = !gradient ? Tensor() : slope.strides() == ps.strides() ? slope : at::empty_like(ps);
+    AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "infovae_fast::logistic_mixture", [&] {
+        using T = scalar_t;
+        const int64_t n = x.size(0);
+        logistic_mixture<T>({n, x.numel() / (n * channels), params.size(1) / each, channels, levels, interleaved,
+                             ps.const_data_ptr<T>(), xs.const_data_ptr<T>(),
+                             gradient ? result.mutable_data_ptr<T>() : nullptr, nll.template mutable_data_ptr<T>()});
+    });
+    if (gradient && !result.is_same(slope)) slope.copy_(result);
+    return out;
+}
+
 template <typename T>
 T* data(const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& like) {
     TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), "got ", t.scalar_type(), " beside ", like.scalar_type());
@@ -513,6 +553,9 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("masked_conv_backward(Tensor gradient, Tensor? f_gradient, Tensor x, Tensor weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, "
           "bool to_weight, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor f_gradient, Tensor sums)",
           {at::Tag::pt2_compliant_tag});
+    // -log P of each example, [N], and if wanted its gradient to params.
+    m.def("logistic_mixture(Tensor params, Tensor x, int levels, bool gradient) -> (Tensor nll, Tensor gradient)",
+          {at::Tag::pt2_compliant_tag});
     // The vertical stack of a gated PixelCNN at row i: bases, and row i of all rings but the first.
     m.def("vertical_row(Tensor[] weights, Tensor[] conditions, Tensor(a!)[] rings, Tensor(b!)[] bases, int[] reaches, int i)"
           " -> ()");
@@ -539,6 +582,7 @@ TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
     m.impl("pairwise", pairwise_native);
     m.impl("masked_conv_forward", masked_conv_forward_cpu);
     m.impl("masked_conv_backward", masked_conv_backward_cpu);
+    m.impl("logistic_mixture", logistic_mixture_cpu);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) {
@@ -552,6 +596,7 @@ TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
     m.impl("draw_images", draw_images_empty);
     m.impl("masked_conv_forward", masked_conv_forward_empty);
     m.impl("masked_conv_backward", masked_conv_backward_empty);
+    m.impl("logistic_mixture", logistic_mixture_empty);
 }
 
 }  // namespace infovae_fast

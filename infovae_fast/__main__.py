@@ -10,7 +10,12 @@ import torch
 from infovae_fast import __version__, backends
 
 # Modules with a table of backends, and the shape of a tiny input.
-OPERATORS = {"pairwise": (2, 2), "masked_conv": (1, 1, 3, 3), "models.pixel_sampler": (1,)}
+OPERATORS = {
+    "pairwise": (2, 2),
+    "masked_conv": (1, 1, 3, 3),
+    "logistic_mixture": (1, 3),
+    "models.pixel_sampler": (1,),
+}
 REBUILD = "pip install --no-build-isolation -e ."
 
 

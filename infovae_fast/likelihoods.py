@@ -24,14 +24,14 @@ params[:, c::C] are those of channel c alone.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-Reduction = Literal["none", "mean", "sum"]
-Tail = Literal["exact", "openai"]
+from infovae_fast.arguments import Reduction, float32_or_better, number, reduced
+from infovae_fast.logistic_mixture import conditional_mean, discretized_logistic_mixture_nll, split_params
 
 
 def bernoulli_nll(logits: Tensor, x: Tensor, reduction: Reduction = "none") -> Tensor:
@@ -40,7 +40,7 @@ def bernoulli_nll(logits: Tensor, x: Tensor, reduction: Reduction = "none") -> T
     Grey x in [0, 1] gives the cross entropy: the mean of -log p over bits drawn with probabilities x.
     """
     logits, x = _same_shape(logits=logits, x=x)
-    return _reduce(F.binary_cross_entropy_with_logits(logits, x, reduction="none"), reduction)
+    return reduced(F.binary_cross_entropy_with_logits(logits, x, reduction="none"), reduction)
 
 
 def gaussian_nll(mean: Tensor, std: float | Tensor, x: Tensor, reduction: Reduction = "none") -> Tensor:
@@ -51,9 +51,9 @@ def gaussian_nll(mean: Tensor, std: float | Tensor, x: Tensor, reduction: Reduct
     if isinstance(std, Tensor):
         mean, x, std = _same_shape(mean=mean, x=x, std=std)
     else:
-        (mean, x), std = _same_shape(mean=mean, x=x), _number("std", std, int | float, above=0)
+        (mean, x), std = _same_shape(mean=mean, x=x), number("std", std, int | float, above=0)
     log_std = std.log() if isinstance(std, Tensor) else math.log(std)
-    return _reduce(((x - mean) / std).square() / 2 + log_std + math.log(2 * math.pi) / 2, reduction)
+    return reduced(((x - mean) / std).square() / 2 + log_std + math.log(2 * math.pi) / 2, reduction)
 
 
 def categorical_nll(params: Tensor, x: Tensor, *, levels: int, reduction: Reduction = "none") -> Tensor:
@@ -63,47 +63,12 @@ def categorical_nll(params: Tensor, x: Tensor, *, levels: int, reduction: Reduct
         params: [N, levels C, *S], level after level: the logit of level k of channel c is channel k C + c.
         x: [N, C, *S] in [0, 1], rounded to the nearest level.
     """
-    params, x = _float32_or_better(params=params, x=x)
+    params, x = float32_or_better(params=params, x=x)
     log_p = _by_level(params, levels).log_softmax(1)  # [N, levels, C, *S]
     if log_p.shape[:1] + log_p.shape[2:] != x.shape:
         raise ValueError(f"params {tuple(params.shape)}, x {tuple(x.shape)} must be [N, {levels} C, *S] and [N, C, *S]")
     level = (x.nan_to_num() * (levels - 1)).round().clamp(0, levels - 1).long()
-    return _reduce((x - x).detach() - log_p.take_along_dim(level.unsqueeze(1), 1).squeeze(1), reduction)  # NaN stays
-
-
-def discretized_logistic_mixture_nll(
-    params: Tensor, x: Tensor, *, levels: int = 256, tail: Tail = "exact", reduction: Reduction = "none"
-) -> Tensor:
-    """-log P(x|z), every pixel a mixture of K logistics rounded to `levels` values (PixelCNN++, arXiv 1701.05517).
-
-    On the scale y = 2 x - 1 the bin of a level is y +- 1/(levels - 1), the first open below and the last above,
-    so that the levels' probabilities sum to 1. With p and m the upper and lower edge minus mu, divided by s,
-
-        log P = log sigmoid(p) + log sigmoid(-m) + log(1 - exp(m - p));   first log sigmoid(p), last log sigmoid(-m).
-
-    No difference of sigmoids, so no cancellation and no clamp: value and gradient are finite as long as (y - mu)/s
-    is (in float32: all log-scales from -60 up, |mu| up to 1000).
-
-    Args:
-        params: for 1 channel [N, 3K, *S]: K logits, K means, K log-scales. For 3 channels [N, 10K, *S]: K logits,
-            then per channel K means, K log-scales, K coefficients; with c = tanh(coefficients) of the three
-            channels, mu_G += c_0 y_R and mu_B += c_1 y_R + c_2 y_G. A pixel's channels share the choice of k.
-        x: [N, 1 or 3, *S], multiples of 1/(levels - 1) in [0, 1]; rounded to them (256 levels survive bfloat16).
-        tail: "openai" is the approximation behind published numbers: log-scales clamped at -7; density times width
-            for bins of probability under 1e-5, there too large by up to 2.15 nats per subpixel of 256 levels.
-    """
-    params, x = _float32_or_better(params=params, x=x)
-    _number("levels", levels, int, above=1)
-    if tail not in ("exact", "openai"):
-        raise ValueError(f"tail={tail!r} is unknown; accepted: 'exact', 'openai'")
-    if x.ndim < 2 or params.shape[:1] + params.shape[2:] != x.shape[:1] + x.shape[2:]:
-        raise ValueError(f"params {tuple(params.shape)}, x {tuple(x.shape)} must be [N, P, *S] and [N, C, *S]")
-    logits, mu, log_s, coefficients = _mixture(params, data_channels=x.shape[1])
-    halves = 2 * torch.round(x * (levels - 1)).unsqueeze(2) - (levels - 1)  # y in half bins, [N, C, 1, *S]
-    y = (halves / (levels - 1)).unbind(1)
-    means = torch.stack([_mean(mu, coefficients, y[:c]) for c in range(len(y))], 1)  # [N, C, K, *S]
-    log_bin = _log_bin(halves, means, log_s, levels - 1, tail)
-    return _reduce(-(logits.log_softmax(1) + log_bin.sum(1)).logsumexp(1), reduction)
+    return reduced((x - x).detach() - log_p.take_along_dim(level.unsqueeze(1), 1).squeeze(1), reduction)  # NaN stays
 
 
 class Likelihood(Protocol):
@@ -135,7 +100,7 @@ class Bernoulli(Likelihood):
         return bernoulli_nll(params, x)
 
     def mean(self, params: Tensor) -> Tensor:
-        return _float32_or_better(params=params)[0].sigmoid()
+        return float32_or_better(params=params)[0].sigmoid()
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
         return torch.bernoulli(self.mean(params), generator=generator)
@@ -165,8 +130,8 @@ class Gaussian(Likelihood):
     squash: bool = True
 
     def __post_init__(self) -> None:
-        _number("min_std", self.min_std, int | float, above=0)
-        _number("std", 1.0 if self.std is None else self.std, int | float, above=0)
+        number("min_std", self.min_std, int | float, above=0)
+        number("std", 1.0 if self.std is None else self.std, int | float, above=0)
 
     def channels(self, data_channels: int) -> int:
         return data_channels if self.std is not None else 2 * data_channels
@@ -189,7 +154,7 @@ class Gaussian(Likelihood):
         return mean + temperature * std * torch.special.ndtri(uniforms.to(mean.dtype))
 
     def _mean_std(self, params: Tensor) -> tuple[Tensor, float | Tensor]:
-        (raw,) = _float32_or_better(params=params)
+        (raw,) = float32_or_better(params=params)
         std: float | Tensor | None = self.std
         if std is None:
             if raw.ndim < 2 or raw.shape[1] % 2:
@@ -207,7 +172,7 @@ class Categorical(Likelihood):
     levels: int = 256
 
     def __post_init__(self) -> None:
-        _number("levels", self.levels, int, above=1)
+        number("levels", self.levels, int, above=1)
 
     def channels(self, data_channels: int) -> int:
         return self.levels * data_channels
@@ -216,19 +181,19 @@ class Categorical(Likelihood):
         return categorical_nll(params, x, levels=self.levels)
 
     def mean(self, params: Tensor) -> Tensor:
-        p = _by_level(_float32_or_better(params=params)[0], self.levels).softmax(1)  # [N, levels, C, *S]
+        p = _by_level(float32_or_better(params=params)[0], self.levels).softmax(1)  # [N, levels, C, *S]
         values = torch.linspace(0, 1, self.levels, dtype=p.dtype, device=p.device)
         return (p * values.view(-1, *[1] * (p.ndim - 2))).sum(1)
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
-        logits = _by_level(_float32_or_better(params=params)[0], self.levels)
+        logits = _by_level(float32_or_better(params=params)[0], self.levels)
         return _first_to_ring(logits, generator).squeeze(1).to(logits.dtype) / (self.levels - 1)
 
     def uniforms(self, data_channels: int) -> int:
         return data_channels
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        logits = _by_level(_float32_or_better(params=params)[0], self.levels)
+        logits = _by_level(float32_or_better(params=params)[0], self.levels)
         level = _inverse_cdf(logits / temperature, uniforms.unsqueeze(1)).squeeze(1)
         return level.to(logits.dtype) / (self.levels - 1)
 
@@ -248,8 +213,8 @@ class DiscretizedLogisticMixture(Likelihood):
     levels: int = 256
 
     def __post_init__(self) -> None:
-        _number("mixtures", self.mixtures, int, above=0)
-        _number("levels", self.levels, int, above=1)
+        number("mixtures", self.mixtures, int, above=0)
+        number("levels", self.levels, int, above=1)
 
     def channels(self, data_channels: int) -> int:
         if data_channels not in (1, 3):
@@ -257,21 +222,21 @@ class DiscretizedLogisticMixture(Likelihood):
         return (3 if data_channels == 1 else 10) * self.mixtures
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        _mixture(params, x.shape[1] if x.ndim > 1 else None, self.mixtures)  # refuses any other K
+        split_params(params, x.shape[1] if x.ndim > 1 else None, self.mixtures)  # refuses any other K
         return discretized_logistic_mixture_nll(params, x, levels=self.levels)
 
     def mean(self, params: Tensor) -> Tensor:
-        logits, mu, log_s, coefficients = _mixture(params, mixtures=self.mixtures)
+        logits, mu, log_s, coefficients = split_params(params, mixtures=self.mixtures)
         means: list[Tensor] = []  # per channel [N, K, *S]
         for c in range(mu.shape[1]):
             # E clip(Y, -1, 1) = clip(m) + s [g((m + 1)/s) - g((m - 1)/s)] for logistic Y, g(u) = log(1 + exp(-|u|))
-            m, s = _mean(mu, coefficients, means), log_s[:, c].clamp(-20.0, 5.0).exp()
+            m, s = conditional_mean(mu, coefficients, means), log_s[:, c].clamp(-20.0, 5.0).exp()
             low, high = torch.exp(-(m + 1).abs() / s).log1p(), torch.exp(-(m - 1).abs() / s).log1p()
             means.append(m.clamp(-1.0, 1.0) + s * (low - high))
         return ((logits.softmax(1).unsqueeze(1) * torch.stack(means, 1)).sum(2) + 1) / 2
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
-        logits, *others = _mixture(params, mixtures=self.mixtures)
+        logits, *others = split_params(params, mixtures=self.mixtures)
         k = _first_to_ring(logits, generator)
         uniforms = logits.new_empty(others[0][:, :, 0].shape).uniform_(generator=generator)  # [N, C, *S]
         return self._levels(k, others, uniforms.logit())
@@ -280,7 +245,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return 1 + data_channels  # of the choice of k, then of each channel
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        logits, *others = _mixture(params, mixtures=self.mixtures)
+        logits, *others = split_params(params, mixtures=self.mixtures)
         uniforms = uniforms.to(logits.dtype)
         k = _inverse_cdf(logits / temperature, uniforms[:, :1])
         return self._levels(k, others, temperature * uniforms[:, 1:].logit())
@@ -290,7 +255,8 @@ class DiscretizedLogisticMixture(Likelihood):
         mu, log_s, coefficients = (t.take_along_dim(k.unsqueeze(1), 2).squeeze(2) for t in others)  # [N, C, *S]
         half, drawn = (self.levels - 1) / 2, list[Tensor]()  # drawn: the levels of R, G, B
         for c in range(mu.shape[1]):
-            y = _mean(mu, coefficients, [level / half - 1 for level in drawn]) + log_s[:, c].exp() * noise[:, c]
+            mean = conditional_mean(mu, coefficients, [level / half - 1 for level in drawn])
+            y = mean + log_s[:, c].exp() * noise[:, c]
             drawn.append(((y + 1) * half).round().clamp(0, self.levels - 1))
         return torch.stack(drawn, 1) / (self.levels - 1)
 
@@ -308,23 +274,9 @@ def likelihood_from_config(config: Mapping[str, Any]) -> Likelihood:
     return kinds[name](**options)
 
 
-def _mixture(params: Tensor, data_channels: int | None = None, mixtures: int | None = None) -> tuple[Tensor, ...]:
-    """Logits [N, K, *S]; means and log-scales [N, C, K, *S]; raw coefficients [N, 3, K, *S], none for one channel."""
-    (params,) = _float32_or_better(params=params)
-    for channels, rows in ((1, 3), (3, 10)):
-        k, rest = divmod(params.shape[1] if params.ndim > 1 else 0, rows)
-        if k and not rest and data_channels in (None, channels) and mixtures in (None, k):
-            table = params.unflatten(1, (rows, k))
-            return table[:, 0], table[:, 1::3], table[:, 2::3], table[:, 3::3]
-    raise ValueError(
-        f"params {tuple(params.shape)} fit no mixture of {mixtures or 'K'} logistics for {data_channels or '1 or 3'} "
-        "data channel(s): axis 1 must be 3 K long for 1 channel, 10 K for 3; other numbers of channels do not work"
-    )
-
-
 def _by_level(params: Tensor, levels: int) -> Tensor:
     """[N, levels C, *S] -> [N, levels, C, *S]."""
-    _number("levels", levels, int, above=1)
+    number("levels", levels, int, above=1)
     if params.ndim < 2 or params.shape[1] == 0 or params.shape[1] % levels:
         raise ValueError(f"params {tuple(params.shape)}: axis 1 must be {levels} C long, a logit for each level")
     return params.unflatten(1, (levels, -1))
@@ -340,61 +292,9 @@ def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     return (logits.softmax(1).cumsum(1)[:, :-1] <= uniforms).sum(1, keepdim=True)
 
 
-def _mean(mu: Tensor, coefficients: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-    """The logistics' means in the channel that comes after the `earlier` ones, given those."""
-    c = len(earlier)  # 1: coefficient 0; 2: coefficients 1 and 2
-    return mu[:, c] + sum(coefficients[:, c * (c - 1) // 2 + j].tanh() * y for j, y in enumerate(earlier))
-
-
-def _log_bin(halves: Tensor, mu: Tensor, log_s: Tensor, last: int, tail: Tail) -> Tensor:
-    """log P of the bin at y = halves/last. Neighbours find the same number for the edge between them."""
-    log_s = log_s.clamp(min=-7.0) if tail == "openai" else log_s
-    mu, per_half = mu * last, (-log_s).exp() / last
-    upper, lower = (halves + 1 - mu) * per_half, (halves - 1 - mu) * per_half
-    below, above = F.logsigmoid(upper), F.logsigmoid(-lower)
-    log_width = math.log(2 / last) - log_s
-    if tail == "openai":
-        mass, centre = upper.sigmoid() - lower.sigmoid(), (halves - mu) * per_half
-        density = F.logsigmoid(centre) + F.logsigmoid(-centre) + log_width
-        inner = torch.where(mass > 1e-5, mass.clamp(min=1e-12).log(), density)
-    else:
-        inner = below + above + _log1mexp_exp(log_width)
-    return torch.where(halves == -last, below, torch.where(halves == last, above, inner))
-
-
-def _log1mexp_exp(t: Tensor) -> Tensor:
-    """log(1 - exp(-e^t)), finite with its gradient for t up to 88 in float32; below -60 it is t to rounding."""
-    small, large = t.clamp(-60.0, 0.0).exp(), t.clamp(min=0.0).exp()
-    near_zero = torch.log(-torch.expm1(-small)) + (t + 60).clamp(max=0.0)
-    return torch.where(t < 0, near_zero, torch.log1p(-torch.exp(-large)))
-
-
-def _float32_or_better(**tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float32
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}; use .float(), and / 255 for bytes")
-        dtype = torch.promote_types(dtype, t.dtype)
-    return [t.to(dtype) for t in tensors.values()]
-
-
 def _same_shape(**tensors: Tensor) -> list[Tensor]:
-    converted = _float32_or_better(**tensors)
+    converted = float32_or_better(**tensors)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if len(set(shapes.values())) > 1 or () in shapes.values():
         raise ValueError(f"{' and '.join(shapes)} must have one shape [N, ...], got {shapes}")
     return converted
-
-
-def _reduce(nll: Tensor, reduction: Reduction) -> Tensor:
-    per_example = nll.unsqueeze(-1).flatten(1).sum(1)  # [N, ...] -> [N]
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} is unknown; accepted: 'none', 'mean', 'sum'")
-    return per_example if reduction == "none" else getattr(per_example, reduction)()
-
-
-def _number(name: str, value: Any, kind: Any, above: int) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind) or not above < value < math.inf:
-        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} > {above}, got {value!r}")
-    return value

@@ -36,6 +36,7 @@ def gpu_kernels_without_a_gpu() -> None:
 
     if not torch.cuda.is_available():
         if triton_missing() is None:
+            from infovae_fast.kernels import logistic_mixture as mixture_kernels
             from infovae_fast.kernels import masked_conv as conv_kernels
             from infovae_fast.kernels import pairwise as kernels
 
@@ -50,9 +51,17 @@ def gpu_kernels_without_a_gpu() -> None:
             conv_kernels.gate_tile = lambda columns, *_: tile(256, block(columns), 0, 4, 1)
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
+            mixture_kernels.BYTES *= 64
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
             Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),
+        )
+        logistic_mixture.BACKENDS += (
+            Backend(
+                "triton",
+                lambda *inputs: triton_missing() or logistic_mixture._leaf_reason(*inputs),
+                partial(logistic_mixture._run_leaf, logistic_mixture._triton),
+            ),
         )
 
 

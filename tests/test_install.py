@@ -22,8 +22,8 @@ KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 # Each may import its own layer and those before it. "" stands for the public names of infovae_fast itself.
 LAYERS = (
     {"backends", "radial", "kernels"},
-    {"clouds"},
-    {"pairwise", "masked_conv"},
+    {"clouds", "arguments"},
+    {"pairwise", "masked_conv", "logistic_mixture"},
     {"divergences", "likelihoods"},
     {"normal_prior", "two_sample"},
     {"objective", "models"},
@@ -153,7 +153,7 @@ def test_report():
     assert re.search(r"^  cpp +(built|not built: \w)", text, re.M) and re.search(
         r"^  cuda +(built|not built: \w)", text, re.M
     )
-    for operator in ("pairwise", "masked_conv"):
+    for operator in ("pairwise", "masked_conv", "logistic_mixture"):
         table = re.search(rf"^  {operator} on cpu\n((?:    .+\n?)+)", text, re.M)
         assert table, text
         rows = dict(line.split(maxsplit=1) for line in table[1].splitlines())

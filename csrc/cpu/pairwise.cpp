@@ -33,26 +33,6 @@ constexpr int kFewestScales = 4;    // fewer in all, which do not average them o
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
 
-// Q(q) of log2 m = s Q(s^2), s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)): relative error 7e-10 and 5e-23.
-template <typename T>
-struct Log2;
-template <>
-struct Log2<float> {
-    static constexpr int32_t sqrt_half = 0x3f3504f3;
-    static constexpr int degree = 3;
-    static constexpr float c[] = {2.88539007978892671f, 0.961798847641742934f, 0.576714383962467901f,
-                                  0.431735879207038553f};
-};
-template <>
-struct Log2<double> {
-    static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
-    static constexpr int degree = 9;
-    static constexpr double c[] = {2.8853900817779268147,  0.96179669392597560591, 0.57707801635558424025,
-                                   0.41219858311161940369, 0.3205988978681115414,  0.26230820279711990419,
-                                   0.22195204304832298873, 0.19240865064963936215, 0.16832335414003769723,
-                                   0.17375564814128546288};
-};
-
 // Whether the path for few coordinates is compiled; elsewhere the other one serves them as well.
 template <typename T>
 constexpr bool fits_registers(int vector_bytes) {

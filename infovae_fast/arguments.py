@@ -1,0 +1,35 @@
+"""What the likelihoods accept and return: tensors in float32 or better, numbers, a choice of reduction."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def float32_or_better(**tensors: Tensor) -> list[Tensor]:
+    """The tensors in their common dtype, half precision as float32; TypeError for what is no floating-point tensor."""
+    dtype = torch.float32
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}; use .float(), and / 255 for bytes")
+        dtype = torch.promote_types(dtype, t.dtype)
+    return [t.to(dtype) for t in tensors.values()]
+
+
+def number(name: str, value: Any, kind: Any, above: int) -> Any:
+    """The value, if it is a finite number of that kind."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not above < value < math.inf:
+        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} > {above}, got {value!r}")
+    return value
+
+
+def reduced(nll: Tensor, reduction: Reduction) -> Tensor:
+    """[N, ...] summed to [N], and that as asked for."""
+    per_example = nll.unsqueeze(-1).flatten(1).sum(1)  # [N, ...] -> [N]
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is unknown; accepted: 'none', 'mean', 'sum'")
+    return per_example if reduction == "none" else getattr(per_example, reduction)()
