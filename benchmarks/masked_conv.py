@@ -248,6 +248,7 @@ def main() -> None:
         add("sample R64", n, False, torch.float32, sample_case, n)
     for what, layout in (("nll", torch.contiguous_format), ("nll channels-last", torch.channels_last)):
         add(what, step, True, torch.float32, nll_case, layout, step, options.compile)
+        cases[-1][0].update(op="logistic_mixture", d=10)
     for what, steps in cases:
         if options.only and not what["what"].startswith(options.only):
             continue

@@ -21,7 +21,7 @@ ARCHITECTURES = (80, 90)
 @pytest.fixture(scope="session", autouse=True)
 def gpu_kernels_without_a_gpu() -> None:
     """backend="cuda" runs its kernels as C++ and "triton" in the interpreter; "auto" never does, they come last."""
-    from infovae_fast import masked_conv, pairwise
+    from infovae_fast import logistic_mixture, masked_conv, pairwise
     from infovae_fast.backends import Backend, transforms, triton_missing
     from tests.simt.pairwise import leaf
 
