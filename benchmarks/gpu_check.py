@@ -24,19 +24,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = sorted(
     str(path.relative_to(ROOT))
-    for stem in ("backends", "pairwise", "radial", "masked_conv", "mmd", "divergences", "two_sample", "pixel")
+    for stem in (
+        "backends",
+        "pairwise",
+        "radial",
+        "masked_conv",
+        "logistic",
+        "mmd",
+        "divergences",
+        "two_sample",
+        "pixel",
+    )
     for path in ROOT.glob(f"tests/test_{stem}*.py")
 )
-SANITIZED = "tests/test_pairwise_cuda.py -k 'rule or combination'"
+SANITIZED = (  # some of each file with CUDA kernels
+    "tests/test_pairwise_cuda.py -k 'rule or combination'",
+    "tests/test_pixel_sampler_cuda.py -k 'known or others or order'",
+)
 
 
 def commands(out: Path, tests: str) -> dict[str, list[str]]:
     python, rows = shlex.quote(sys.executable), shlex.quote(str(out / "rows.jsonl"))
-    sanitizer = f"compute-sanitizer --error-exitcode 9 --tool {{}} {python} -m pytest -x {SANITIZED}"
+    sanitizer = f"compute-sanitizer --error-exitcode 9 --tool {{}} {python} -m pytest -x {{}}"
+    missing = "import sys; from infovae_fast.backends import native_missing; sys.exit(native_missing('cuda'))"
+    built = f"{python} -c {shlex.quote(missing)}"  # without it the tests of CUDA kernels would run them as C++
     return {
         "build": [f"INFOVAE_FAST_BUILD=cuda {python} setup.py build_ext --inplace", f"{python} -m infovae_fast"],
-        "test": [f"{python} -m pytest --maxfail 30 -rs {tests}"],
-        "sanitize": [sanitizer.format(tool) for tool in ("memcheck", "racecheck")],
+        "test": [built, f"{python} -m pytest --maxfail 30 -rs {tests}"],
+        "sanitize": [
+            built,
+            *(sanitizer.format(tool, some) for some in SANITIZED for tool in ("memcheck", "racecheck")),
+        ],
         "bound": [f"{python} -m benchmarks.bound --device cuda --out {rows}"],
         "bench": [
             f"{python} -m benchmarks.run --device cuda --compile --resume --memory 40 --out {rows}",
@@ -69,6 +87,7 @@ def main() -> None:
     parser.add_argument("--tests", default=" ".join(KERNEL_TESTS), help="what pytest runs; '' for the whole suite")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for each command of a step")
     options = parser.parse_args()
+    options.out = options.out.resolve()
     steps = options.steps.split(",")
     every = commands(options.out, options.tests)
     if unknown := set(steps) - set(every):

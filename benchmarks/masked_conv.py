@@ -34,6 +34,7 @@ from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_con
 from infovae_fast.models.pixelcnn import R64
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative to the largest component
+MOST_DIFFERENT = 0.02  # share of sampled images
 ROUNDS = 9
 
 Step = Callable[[], Any]
@@ -171,7 +172,9 @@ def sample_case(batch: int, where: Where) -> dict[str, Step]:
         return (likelihood.draw(plain(z, x), uniforms),)
 
     steps = {"infovae_fast": cached("auto"), "plain cached": cached("reference"), "naive": naive}
-    check(f"sample R64, batch {batch}", {name: run() for name, run in steps.items()}, where[1])
+    for name, run in steps.items():  # a uniform within rounding of its probability changes an image
+        if (differ := (run()[0] != x).flatten(1).any(1).float().mean().item()) > MOST_DIFFERENT:
+            raise SystemExit(f"sample R64, batch {batch}: {name} differs in {differ:.0%} of the images: not timed")
     return steps
 
 

@@ -33,7 +33,7 @@ from infovae_fast.clouds import (
     register_bandwidth,
     samples,
 )
-from infovae_fast.pairwise import energy, energy_of_clouds, force, leaf_scales
+from infovae_fast.pairwise import LEAF_KERNELS, energy, energy_of_clouds, force, leaf_scales
 from infovae_fast.radial import RBF, Kernel
 
 Estimator = Literal["unbiased", "biased", "linear", "block"]
@@ -128,11 +128,11 @@ def _usual_mmd(x: Any, y: Any, kernel: KernelLike, estimator: str) -> Tensor | N
     """MMD^2 by one call of C++, or None where anything is unusual: `mmd` goes on and finds out what it is."""
     from infovae_fast._C import usual_mmd  # type: ignore[import-not-found, unused-ignore]
 
-    if estimator not in ("biased", "unbiased") or not (kernel is None or isinstance(kernel, Kernel)):
+    if estimator not in ("biased", "unbiased") or type(kernel) not in (type(None), *LEAF_KERNELS):
         return None
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] == 0:
         return None
-    if kernel is not None and isinstance(kernel.bandwidth, Tensor):
+    if isinstance(getattr(kernel, "bandwidth", None), Tensor):
         return None
     settings, phi0 = _settings(kernel, x.shape[1])
     return usual_mmd(x, y, *settings, phi0 if estimator == "biased" else None)

@@ -31,9 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
 from infovae_fast.clouds import as_cloud, point_weights
-from infovae_fast.radial import RBF, Kernel
+from infovae_fast.radial import IMQ, RBF, Kernel, RationalQuadratic
 
 TILE_PAIRS = 2**24
+LEAF_KERNELS = (RBF, IMQ, RationalQuadratic)  # not their subclasses, which may have a phi of their own
 CUDA_MOST_DIM, CUDA_MOST_SCALES, CUDA_MOST_CLOUDS = 18, 32, 65535
 
 Weights = tuple[float, float, float]  # w_xx, w_xy, w_yy
@@ -224,6 +225,8 @@ def _leaf_reason(
     """What no leaf does."""
     if (reason := transforms()) is not None:
         return reason
+    if kernel is not None and type(kernel) not in LEAF_KERNELS:
+        return f"the kernel is a {type(kernel).__name__}, which only the reference can evaluate"
     if not torch.is_grad_enabled():
         return None
     if kernel is not None and isinstance(kernel.bandwidth, Tensor) and kernel.bandwidth.requires_grad:

@@ -261,6 +261,52 @@ def test_forward_mode_is_left_to_the_reference():
         assert torch.autograd.forward_ad.unpack_dual(value).tangent is not None
 
 
+def test_kernels_of_one_s_own_are_the_reference_s():
+    class Own(RBF):
+        def _phi(self, d2, b):
+            return 1 / (1 + d2 / b)
+
+    x, y, _ = clouds(6, 5, 3, torch.float64)
+    wanted = mmd(x, y, Own(2.0), backend="reference")
+    assert torch.equal(mmd(x, y, Own(2.0)), wanted) and not torch.isclose(mmd(x, y, RBF(2.0)), wanted)
+    with pytest.raises(RuntimeError, match="the kernel is a Own, which only the reference can evaluate"):
+        mmd(x, y, Own(2.0), backend="cpp")
+
+
+@pytest.mark.parametrize("dim", [10, 20, 80])
+def test_few_heavy_points_and_outliers_keep_their_digits(dim):
+    """Where phi of some pairs is many orders below that of most."""
+    torch.manual_seed(0)
+    x = torch.randn(600, dim)
+    x[:20] *= 6
+    a = (torch.arange(600) < 20).float()
+    for weights in (a, torch.where(a > 0, a, 1e-6)):
+        truth = pairwise.energy(x.double(), kernel=RBF(), x_weights=weights.double(), backend="reference")
+        found = pairwise.energy(x, kernel=RBF(), x_weights=weights)
+        assert abs(found / truth - 1) < 1e-5
+    x = torch.randn(500, dim)
+    x[0] *= 40 / x[0].norm()
+    P = native(x, potentials=True, kernel=RBF())[3]
+    d2 = (x[0].double() - x[1:].double()).square().sum(1)
+    truth = WEIGHTS[0] * torch.exp(-d2 / (2 * dim)).sum()
+    assert abs(P[0] / truth - 1) < 1e-4  # 1e-7 of an exponent of some 80
+    assert native(x, kernel=RBF())[1][0].abs().max() < 100 * truth
+
+
+@pytest.mark.parametrize("dim", [1, 3, 20])
+def test_close_points_of_a_wide_cloud(dim):
+    """Distances that float32 products of coordinates would lose, of clouds thousands of bandwidths apart."""
+    torch.manual_seed(0)
+    x = 3000.3 + torch.randn(20, dim) * torch.tensor([0.0, 1.0]).repeat(10)[:, None]
+    y = -x - 9
+    for kernel in (RBF(1.0), RBF([1.0, 0.1]), IMQ([1.0, 0.1, 3.0, 0.3])):
+        leaf = x.clone().requires_grad_()
+        value, wanted = (mmd(leaf, y, kernel, "biased", backend=name) for name in ("cpp", "reference"))
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
+        found, truth = (torch.autograd.grad(v, leaf)[0] for v in (value, wanted))
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
+
+
 def test_what_it_cannot_do_is_said():
     x, y, _ = clouds(9, 5, 3)
     learned = RBF(torch.tensor(1.0, requires_grad=True))

@@ -425,6 +425,12 @@ def test_cached_sampling_leaves_no_dropout_out_and_takes_an_empty_batch():
     assert PixelSampler(model, likelihood).sample(n=0, strategy="cached").shape == (0, 1, 3, 5)
     with pytest.raises(ValueError, match=r"'cached' has no dropout: call eval\(\) first; accepted here: 'fixed_point'"):
         PixelSampler(model.train(), likelihood).sample(n=2, strategy="cached")
+    with pytest.raises(ValueError, match=r"z: got \(3, 2\); accepted: None, as this decoder has inputs=0"):
+        PixelSampler(model.eval(), likelihood).sample(torch.randn(3, 2))
+    with pytest.raises(ValueError, match="'cached' has no dropout"):
+        PixelSampler(model.train(), likelihood).params(None, torch.rand(2, 1, 3, 5))
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 3, 4\); accepted: \[N, C, H, W\]"):
+        PixelSampler(model.eval(), likelihood).params(None, torch.rand(2, 1, 3, 4))
     with pytest.raises(RuntimeError, match="no kernels for PixelCNNPlusPlus in this version"):
         PixelSampler(model.eval(), likelihood, backend="cpp").sample(n=2, strategy="cached")
 

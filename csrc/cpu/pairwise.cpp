@@ -29,6 +29,7 @@ constexpr int kStep = 64;     // ranges of sources start at multiples of it
 constexpr int kChunk = 256;   // sources that stay in the cache; summed in T before they go to double
 constexpr int kMaxSmall = 16; // coordinates that fit the registers
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
+constexpr double kFarthest = 1024;  // h up to which t of close points is right to 1e-4 in float; beyond, all is double
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
@@ -47,11 +48,11 @@ struct Mixture {  // in units of the first scale
     int quotients;           // of `Quotients`, and how many scales are in each, and their coefficients
     const int* sizes;
     const T* coefficients;
-    T typical;               // phi of two points as far apart as is usual
 };
 template <typename T>
 struct Targets {
-    const T *u, *h;  // [n, dp], [n]
+    const T *u, *h;    // [n, dp], [n]
+    const T* typical;  // of each row that is computed: phi at a distance that is usual between it and the sources
 };
 template <typename T>
 struct Sources {
@@ -133,10 +134,12 @@ struct Quotients {
     std::vector<int> sizes;
     std::vector<T> coefficients;  // by falling powers of s: P, Q, G, G of each; then of the next; Q ends with 1
 
+    Quotients() = default;
     // s is at most `farthest`.
     Quotients(const std::vector<T>& rate, const std::vector<T>& weight, double farthest) {
         const int scales = int(rate.size());
-        const int most = scales < kFewestScales || kUnit == Unit::baseline ? 1 : kMostOfQuotient;
+        const bool share = sizeof(T) == 4 && kUnit != Unit::baseline && scales >= kFewestScales;
+        const int most = share ? kMostOfQuotient : 1;
         for (int k = 0; k < scales;) {
             const int groups = (scales - k + most - 1) / most;
             int size = (scales - k + groups - 1) / groups;
@@ -192,9 +195,59 @@ double phi_of(Radial kind, const RadialMixture& radial, double t) {
     double phi = 0;
     for (size_t k = 0; k < radial.bandwidth.size(); ++k) {
         const double ratio = radial.bandwidth[0] / radial.bandwidth[k], s = t * ratio * ratio;
-        phi += radial.weight[k] * (radial.rbf ? std::exp2(s) : std::pow(1 - s / radial.alpha, -radial.alpha));
+        phi += radial.weight[k] * (radial.rbf            ? std::exp2(s)
+                                   : kind == Radial::imq ? 1 / (1 - s)
+                                                         : std::pow(1 - s / radial.alpha, -radial.alpha));
     }
     return phi;
+}
+
+// The means of h and u over a cloud's points, each as often as |a| says: with them the mean t between a point and those.
+struct Usual {
+    double a = 0, h = 0;
+    std::vector<double> u;
+
+    template <typename T>
+    Usual(const Cloud<T>& cloud, int64_t d, int64_t dp) : u(d, 0.0) {
+        for (int64_t i = 0; i < cloud.n; ++i) {
+            const double weight = std::abs(double(cloud.a[i]));
+            a += weight, h += weight * double(cloud.h[i]);
+            for (int64_t c = 0; c < d; ++c) u[c] += weight * double(cloud.u[i * dp + c]);
+        }
+        h /= a;
+        for (double& mean : u) mean /= a;
+    }
+
+    // Of point i of its own cloud without that point itself, or of another's. At most 0; NaN where there are no points.
+    template <typename T>
+    double t(const Cloud<T>& cloud, int64_t i, int64_t dp, bool own) const {
+        double dot = 0;
+        for (size_t c = 0; c < u.size(); ++c) dot += double(cloud.u[i * dp + c]) * u[c];
+        const double mean = dot - h - double(cloud.h[i]), others = a - (own ? std::abs(double(cloud.a[i])) : 0);
+        return std::min(mean * (a / others), 0.0);
+    }
+};
+
+// The same problem, its arrays and results copied to and from double.
+void in_double(const PairwiseProblem<float>& q) {
+    std::vector<std::vector<double>> copies;
+    const auto in = [&](const float* array, int64_t size) -> const double* {
+        if (array == nullptr) return nullptr;
+        return copies.emplace_back(array, array + size).data();
+    };
+    const auto out = [&](const float* array, int64_t size) -> double* {
+        return array == nullptr ? nullptr : copies.emplace_back(size).data();
+    };
+    const auto round = [](const double* from, int64_t size, float* to) {
+        if (to != nullptr) std::copy_n(from, size, to);
+    };
+    const int64_t n = q.n, m = q.m, d = q.d;
+    const PairwiseProblem<double> exact{in(q.x, n * d), in(q.y, m * d), in(q.v, n * d), in(q.a, n), in(q.b, m), n, m, d,
+                                        q.radial, q.w_xx, q.w_xy, q.w_yy, q.energy, out(q.x_force, n * d),
+                                        out(q.y_force, m * d), out(q.x_potential, n), out(q.y_potential, m)};
+    pairwise(exact);
+    round(exact.x_force, n * d, q.x_force), round(exact.y_force, m * d, q.y_force);
+    round(exact.x_potential, n, q.x_potential), round(exact.y_potential, m, q.y_potential);
 }
 
 }  // namespace
@@ -252,34 +305,15 @@ void pairwise(const PairwiseProblem<T>& q) {
     for (const Cloud<T>& cloud : clouds) {
         for (int64_t i = 0; i < cloud.n; ++i) farthest = std::max(farthest, cloud.h[i]);
     }
-    const Quotients<T> quotients(rate, weight, 4 * double(farthest));
-    const auto mixture = [&](double t) {
-        const double typical = phi_of(kind, q.radial, t);
-        return Mixture<T>{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
-                          int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data(),
-                          std::isfinite(T(typical)) ? T(typical) : T(0)};
-    };
-    // For the pairs of x, of x and y, of y. A mean of phi is at least phi of the mean distance, as phi is convex.
-    std::vector<double> u_mean[2];
-    double h_mean[2] = {}, dot[3] = {};
-    for (const int k : {0, 1}) {
-        const Cloud<T>& cloud = clouds[k];
-        u_mean[k].assign(d, 0.0);
-        for (int64_t i = 0; i < cloud.n; ++i) {
-            h_mean[k] += double(cloud.h[i]);
-            for (int64_t c = 0; c < d; ++c) u_mean[k][c] += double(cloud.u[i * dp + c]);
-        }
-        h_mean[k] /= double(cloud.n);
-        for (double& mean : u_mean[k]) mean /= double(cloud.n);
+    if constexpr (sizeof(T) == 4) {
+        if (double(farthest) > kFarthest) return in_double(q);
     }
-    for (int64_t c = 0; c < d; ++c) {
-        for (const int k : {0, 1, 2}) dot[k] += u_mean[k / 2][c] * u_mean[(k + 1) / 2][c];
-    }
-    const auto within = [&](int k) {
-        const double n = double(clouds[k].n);
-        return mixture(-(2 * h_mean[k] - dot[2 * k]) * n / (n - 1));
-    };
-    const Mixture<T> mixtures[3] = {within(0), mixture(-(h_mean[0] + h_mean[1] - dot[1])), within(1)};
+    const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
+    const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
+                             int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
+    const Usual usual[2] = {Usual(clouds[0], d, dp), Usual(clouds[1], d, dp)};
+    // Not of double, which would gain nothing, nor of a phi that may change its sign.
+    const bool subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
 
     // A cloud is `full` if its rows need forces or potentials. Pairs of both clouds are visited by the full ones;
     // if there is none, by x.
@@ -307,12 +341,12 @@ void pairwise(const PairwiseProblem<T>& q) {
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
 
-    const auto run = [&](size_t k, double* sums, double* row_totals, T* strip) {
+    const auto run = [&](size_t k, double* sums, double* row_totals, T* strip, T* typical) {
         const Task& task = tasks[k];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
         const bool force = forces[task.cloud] != nullptr;
         const int64_t count = task.i1 - task.i0;
-        const Targets<T> targets{own.u, own.h};
+        const Targets<T> targets{own.u, own.h, typical};
         const auto sources = [&](const Cloud<T>& z) {
             return Sources<T>{small ? dp : d, dp, z.u, z.h, z.a, z.ut, z.p, z.v, z.a_before};
         };
@@ -324,7 +358,12 @@ void pairwise(const PairwiseProblem<T>& q) {
             if (j0 >= j1 || (w == 0 && !with_v)) return;
             const int64_t stride = dp * (with_v ? 2 : 1) + 2;
             std::fill_n(sums, count * stride, 0.0);
-            const Mixture<T>& mixture = mixtures[&z == &own ? 2 * task.cloud : 1];
+            // phi is convex: its mean over the sources is at least phi of their mean distance, so that no digits are lost.
+            for (int64_t r = 0; r < count; ++r) {
+                const double t = usual[&z - clouds].t(own, task.i0 + r, dp, &z == &own);
+                const T phi = subtract ? T(phi_of(kind, q.radial, t)) : T(0);
+                typical[r] = std::isfinite(phi) ? phi : T(0);
+            }
             rows(kind, force, targets, sources(z), mixture, task.i0, task.i1, j0, j1, own_offset, sums, strip);
             for (int64_t r = 0; r < count; ++r) {
                 const double* in = sums + r * stride;
@@ -366,9 +405,9 @@ void pairwise(const PairwiseProblem<T>& q) {
     const int64_t workers = pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), int64_t(tasks.size()));
     at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
         std::vector<double> sums(block * (2 * dp + 2)), row_totals(block * (dp + 2));
-        std::vector<T> strip(kStrip * d);
+        std::vector<T> strip(kStrip * d), typical(block);
         for (int64_t worker = begin; worker < end; ++worker) {
-            for (size_t k; (k = next++) < tasks.size();) run(k, sums.data(), row_totals.data(), strip.data());
+            for (size_t k; (k = next++) < tasks.size();) run(k, sums.data(), row_totals.data(), strip.data(), typical.data());
         }
     });
     if (energy) {

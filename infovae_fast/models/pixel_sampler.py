@@ -155,8 +155,8 @@ class PixelSampler:
             raise ValueError(f"strategy: got {strategy!r}; accepted: " + ", ".join(map(repr, STRATEGIES)))
         if strategy == "auto":
             strategy = "fixed_point" if uncached(self.decoder) else "cached"
-        if strategy == "cached" and (reason := uncached(self.decoder)):
-            raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
+        if strategy == "cached":
+            self._check_cached()
         known, mask = self._known(n, known, known_mask)
         if uniforms is None:
             uniforms = self.uniforms(n, seed)
@@ -193,7 +193,14 @@ class PixelSampler:
     def params(self, z: Tensor | None, x: Tensor) -> Tensor:
         """decoder(z, x) as "cached" computes it, a pixel and colour at a time: [N, P, H, W], equal but for rounding."""
         z, n = self._codes(z, len(x))
+        self._check_cached()
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = {(n, *self.image_shape)}")
         return self._incremental(z, n, None).params(x)
+
+    def _check_cached(self) -> None:
+        if (reason := uncached(self.decoder)) is not None:
+            raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
 
     def _incremental(
         self, z: Tensor | None, n: int, likelihood: Likelihood | None

@@ -183,13 +183,16 @@ class PixelCNNPlusPlus(nn.Module):
             u, ul = run(layer, u, ul, *(passed.pop() if isinstance(layer, _Blocks) else ()))
         return self.head(ul)
 
+    def check_code(self, z: Tensor | None) -> None:
+        if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
+            wanted = f"[N, {self.inputs}]" if self.inputs else "None, as this decoder has inputs=0"
+            raise ValueError(f"z: got {None if z is None else tuple(z.shape)}; accepted: {wanted}")
+
     def _check_inputs(self, z: Tensor | None, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
             size = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {size}]")
-        if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
-            wanted = f"[N, {self.inputs}]" if self.inputs else "None, as this decoder has inputs=0"
-            raise ValueError(f"z: got {None if z is None else tuple(z.shape)}; accepted: {wanted}")
+        self.check_code(z)
         if z is not None and len(z) % max(len(x), 1):
             raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
 
