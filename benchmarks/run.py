@@ -111,15 +111,18 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--bar", action="store_true", help="only the cases of the README")
     which.add_argument("--grid", action="store_true", help="N = 64 .. 65,536, D = 2 .. 512, value alone too (long)")
+    which.add_argument("--only", metavar="WHAT,N,D", help="one case of the README, as rbf,256,10")
     parser.add_argument("--most", type=int, default=2**16, help="largest N")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
     options = parser.parse_args()
     here, installed = machine(options.device), implementations(options.compile, options.device)
     done = measured(options.out, here) if options.resume else set()
-    cases = pairwise.README if options.bar else pairwise.GRID if options.grid else pairwise.CASES
+    cases = pairwise.README if options.bar or options.only else pairwise.GRID if options.grid else pairwise.CASES
     for case in cases if options.device == "cpu" else pairwise.GPU_CASES:
         some = {name: i for name, i in installed.items() if feasible(case, i, options.memory)}
+        if options.only and options.only != f"{case.what},{case.n},{case.d}":
+            continue
         if case.n > options.most or {(case, name) for name in some} <= done:
             continue
         rows = bench(case, some, options.device)

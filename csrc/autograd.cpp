@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cmath>
-
 #include <optional>
 #include <string>
 #include <string_view>

@@ -29,8 +29,8 @@ constexpr int kStep = 64;     // ranges of sources start at multiples of it
 constexpr int kChunk = 256;   // sources that stay in the cache; summed in T before they go to double
 constexpr int kMaxSmall = 16; // coordinates that fit the registers
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
-constexpr double kFarthest = 1024;  // h up to which t of close points is right to 1e-4 in float; beyond, all is double
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
+constexpr double kFarthest = 1024;  // h up to which t of close points is right to 1e-4 in float; beyond, all is double
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
 
