@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also torch.compile (some seconds a case)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--bar", action="store_true", help="only the cases of the README")
-    which.add_argument("--grid", action="store_true", help="N = 64 .. 65,536, D = 2 .. 512, value alone too (long)")
+    which.add_argument("--grid", action="store_true", help="N = 16 .. 65,536, D = 2 .. 512, value alone too (long)")
     which.add_argument("--only", metavar="WHAT,N,D", help="one case of the README, as rbf,256,10")
     parser.add_argument("--most", type=int, default=2**16, help="largest N")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
