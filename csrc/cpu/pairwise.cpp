@@ -26,6 +26,7 @@ namespace {
 constexpr int kStrip = 6;     // targets whose products are in registers at once
 constexpr int kGroup = 16;    // sources whose phi a lane adds up in T
 constexpr int kStep = 64;     // ranges of sources start at multiples of it
+constexpr int kLine = 16;     // coordinates that are transposed at a time
 constexpr int kChunk = 256;   // sources that stay in the cache; summed in T before they go to double
 constexpr int kMaxSmall = 16; // coordinates that fit the registers
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
@@ -66,6 +67,19 @@ struct Sources {
 #define VECTOR_CODE "pairwise.inc"
 #include "each_unit.inc"
 
+template <typename A, typename B>
+double dot(const A* a, const B* b, int64_t n) {
+    constexpr int64_t chains = 8;  // of additions, that need not wait for each other
+    double sums[chains] = {};
+    int64_t c = 0;
+    for (; c + chains <= n; c += chains) {
+        for (int64_t k = 0; k < chains; ++k) sums[k] += double(a[c + k]) * double(b[c + k]);
+    }
+    for (; c < n; ++c) sums[0] += double(a[c]) * double(b[c]);
+    for (int64_t k = 1; k < chains; ++k) sums[0] += sums[k];
+    return sums[0];
+}
+
 template <typename T>
 struct Cloud {
     const T* z = nullptr;  // as given
@@ -75,37 +89,29 @@ struct Cloud {
     double* a_before = nullptr;
 
     void carve(Carver& memory, int64_t d, int64_t dp, bool small, bool fold_v) {
-        const int64_t padded = round_up(n, kChunk);
+        const int64_t padded = round_up(n, kStep);
         u = memory.take<T>(padded * dp);
         h = memory.take<T>(padded);
         a = memory.take<T>(padded);
         a_before = memory.take<double>(padded + 1);
-        ut = small ? nullptr : memory.take<T>(padded * d);
+        ut = small ? nullptr : memory.take<T>(round_up(n, kChunk) * d);
         p = given_a != nullptr || fold_v ? memory.take<T>(padded * dp) : u;
         v = given_v != nullptr && !fold_v ? memory.take<T>(padded * dp) : nullptr;
     }
 
     // p = a u + v_factor v where v is folded in.
     void fill(int64_t d, int64_t dp, const double* mean, double scale, bool fold_v, T v_factor) {
-        const int64_t padded = round_up(n, kChunk);
-        at::parallel_for(0, padded / kChunk, std::max<int64_t>(1, 65536 / (kChunk * d)), [&](int64_t begin, int64_t end) {
-            std::fill_n(u + begin * kChunk * dp, (end - begin) * kChunk * dp, T(0));
-            for (int64_t j = begin * kChunk; j < end * kChunk; ++j) {
+        const int64_t steps = round_up(n, kStep) / kStep;
+        at::parallel_for(0, steps, std::max<int64_t>(1, 16384 / (kStep * d)), [&](int64_t begin, int64_t end) {
+            std::fill_n(u + begin * kStep * dp, (end - begin) * kStep * dp, T(0));
+            for (int64_t j = begin * kStep; j < end * kStep; ++j) {
                 a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
                 T* row = u + j * dp;
                 if (j < n) {
                     const T* in = z + j * d;
                     for (int64_t c = 0; c < d; ++c) row[c] = T((double(in[c]) - mean[c]) * scale);  // rounded once
                 }
-                double squares[2] = {};
-                for (int64_t c = 0; c + 1 < dp; c += 2) {  // dp is even
-                    squares[0] += double(row[c]) * row[c];
-                    squares[1] += double(row[c + 1]) * row[c + 1];
-                }
-                h[j] = T((squares[0] + squares[1]) / 2);
-                if (ut != nullptr) {
-                    for (int64_t c = 0; c < d; ++c) ut[(j / kChunk * d + c) * kChunk + j % kChunk] = row[c];
-                }
+                h[j] = j < n ? T(dot(row, row, d) / 2) : T(0);
                 const auto given = [&](int64_t c) {
                     return given_v != nullptr && j < n && c < d ? given_v[j * d + c] : T(0);
                 };
@@ -118,9 +124,18 @@ struct Cloud {
                     for (int64_t c = 0; c < dp; ++c) v[j * dp + c] = given(c);
                 }
             }
+            for (int64_t j = begin * kStep; ut != nullptr && j < end * kStep; j += kStep) {
+                T* const to = ut + j / kChunk * kChunk * d + j % kChunk;
+                for (int64_t c0 = 0; c0 < d; c0 += kLine) {  // so that what is read and written stays in the cache
+                    const int64_t c1 = std::min(c0 + kLine, d);
+                    for (int64_t k = 0; k < kStep; ++k) {
+                        for (int64_t c = c0; c < c1; ++c) to[c * kChunk + k] = u[(j + k) * dp + c];
+                    }
+                }
+            }
         });
         a_before[0] = 0;
-        for (int64_t j = 0; j < padded; ++j) a_before[j + 1] = a_before[j] + double(a[j]);
+        for (int64_t j = 0; j < n; ++j) a_before[j + 1] = a_before[j] + double(a[j]);
     }
 };
 
@@ -221,9 +236,8 @@ struct Usual {
     // Of point i of its own cloud without that point itself, or of another's. At most 0; NaN where there are no points.
     template <typename T>
     double t(const Cloud<T>& cloud, int64_t i, int64_t dp, bool own) const {
-        double dot = 0;
-        for (size_t c = 0; c < u.size(); ++c) dot += double(cloud.u[i * dp + c]) * u[c];
-        const double mean = dot - h - double(cloud.h[i]), others = a - (own ? std::abs(double(cloud.a[i])) : 0);
+        const double mean = dot(cloud.u + i * dp, u.data(), int64_t(u.size())) - h - double(cloud.h[i]);
+        const double others = a - (own ? std::abs(double(cloud.a[i])) : 0);
         return std::min(mean * (a / others), 0.0);
     }
 };
