@@ -23,23 +23,17 @@
 namespace infovae_fast {
 namespace {
 
-constexpr int kStrip = 6;     // targets whose products are in registers at once
-constexpr int kGroup = 16;    // sources whose phi a lane adds up in T
-constexpr int kStep = 64;     // ranges of sources start at multiples of it
+constexpr int kStep = 64;     // sources of a tile
+constexpr int kFewest = 4;    // coordinates up to which distances are sums of squared differences
+constexpr int kDepth = 32;    // coordinates whose products are summed in registers
+constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
 constexpr int kLine = 16;     // coordinates that are transposed at a time
-constexpr int kChunk = 256;   // sources that stay in the cache; summed in T before they go to double
-constexpr int kMaxSmall = 16; // coordinates that fit the registers
+constexpr int kPart = 1 << 18;  // numbers of the sources that stay in the cache for all targets of a task
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
 constexpr double kFarthest = 1024;  // h up to which t of close points is right to 1e-4 in float; beyond, all is double
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
-
-// Whether the path for few coordinates is compiled; elsewhere the other one serves them as well.
-template <typename T>
-constexpr bool fits_registers(int vector_bytes) {
-    return sizeof(T) == 4 && vector_bytes >= 32;
-}
 
 template <typename T>
 struct Mixture {  // in units of the first scale
@@ -52,17 +46,22 @@ struct Mixture {  // in units of the first scale
 };
 template <typename T>
 struct Targets {
-    const T *u, *h;    // [n, dp], [n]
+    const T *ut, *h;   // [n / lanes, d, lanes], [n]
     const T* typical;  // of each row that is computed: phi at a distance that is usual between it and the sources
 };
 template <typename T>
 struct Sources {
-    int64_t d, dp;           // coordinates, and with padding
-    const T *u, *h, *a;      // [m, dp], [m], [m]
-    const T *ut;             // [m / kChunk, d, kChunk], or null where the coordinates fit the registers
-    const T *p, *v;          // [m, dp], what g and phi multiply; v may be null
+    int64_t d;
+    const T *u, *h, *a;      // [m, d], [m], [m]
+    const T *p, *v;          // [m, d], what g and phi multiply; v may be null
     const double* a_before;  // [m + 1], sum of a_i over i < j
 };
+
+// Targets that the vector code has in its lanes at once.
+template <typename T>
+int64_t targets_at_once() {
+    return lanes<T>() * (kUnit == Unit::avx512 ? 4 : 2);
+}
 
 #define VECTOR_CODE "pairwise.inc"
 #include "each_unit.inc"
@@ -85,57 +84,68 @@ struct Cloud {
     const T* z = nullptr;  // as given
     int64_t n = 0;
     const T *given_a = nullptr, *given_v = nullptr;
-    T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *v = nullptr;
+    T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr;
+    const T* v = nullptr;
     double* a_before = nullptr;
 
-    void carve(Carver& memory, int64_t d, int64_t dp, bool small, bool fold_v) {
-        const int64_t padded = round_up(n, kStep);
-        u = memory.take<T>(padded * dp);
+    void carve(Carver& memory, int64_t d, bool fold_v) {
+        const int64_t padded = round_up(n, targets_at_once<T>());
+        u = memory.take<T>(n * d);
         h = memory.take<T>(padded);
-        a = memory.take<T>(padded);
-        a_before = memory.take<double>(padded + 1);
-        ut = small ? nullptr : memory.take<T>(round_up(n, kChunk) * d);
-        p = given_a != nullptr || fold_v ? memory.take<T>(padded * dp) : u;
-        v = given_v != nullptr && !fold_v ? memory.take<T>(padded * dp) : nullptr;
+        a = memory.take<T>(n);
+        a_before = memory.take<double>(n + 1);
+        ut = memory.take<T>(padded * d);
+        p = given_a != nullptr || fold_v ? memory.take<T>(n * d) : u;
+        v = fold_v ? nullptr : given_v;
     }
 
     // p = a u + v_factor v where v is folded in.
-    void fill(int64_t d, int64_t dp, const double* mean, double scale, bool fold_v, T v_factor) {
-        const int64_t steps = round_up(n, kStep) / kStep;
-        at::parallel_for(0, steps, std::max<int64_t>(1, 16384 / (kStep * d)), [&](int64_t begin, int64_t end) {
-            std::fill_n(u + begin * kStep * dp, (end - begin) * kStep * dp, T(0));
-            for (int64_t j = begin * kStep; j < end * kStep; ++j) {
-                a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
-                T* row = u + j * dp;
-                if (j < n) {
+    void fill(int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
+        const int64_t L = targets_at_once<T>(), groups = round_up(n, L) / L;
+        at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
+            for (int64_t group = begin; group < end; ++group) {
+                const int64_t first = group * L, last = std::min(first + L, n);
+                T* const transposed = ut + first * d;
+                for (int64_t j = first; j < last; ++j) {
                     const T* in = z + j * d;
+                    T* row = u + j * d;
                     for (int64_t c = 0; c < d; ++c) row[c] = T((double(in[c]) - mean[c]) * scale);  // rounded once
-                }
-                h[j] = j < n ? T(dot(row, row, d) / 2) : T(0);
-                const auto given = [&](int64_t c) {
-                    return given_v != nullptr && j < n && c < d ? given_v[j * d + c] : T(0);
-                };
-                if (p != u) {
-                    for (int64_t c = 0; c < dp; ++c) {
-                        p[j * dp + c] = a[j] * row[c] + (fold_v ? v_factor * given(c) : T(0));
+                    h[j] = T(dot(row, row, d) / 2);
+                    a[j] = given_a != nullptr ? given_a[j] : T(1);
+                    for (int64_t c = 0; p != u && c < d; ++c) {
+                        p[j * d + c] = a[j] * row[c] + (fold_v ? v_factor * given_v[j * d + c] : T(0));
                     }
                 }
-                if (v != nullptr) {
-                    for (int64_t c = 0; c < dp; ++c) v[j * dp + c] = given(c);
-                }
-            }
-            for (int64_t j = begin * kStep; ut != nullptr && j < end * kStep; j += kStep) {
-                T* const to = ut + j / kChunk * kChunk * d + j % kChunk;
                 for (int64_t c0 = 0; c0 < d; c0 += kLine) {  // so that what is read and written stays in the cache
                     const int64_t c1 = std::min(c0 + kLine, d);
-                    for (int64_t k = 0; k < kStep; ++k) {
-                        for (int64_t c = c0; c < c1; ++c) to[c * kChunk + k] = u[(j + k) * dp + c];
+                    for (int64_t j = first; j < last; ++j) {
+                        for (int64_t c = c0; c < c1; ++c) transposed[c * L + (j - first)] = u[j * d + c];
                     }
+                }
+                for (int64_t lane = last - first; lane < L; ++lane) {
+                    h[first + lane] = T(0);
+                    for (int64_t c = 0; c < d; ++c) transposed[c * L + lane] = T(0);
                 }
             }
         });
         a_before[0] = 0;
         for (int64_t j = 0; j < n; ++j) a_before[j + 1] = a_before[j] + double(a[j]);
+    }
+};
+
+// What one thread needs.
+template <typename T>
+struct Worker {
+    double *sums, *totals;
+    T *tiles, *typical;
+
+    void carve(Carver& memory, int64_t rows, int64_t d, bool with_v) {
+        const int64_t L = targets_at_once<T>(), stride = 2 + d * (with_v ? 2 : 1);
+        sums = memory.take<double>(round_up(rows, L) * stride);
+        totals = memory.take<double>(rows * (d + 2));
+        tiles = memory.take<T>((2 * kStep + stride) * L);
+        typical = memory.take<T>(round_up(rows, L));
+        if (tiles != nullptr) std::fill_n(tiles + 2 * kStep * L, stride * L, T(0));  // sums, which end as they start
     }
 };
 
@@ -223,11 +233,11 @@ struct Usual {
     std::vector<double> u;
 
     template <typename T>
-    Usual(const Cloud<T>& cloud, int64_t d, int64_t dp) : u(d, 0.0) {
+    Usual(const Cloud<T>& cloud, int64_t d) : u(d, 0.0) {
         for (int64_t i = 0; i < cloud.n; ++i) {
             const double weight = std::abs(double(cloud.a[i]));
             a += weight, h += weight * double(cloud.h[i]);
-            for (int64_t c = 0; c < d; ++c) u[c] += weight * double(cloud.u[i * dp + c]);
+            for (int64_t c = 0; c < d; ++c) u[c] += weight * double(cloud.u[i * d + c]);
         }
         h /= a;
         for (double& mean : u) mean /= a;
@@ -235,8 +245,9 @@ struct Usual {
 
     // Of point i of its own cloud without that point itself, or of another's. At most 0; NaN where there are no points.
     template <typename T>
-    double t(const Cloud<T>& cloud, int64_t i, int64_t dp, bool own) const {
-        const double mean = dot(cloud.u + i * dp, u.data(), int64_t(u.size())) - h - double(cloud.h[i]);
+    double t(const Cloud<T>& cloud, int64_t i, bool own) const {
+        const int64_t d = int64_t(u.size());
+        const double mean = dot(cloud.u + i * d, u.data(), d) - h - double(cloud.h[i]);
         const double others = a - (own ? std::abs(double(cloud.a[i])) : 0);
         return std::min(mean * (a / others), 0.0);
     }
@@ -290,18 +301,23 @@ void pairwise(const PairwiseProblem<T>& q) {
     const double slope = outer / (b0 * b0 * scale);
 
     const bool fold_v = q.v != nullptr && kind == Radial::rbf && q.w_xx != 0;
-    const bool small = d <= kMaxSmall && fits_registers<T>(kUnit == Unit::baseline ? 16 : 32) &&
-                       (kind == Radial::rbf || kind == Radial::imq) && (q.v == nullptr || fold_v);
-    const int64_t dp = !small ? round_up(d, 64 / int64_t(sizeof(T))) : d <= 10 ? round_up(d, 2) : kMaxSmall;
 
     Cloud<T> clouds[2];
     clouds[0].z = q.x, clouds[0].n = q.n, clouds[0].given_a = q.a, clouds[0].given_v = q.v;
     clouds[1].z = q.y, clouds[1].n = q.y == nullptr ? 0 : q.m, clouds[1].given_a = q.b;
+    const int64_t total = clouds[0].n + clouds[1].n, pairs = total * total;
+    const int64_t block = pairs > (int64_t(1) << 22) ? 3 * kStep : kStep;
+    const int64_t most = clouds[0].n / block + clouds[1].n / block + 2;  // tasks
+    std::vector<Worker<T>> workers(pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), most));
     Workspace workspace;
-    Carver measure{nullptr};
-    for (Cloud<T>& cloud : clouds) cloud.carve(measure, d, dp, small, fold_v && &cloud == clouds);
-    Carver memory{workspace.reserve(measure.used)};
-    for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, dp, small, fold_v && &cloud == clouds);
+    Carver memory{nullptr};
+    const auto carve = [&] {
+        for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, fold_v && &cloud == clouds);
+        for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v);
+    };
+    carve();  // to measure
+    memory = Carver{workspace.reserve(memory.used)};
+    carve();
 
     std::vector<double> mean(d, 0.0);
     for (const Cloud<T>& cloud : clouds) {
@@ -309,10 +325,10 @@ void pairwise(const PairwiseProblem<T>& q) {
             for (int64_t c = 0; c < d; ++c) mean[c] += double(cloud.z[i * d + c]);
         }
     }
-    for (double& sum : mean) sum /= double(clouds[0].n + clouds[1].n);
+    for (double& sum : mean) sum /= double(total);
     for (Cloud<T>& cloud : clouds) {
         const bool folded = fold_v && &cloud == clouds;
-        if (cloud.n > 0) cloud.fill(d, dp, mean.data(), scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
+        if (cloud.n > 0) cloud.fill(d, mean.data(), scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
     }
 
     T farthest = 0;  // h of that point
@@ -325,7 +341,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
     const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
                              int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
-    const Usual usual[2] = {Usual(clouds[0], d, dp), Usual(clouds[1], d, dp)};
+    const Usual usual[2] = {Usual(clouds[0], d), Usual(clouds[1], d)};
     // Not of double, which would gain nothing, nor of a phi that may change its sign.
     const bool subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
 
@@ -338,8 +354,6 @@ void pairwise(const PairwiseProblem<T>& q) {
     const double w_within[2] = {q.w_xx, q.w_yy};
     T* const forces[2] = {q.x_force, q.y_force};
     T* const potentials[2] = {q.x_potential, q.y_potential};
-    const int64_t pairs = (clouds[0].n + clouds[1].n) * (clouds[0].n + clouds[1].n);
-    const int64_t block = pairs > (int64_t(1) << 22) ? 3 * kStep : kStep;
 
     struct Task {
         int cloud;
@@ -354,45 +368,47 @@ void pairwise(const PairwiseProblem<T>& q) {
     }
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
+    const int64_t L = targets_at_once<T>(), part = std::max<int64_t>(kPart / d / kChunk, 1) * kChunk;
+    constexpr int64_t kNowhere = -(int64_t(1) << 60);
 
-    const auto run = [&](size_t k, double* sums, double* row_totals, T* strip, T* typical) {
+    const auto run = [&](size_t k, const Worker<T>& mine) {
+        double *const sums = mine.sums, *const totals = mine.totals;
+        T* const typical = mine.typical;
         const Task& task = tasks[k];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
         const bool force = forces[task.cloud] != nullptr;
         const int64_t count = task.i1 - task.i0;
-        const Targets<T> targets{own.u, own.h, typical};
-        const auto sources = [&](const Cloud<T>& z) {
-            return Sources<T>{small ? dp : d, dp, z.u, z.h, z.a, z.ut, z.p, z.v, z.a_before};
-        };
         double energy_here = 0;
-        std::fill_n(row_totals, count * (dp + 2), 0.0);
-        // Adds w times the sums over sources j0..j1 to the row totals, and share times their energy.
+        std::fill_n(totals, count * (d + 2), 0.0);
+        // Adds w times the sums over sources j0..j1 to the totals of rows, and share times their energy.
         const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
             const bool with_v = force && z.v != nullptr;
             if (j0 >= j1 || (w == 0 && !with_v)) return;
-            const int64_t stride = dp * (with_v ? 2 : 1) + 2;
-            std::fill_n(sums, count * stride, 0.0);
+            const int64_t stride = d * (with_v ? 2 : 1) + 2;
+            std::fill_n(sums, round_up(count, L) * stride, 0.0);
             // phi is convex: its mean over the sources is at least phi of their mean distance, so that no digits are lost.
             for (int64_t r = 0; r < count; ++r) {
-                const double t = usual[&z - clouds].t(own, task.i0 + r, dp, &z == &own);
+                const double t = usual[&z - clouds].t(own, task.i0 + r, &z == &own);
                 const T phi = subtract ? T(phi_of(kind, q.radial, t)) : T(0);
                 typical[r] = std::isfinite(phi) ? phi : T(0);
             }
-            rows(kind, force, targets, sources(z), mixture, task.i0, task.i1, j0, j1, own_offset, sums, strip);
+            std::fill(typical + count, typical + round_up(count, L), T(0));
+            for (int64_t j = j0; j < j1; j += part) {
+                rows(kind, force, {own.ut, own.h, typical}, {d, z.u, z.h, z.a, z.p, z.v, z.a_before}, mixture, task.i0,
+                     task.i1, j, std::min(j + part, j1), own_offset, sums, mine.tiles);
+            }
             for (int64_t r = 0; r < count; ++r) {
-                const double* in = sums + r * stride;
-                double* out = row_totals + r * (dp + 2);
+                const double* in = sums + r / L * L * stride + r % L;
+                double* out = totals + r * (d + 2);
                 out[0] += w * outer * in[0];
                 energy_here += share * w * outer * in[0] * double(own.a[task.i0 + r]);
                 if (!force) continue;
-                out[1] += w * slope * in[1];
-                for (int64_t c = 0; c < dp; ++c) out[2 + c] += w * slope * in[2 + c];
+                for (int64_t c = 1; c < d + 2; ++c) out[c] += w * slope * in[c * L];
                 if (with_v) {
-                    for (int64_t c = 0; c < dp; ++c) out[2 + c] += outer * in[2 + dp + c];
+                    for (int64_t c = 2; c < d + 2; ++c) out[c] += outer * in[(c + d) * L];
                 }
             }
         };
-        constexpr int64_t kNowhere = -(int64_t(1) << 60);
         const double w = w_within[task.cloud];
         if (full[task.cloud]) {
             visit(own, 0, own.n, 0, w, 1);
@@ -405,8 +421,8 @@ void pairwise(const PairwiseProblem<T>& q) {
         }
         energies[k] = energy_here;
         for (int64_t r = 0; r < count; ++r) {
-            const double* in = row_totals + r * (dp + 2);
-            const T* u = own.u + (task.i0 + r) * dp;
+            const double* in = totals + r * (d + 2);
+            const T* u = own.u + (task.i0 + r) * d;
             if (potentials[task.cloud] != nullptr) potentials[task.cloud][task.i0 + r] = T(in[0]);
             if (!force) continue;
             const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]);
@@ -416,12 +432,9 @@ void pairwise(const PairwiseProblem<T>& q) {
     };
 
     std::atomic<size_t> next{0};
-    const int64_t workers = pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), int64_t(tasks.size()));
-    at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-        std::vector<double> sums(block * (2 * dp + 2)), row_totals(block * (dp + 2));
-        std::vector<T> strip(kStrip * d), typical(block);
+    at::parallel_for(0, int64_t(workers.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t worker = begin; worker < end; ++worker) {
-            for (size_t k; (k = next++) < tasks.size();) run(k, sums.data(), row_totals.data(), strip.data(), typical.data());
+            for (size_t k; (k = next++) < tasks.size();) run(k, workers[worker]);
         }
     });
     if (energy) {
