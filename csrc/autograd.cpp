@@ -1,8 +1,11 @@
 // The operators with their first derivatives: what torch.autograd.Function does in Python, without the 0.1 ms it takes.
 #include "autograd.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -13,6 +16,8 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+
+#include "pairwise.h"
 
 namespace infovae_fast {
 namespace {
@@ -30,8 +35,7 @@ struct Settings {
     at::ArrayRef<double> weight;
     double alpha;
     at::ArrayRef<double> w;
-    double constant = 0;  // to be added to the energy
-    std::optional<at::ScalarType> dtype = {};  // of the result; float64 if not given
+    std::optional<double> constant = {};  // where inputs are `usual`: to be added to the energy
 };
 
 template <typename Op>
@@ -41,13 +45,37 @@ auto find(const char* name) {
 
 bool needs_gradient(const Maybe& t) { return t.has_value() && t->defined() && t->requires_grad(); }
 
-Five pairwise(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& s, bool x_force,
+Five by_dispatcher(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& s, bool x_force,
               bool y_force, bool potentials) {
     using Op = Five(const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, bool, at::ArrayRef<double>,
                     const Maybe&, at::ArrayRef<double>, double, at::ArrayRef<double>, bool, bool, bool, bool);
     static const auto op = find<Op>("infovae_fast::pairwise");
     return op.call(x, y, {}, a, b, s.rbf, s.bandwidth, s.lengths, s.weight, s.alpha, s.w, true, x_force, y_force,
                    potentials);
+}
+
+// The same for `usual` inputs, without what a dispatcher would look at. The energy with its constant comes in x's dtype.
+template <typename T>
+Five usual_pairwise(const Tensor& x, const Tensor& y, const Settings& s, bool x_force, bool y_force) {
+    const auto like = [](const Tensor& t, bool wanted) {
+        return wanted ? Tensor(at::detail::empty_cpu(t.sizes(), t.scalar_type())) : Tensor();
+    };
+    const Tensor xs = x.contiguous(), ys = y.contiguous(), fx = like(x, x_force), fy = like(y, y_force);
+    const auto result = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+    double energy = 0;
+    pairwise<T>({xs.const_data_ptr<T>(), ys.const_data_ptr<T>(), nullptr, nullptr, nullptr, x.size(0), y.size(0), x.size(1),
+                 {s.rbf, s.bandwidth.vec(), s.weight.vec(), s.alpha}, s.w[0], s.w[1], s.w[2], &energy, result(fx),
+                 result(fy), nullptr, nullptr});
+    const Tensor value = at::detail::empty_cpu({}, x.scalar_type());
+    *value.mutable_data_ptr<T>() = T(energy + *s.constant);
+    return {value, fx, fy, {}, {}};
+}
+
+Five forward_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& s, bool x_force,
+                bool y_force, bool potentials) {
+    if (!s.constant) return by_dispatcher(x, y, a, b, s, x_force, y_force, potentials);
+    const auto usual = x.scalar_type() == at::kFloat ? usual_pairwise<float> : usual_pairwise<double>;
+    return usual(x, *y, s, x_force, y_force);
 }
 
 // The first argument, with an error in place of its derivative to the others.
@@ -69,17 +97,12 @@ struct Energy : torch::autograd::Function<Energy> {
         const bool need[] = {x.requires_grad(), needs_gradient(y), needs_gradient(a), needs_gradient(b)};
         const at::AutoDispatchBelowADInplaceOrView below;
         auto [energy, x_force, y_force, x_potential, y_potential] =
-            pairwise(x, y, a, b, settings, need[0], need[1], need[2] || need[3]);
+            forward_of(x, y, a, b, settings, need[0], need[1], need[2] || need[3]);
         const auto only = [](bool wanted, const Tensor& t) { return wanted ? t : Tensor(); };
         context->save_for_backward({only(need[0], x_force), only(need[1], y_force), only(need[2], x_potential),
                                     only(need[3], y_potential), x, y.value_or(Tensor()), a.value_or(Tensor()),
                                     b.value_or(Tensor())});
-        return finished(energy, settings);
-    }
-
-    static Tensor finished(const Tensor& energy, const Settings& settings) {
-        const Tensor sum = settings.constant == 0 ? energy : energy.add(settings.constant);
-        return settings.dtype ? sum.to(*settings.dtype) : sum;
+        return energy;
     }
 
     static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -107,7 +130,7 @@ struct Energy : torch::autograd::Function<Energy> {
 Tensor energy_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& settings) {
     const bool gradient = x.requires_grad() || needs_gradient(y) || needs_gradient(a) || needs_gradient(b);
     if (gradient && at::GradMode::is_enabled()) return Energy::apply(x, y, a, b, settings);
-    return Energy::finished(std::get<0>(pairwise(x, y, a, b, settings, false, false, false)), settings);
+    return std::get<0>(forward_of(x, y, a, b, settings, false, false, false));
 }
 
 Tensor energy(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, bool rbf, at::ArrayRef<double> bandwidth,
@@ -194,26 +217,44 @@ bool usual(const Tensor& x, const Tensor& y) {
     return x.is_cpu() && y.is_cpu() && x.layout() == at::kStrided && y.layout() == at::kStrided && x.dim() == 2 &&
            y.dim() == 2 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) &&
            y.scalar_type() == x.scalar_type() && x.size(1) == y.size(1) && x.size(1) > 0 &&
-           std::min(x.size(0), y.size(0)) >= 2;
+           std::min(x.size(0), y.size(0)) >= 2 && !x._fw_grad(0).defined() && !y._fw_grad(0).defined() &&
+           !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+           !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 }  // namespace
 
-pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object, bool rbf,
-                           const std::vector<double>& bandwidth, const std::vector<double>& weight, double alpha,
-                           std::optional<double> diagonal) {
+pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object, pybind11::handle kernel,
+                           std::string_view estimator, std::string_view backend) {
+    const bool biased = estimator == "biased";
+    if ((!biased && estimator != "unbiased") || (backend != "auto" && backend != "cpp")) return pybind11::none();
     if (!THPVariable_CheckExact(x_object.ptr()) || !THPVariable_CheckExact(y_object.ptr())) return pybind11::none();
     const Tensor &x = THPVariable_Unpack(x_object.ptr()), &y = THPVariable_Unpack(y_object.ptr());
     if (!usual(x, y)) return pybind11::none();
-    const double n = double(x.size(0)), m = double(y.size(0)), less = diagonal ? 0 : 1;
+
+    bool rbf = true;
+    std::vector<double> bandwidth, weight{1.0};
+    double alpha = 1;
+    if (!kernel.is_none()) {
+        const pybind11::object plain = pybind11::getattr(kernel, "plain", pybind11::none());
+        if (!pybind11::isinstance<pybind11::tuple>(plain)) return pybind11::none();
+        std::tie(rbf, bandwidth, weight, alpha) =
+            plain.cast<std::tuple<bool, std::vector<double>, std::vector<double>, double>>();
+    }
+    if (bandwidth.empty()) bandwidth.push_back(std::sqrt(double(x.size(1))));
+    double diagonal = 0;
+    for (const double w : weight) diagonal += w;
+
+    const double n = double(x.size(0)), m = double(y.size(0)), less = biased ? 0 : 1;
     const double w[] = {1 / (n * (n - less)), -1 / (n * m), 1 / (m * (m - less))};
+    const double constant = biased ? diagonal * (1 / n + 1 / m) : 0;
     Tensor value;
     {
         const pybind11::gil_scoped_release release;
-        value = energy_of(x, y, {}, {}, {rbf, bandwidth, {}, weight, alpha, w, diagonal.value_or(0) * (1 / n + 1 / m),
-                                         x.scalar_type()});
+        value = energy_of(x, y, {}, {}, {rbf, bandwidth, {}, weight, alpha, w, constant});
     }
-    if (!std::isfinite(value.item<double>())) return pybind11::none();
+    const bool is_float = value.scalar_type() == at::kFloat;
+    if (!std::isfinite(is_float ? *value.const_data_ptr<float>() : *value.const_data_ptr<double>())) return pybind11::none();
     return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(value));
 }
 

@@ -3,14 +3,13 @@
 
 #include <pybind11/pybind11.h>
 
-#include <optional>
-#include <vector>
+#include <string_view>
 
 namespace infovae_fast {
 
-// MMD^2 of two clouds on the CPU by one call, because at small N Python takes longer than the sums: unbiased, or biased
-// if the value phi(0) of the diagonal is given. None where anything is unusual, the result too: the caller finds out.
-pybind11::object usual_mmd(pybind11::handle x, pybind11::handle y, bool rbf, const std::vector<double>& bandwidth,
-                           const std::vector<double>& weight, double alpha, std::optional<double> diagonal);
+// infovae_fast.divergences.mmd of two clouds on the CPU by one call, because at small N Python takes longer than the
+// sums. None where anything is unusual, the result too: the caller finds out. `kernel`: None, or its `plain` is taken.
+pybind11::object usual_mmd(pybind11::handle x, pybind11::handle y, pybind11::handle kernel, std::string_view estimator,
+                           std::string_view backend);
 
 }  // namespace infovae_fast

@@ -12,6 +12,7 @@ unset.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -86,11 +87,14 @@ def transforms() -> str | None:
     return None
 
 
-def native_for_usual(backend: str) -> bool:
-    """Whether `backend` means C++ on the CPU where nothing is unusual about the inputs."""
-    if (AUTO if backend == "auto" else backend) not in ("auto", "cpp") or torch.compiler.is_compiling():
-        return False
-    return transforms() is None and native_missing() is None
+@cache
+def shortcut(name: str) -> Callable[..., Any]:
+    """The C++ function that does the usual case in one call, and returns None for all else; or one that always does."""
+    if AUTO not in ("auto", "cpp") or native_missing() is not None:
+        return lambda *inputs: None
+    from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]
+
+    return getattr(_C, name)  # type: ignore[no-any-return]
 
 
 def triton_missing() -> str | None:

@@ -13,7 +13,6 @@ Each is a function and an `nn.Module`. With x ~ q [N, D], y ~ p [M, D] and a rad
 import itertools
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from infovae_fast.backends import native_for_usual
+from infovae_fast.backends import shortcut
 from infovae_fast.clouds import (
     KernelLike,
     at_least_float32,
@@ -33,8 +32,8 @@ from infovae_fast.clouds import (
     register_bandwidth,
     samples,
 )
-from infovae_fast.pairwise import LEAF_KERNELS, energy, energy_of_clouds, force, leaf_scales
-from infovae_fast.radial import RBF, Kernel
+from infovae_fast.pairwise import energy, energy_of_clouds, force
+from infovae_fast.radial import Kernel
 
 Estimator = Literal["unbiased", "biased", "linear", "block"]
 Score = Callable[[Tensor], Tensor] | Tensor | None
@@ -87,8 +86,8 @@ def mmd(
         the CPU, outside `torch.compile`, also NaN or infinity in x or y (elsewhere the result is NaN).
         RuntimeError: the named backend cannot run these inputs.
     """
-    if block_size is x_weights is y_weights is progress is None and native_for_usual(backend):
-        value = _usual_mmd(x, y, kernel, estimator)
+    if block_size is x_weights is y_weights is progress is None and not torch.compiler.is_compiling():
+        value = shortcut("usual_mmd")(x, y, kernel, estimator, backend)
         if value is not None:
             return value
     x, y = samples(x=x, y=y)
@@ -122,28 +121,6 @@ def mmd(
         value = _block_mmd(x, y, kernel, block_size, backend)
     check_result(value, x=x, y=y)
     return value if x.dtype == torch.float64 else value.float()
-
-
-def _usual_mmd(x: Any, y: Any, kernel: KernelLike, estimator: str) -> Tensor | None:
-    """MMD^2 by one call of C++, or None where anything is unusual: `mmd` goes on and finds out what it is."""
-    from infovae_fast._C import usual_mmd  # type: ignore[import-not-found, unused-ignore]
-
-    if estimator not in ("biased", "unbiased") or type(kernel) not in (type(None), *LEAF_KERNELS):
-        return None
-    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] == 0:
-        return None
-    if isinstance(getattr(kernel, "bandwidth", None), Tensor):
-        return None
-    settings, phi0 = _settings(kernel, x.shape[1])
-    return usual_mmd(x, y, *settings, phi0 if estimator == "biased" else None)
-
-
-@lru_cache(maxsize=64)
-def _settings(kernel: Kernel | None, dim: int) -> tuple[tuple[Any, ...], float]:
-    """The scales as C++ takes them, and phi(0)."""
-    kernel = (kernel or RBF()).at(dim)
-    rbf, bandwidths, _, weights, alpha = leaf_scales(kernel)
-    return (rbf, bandwidths, weights, alpha), kernel.phi0
 
 
 def _energy(

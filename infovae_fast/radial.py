@@ -16,6 +16,7 @@ here, each with its formula: `paper_pixelcnn`, `paper_few_samples`, `wae_imq`, `
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -88,6 +89,15 @@ class Kernel:
     def phi0(self) -> float:
         """phi(0), the sum of the weights: what every point has with itself."""
         return math.fsum(self.weights) if self.weights else 1.0
+
+    @cached_property
+    def plain(self) -> tuple[bool, tuple[float, ...], tuple[float, ...], float] | None:
+        """Is it RBF, bandwidths (none for the default), weights, alpha: for C++. None if they are not all numbers."""
+        if type(self) not in _NAMES or isinstance(self.bandwidth, Tensor):
+            return None
+        scales = () if self.bandwidth is None else self.scales()
+        weights = tuple(w for _, w in scales) or self.weights or (1.0,)
+        return isinstance(self, RBF), tuple(float(b) for b, _ in scales), weights, getattr(self, "alpha", 1.0)
 
     def phi(self, d2: Tensor) -> Tensor:
         """phi of squared distances, elementwise."""

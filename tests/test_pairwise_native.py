@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infovae_fast import IMQ, RBF, RationalQuadratic, backends, mmd, pairwise, wae_imq
+from infovae_fast.radial import paper_pixelcnn
 from tests.oracle import check, near, pairwise_scales
 
 pytestmark = pytest.mark.skipif(backends.native_missing() is not None, reason=str(backends.native_missing()))
@@ -204,7 +206,7 @@ def test_the_usual_mmd_is_the_one_of_the_long_way(kernel, estimator, monkeypatch
             return value, *torch.autograd.grad(3 * value, inputs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("infovae_fast.divergences.native_for_usual", lambda backend: False)
+            patch.setattr("infovae_fast.divergences.shortcut", lambda name: lambda *inputs: None)
             long_way = both()
             patch.undo()
             patch.setattr("infovae_fast.divergences.energy_of_clouds", None)
@@ -214,19 +216,32 @@ def test_the_usual_mmd_is_the_one_of_the_long_way(kernel, estimator, monkeypatch
 
 
 def test_the_usual_mmd_leaves_what_is_unusual_alone():
-    from infovae_fast.divergences import _usual_mmd
+    from infovae_fast._C import usual_mmd
 
     x, y, _ = clouds(6, 5, 3)
-    assert _usual_mmd(x, y, None, "biased") is not None
+    assert usual_mmd(x, y, None, "biased", "auto") is not None
     unusual = [
         (x.tolist(), y), (x, y.tolist()), (x, y.double()), (x.half(), y.half()), (x.int(), y.int()), (x, y[:, :2]),
         (x[:1], y), (x, y[:1]), (x[0], y), (x[None], y[None]), (x[:, :0], y[:, :0]), (x.to("meta"), y),
         (x.to_sparse(), y), (x.as_subclass(type("Own", (torch.Tensor,), {})), y), (x * torch.nan, y),
     ]  # fmt: skip
     for a, b in unusual:
-        assert _usual_mmd(a, b, None, "unbiased") is None, (a, b)
-    for kernel, estimator in ((None, "linear"), ("median_rbf", "biased"), (RBF(torch.tensor(1.0)), "biased")):
-        assert _usual_mmd(x, y, kernel, estimator) is None
+        assert usual_mmd(a, b, None, "unbiased", "auto") is None, (a, b)
+
+    class Own(RBF):
+        pass
+
+    for kernel in ("median_rbf", paper_pixelcnn, RBF, RBF(torch.tensor(1.0)), Own(1.0)):
+        assert usual_mmd(x, y, kernel, "biased", "auto") is None
+    assert usual_mmd(x, y, None, "linear", "auto") is None
+    assert usual_mmd(x, y, None, "biased", "reference") is None
+    with torch.autograd.forward_ad.dual_level():
+        assert usual_mmd(torch.autograd.forward_ad.make_dual(x, x), y, None, "biased", "auto") is None
+    inside = []
+    torch.func.vmap(lambda z: inside.append(usual_mmd(x, y, None, "biased", "auto")) or z)(x)
+    with FakeTensorMode():
+        inside.append(usual_mmd(x, y, None, "biased", "auto"))
+    assert inside == [None, None]
 
 
 def test_refusals():

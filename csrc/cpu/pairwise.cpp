@@ -27,7 +27,7 @@ constexpr int kStep = 64;     // sources of a tile
 constexpr int kFewest = 4;    // coordinates up to which distances are sums of squared differences
 constexpr int kDepth = 32;    // coordinates whose products are summed in registers
 constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
-constexpr int kLine = 16;     // coordinates that are transposed at a time
+constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
 constexpr int kPart = 1 << 18;  // numbers of the sources that stay in the cache for all targets of a task
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
@@ -46,8 +46,7 @@ struct Mixture {  // in units of the first scale
 };
 template <typename T>
 struct Targets {
-    const T *ut, *h;   // [n / lanes, d, lanes], [n]
-    const T* typical;  // of each row that is computed: phi at a distance that is usual between it and the sources
+    const T *ut, *h, *a;  // [n / lanes, d, lanes], [n], [n], with padding to whole groups of lanes
 };
 template <typename T>
 struct Sources {
@@ -55,6 +54,9 @@ struct Sources {
     const T *u, *h, *a;      // [m, d], [m], [m]
     const T *p, *v;          // [m, d], what g and phi multiply; v may be null
     const double* a_before;  // [m + 1], sum of a_i over i < j
+    const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
+    T average_h;             // likewise
+    double total_a;          // sum of |a|
 };
 
 // Targets that the vector code has in its lanes at once.
@@ -66,17 +68,9 @@ int64_t targets_at_once() {
 #define VECTOR_CODE "pairwise.inc"
 #include "each_unit.inc"
 
-template <typename A, typename B>
-double dot(const A* a, const B* b, int64_t n) {
-    constexpr int64_t chains = 8;  // of additions, that need not wait for each other
-    double sums[chains] = {};
-    int64_t c = 0;
-    for (; c + chains <= n; c += chains) {
-        for (int64_t k = 0; k < chains; ++k) sums[k] += double(a[c + k]) * double(b[c + k]);
-    }
-    for (; c < n; ++c) sums[0] += double(a[c]) * double(b[c]);
-    for (int64_t k = 1; k < chains; ++k) sums[0] += sums[k];
-    return sums[0];
+// The sums of all kLine rows go to the first.
+inline void fold(double* sums, int64_t d) {
+    for (int64_t e = d; e < kLine * d; ++e) sums[e % d] += sums[e];
 }
 
 template <typename T>
@@ -84,52 +78,72 @@ struct Cloud {
     const T* z = nullptr;  // as given
     int64_t n = 0;
     const T *given_a = nullptr, *given_v = nullptr;
-    T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr;
+    T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr;
     const T* v = nullptr;
     double* a_before = nullptr;
+    double average_h = 0, total_a = 0;
 
     void carve(Carver& memory, int64_t d, bool fold_v) {
         const int64_t padded = round_up(n, targets_at_once<T>());
         u = memory.take<T>(n * d);
         h = memory.take<T>(padded);
-        a = memory.take<T>(n);
+        a = memory.take<T>(padded);
+        average = memory.take<T>(d);
         a_before = memory.take<double>(n + 1);
         ut = memory.take<T>(padded * d);
         p = given_a != nullptr || fold_v ? memory.take<T>(n * d) : u;
         v = fold_v ? nullptr : given_v;
     }
 
-    // p = a u + v_factor v where v is folded in.
+    // p = a u + v_factor v where v is folded in. `mean`: [kLine, d].
     void fill(int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
         const int64_t L = targets_at_once<T>(), groups = round_up(n, L) / L;
+        const auto centre = BEST(centre<T>);
+        const auto half_squares = BEST(half_squares<T>);
         at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
             for (int64_t group = begin; group < end; ++group) {
                 const int64_t first = group * L, last = std::min(first + L, n);
                 T* const transposed = ut + first * d;
-                for (int64_t j = first; j < last; ++j) {
-                    const T* in = z + j * d;
-                    T* row = u + j * d;
-                    for (int64_t c = 0; c < d; ++c) row[c] = T((double(in[c]) - mean[c]) * scale);  // rounded once
-                    h[j] = T(dot(row, row, d) / 2);
-                    a[j] = given_a != nullptr ? given_a[j] : T(1);
-                    for (int64_t c = 0; p != u && c < d; ++c) {
-                        p[j * d + c] = a[j] * row[c] + (fold_v ? v_factor * given_v[j * d + c] : T(0));
-                    }
-                }
+                centre(z + first * d, last - first, d, mean, scale, u + first * d);
                 for (int64_t c0 = 0; c0 < d; c0 += kLine) {  // so that what is read and written stays in the cache
                     const int64_t c1 = std::min(c0 + kLine, d);
                     for (int64_t j = first; j < last; ++j) {
                         for (int64_t c = c0; c < c1; ++c) transposed[c * L + (j - first)] = u[j * d + c];
                     }
                 }
-                for (int64_t lane = last - first; lane < L; ++lane) {
-                    h[first + lane] = T(0);
-                    for (int64_t c = 0; c < d; ++c) transposed[c * L + lane] = T(0);
+                for (int64_t c = 0; c < d; ++c) std::fill(transposed + c * L + (last - first), transposed + (c + 1) * L, T(0));
+                half_squares(transposed, d, h + first);
+                for (int64_t j = first; j < first + L; ++j) a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
+                for (int64_t j = first; p != u && j < last; ++j) {
+                    for (int64_t c = 0; c < d; ++c) {
+                        p[j * d + c] = a[j] * u[j * d + c] + (fold_v ? v_factor * given_v[j * d + c] : T(0));
+                    }
                 }
             }
         });
         a_before[0] = 0;
-        for (int64_t j = 0; j < n; ++j) a_before[j + 1] = a_before[j] + double(a[j]);
+        double before = 0;
+        for (int64_t j = 0; j < n; ++j) a_before[j + 1] = before += double(a[j]);
+    }
+
+    // With the averages of u and h comes the average t between a point and those of this cloud. `sums`: [kLine, d].
+    void take_averages(int64_t d, double* sums) {
+        std::fill_n(sums, kLine * d, 0.0);
+        double sum_a = 0, sum_h = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const double weight = std::abs(double(a[i]));
+            sum_a += weight, sum_h += weight * double(h[i]);
+            for (int64_t c = 0; given_a != nullptr && c < d; ++c) sums[c] += weight * double(u[i * d + c]);
+        }
+        if (given_a == nullptr) BEST(add_rows<T>)(u, n, d, sums);
+        fold(sums, d);
+        total_a = sum_a, average_h = sum_h / sum_a;
+        for (int64_t c = 0; c < d; ++c) average[c] = T(sums[c] / sum_a);
+    }
+
+    // `subtract`: whether a usual phi may be left out of the sums.
+    Sources<T> sources(int64_t d, bool subtract) const {
+        return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
     }
 };
 
@@ -137,14 +151,13 @@ struct Cloud {
 template <typename T>
 struct Worker {
     double *sums, *totals;
-    T *tiles, *typical;
+    T* tiles;
 
     void carve(Carver& memory, int64_t rows, int64_t d, bool with_v) {
         const int64_t L = targets_at_once<T>(), stride = 2 + d * (with_v ? 2 : 1);
         sums = memory.take<double>(round_up(rows, L) * stride);
-        totals = memory.take<double>(rows * (d + 2));
+        totals = memory.take<double>(round_up(rows, L) * (d + 2));
         tiles = memory.take<T>((2 * kStep + stride) * L);
-        typical = memory.take<T>(round_up(rows, L));
         if (tiles != nullptr) std::fill_n(tiles + 2 * kStep * L, stride * L, T(0));  // sums, which end as they start
     }
 };
@@ -214,45 +227,6 @@ private:
     }
 };
 
-// As the vector code has it, of the exponent t in units of the first scale.
-double phi_of(Radial kind, const RadialMixture& radial, double t) {
-    if (kind == Radial::rbf) return std::exp2(t);
-    double phi = 0;
-    for (size_t k = 0; k < radial.bandwidth.size(); ++k) {
-        const double ratio = radial.bandwidth[0] / radial.bandwidth[k], s = t * ratio * ratio;
-        phi += radial.weight[k] * (radial.rbf            ? std::exp2(s)
-                                   : kind == Radial::imq ? 1 / (1 - s)
-                                                         : std::pow(1 - s / radial.alpha, -radial.alpha));
-    }
-    return phi;
-}
-
-// The means of h and u over a cloud's points, each as often as |a| says: with them the mean t between a point and those.
-struct Usual {
-    double a = 0, h = 0;
-    std::vector<double> u;
-
-    template <typename T>
-    Usual(const Cloud<T>& cloud, int64_t d) : u(d, 0.0) {
-        for (int64_t i = 0; i < cloud.n; ++i) {
-            const double weight = std::abs(double(cloud.a[i]));
-            a += weight, h += weight * double(cloud.h[i]);
-            for (int64_t c = 0; c < d; ++c) u[c] += weight * double(cloud.u[i * d + c]);
-        }
-        h /= a;
-        for (double& mean : u) mean /= a;
-    }
-
-    // Of point i of its own cloud without that point itself, or of another's. At most 0; NaN where there are no points.
-    template <typename T>
-    double t(const Cloud<T>& cloud, int64_t i, bool own) const {
-        const int64_t d = int64_t(u.size());
-        const double mean = dot(cloud.u + i * d, u.data(), d) - h - double(cloud.h[i]);
-        const double others = a - (own ? std::abs(double(cloud.a[i])) : 0);
-        return std::min(mean * (a / others), 0.0);
-    }
-};
-
 // The same problem, its arrays and results copied to and from double.
 void in_double(const PairwiseProblem<float>& q) {
     std::vector<std::vector<double>> copies;
@@ -311,7 +285,9 @@ void pairwise(const PairwiseProblem<T>& q) {
     std::vector<Worker<T>> workers(pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), most));
     Workspace workspace;
     Carver memory{nullptr};
+    double* mean = nullptr;  // [kLine, d], the same in every row
     const auto carve = [&] {
+        mean = memory.take<double>(kLine * d);
         for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, fold_v && &cloud == clouds);
         for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v);
     };
@@ -319,17 +295,16 @@ void pairwise(const PairwiseProblem<T>& q) {
     memory = Carver{workspace.reserve(memory.used)};
     carve();
 
-    std::vector<double> mean(d, 0.0);
-    for (const Cloud<T>& cloud : clouds) {
-        for (int64_t i = 0; i < cloud.n; ++i) {
-            for (int64_t c = 0; c < d; ++c) mean[c] += double(cloud.z[i * d + c]);
-        }
-    }
-    for (double& sum : mean) sum /= double(total);
+    std::fill_n(mean, kLine * d, 0.0);
+    for (const Cloud<T>& cloud : clouds) BEST(add_rows<T>)(cloud.z, cloud.n, d, mean);
+    fold(mean, d);
+    for (int64_t c = 0; c < d; ++c) mean[c] /= double(total);
+    for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
     for (Cloud<T>& cloud : clouds) {
         const bool folded = fold_v && &cloud == clouds;
-        if (cloud.n > 0) cloud.fill(d, mean.data(), scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
+        if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
     }
+    for (Cloud<T>& cloud : clouds) cloud.take_averages(d, mean);
 
     T farthest = 0;  // h of that point
     for (const Cloud<T>& cloud : clouds) {
@@ -341,7 +316,6 @@ void pairwise(const PairwiseProblem<T>& q) {
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
     const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
                              int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
-    const Usual usual[2] = {Usual(clouds[0], d), Usual(clouds[1], d)};
     // Not of double, which would gain nothing, nor of a phi that may change its sign.
     const bool subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
 
@@ -372,41 +346,33 @@ void pairwise(const PairwiseProblem<T>& q) {
     constexpr int64_t kNowhere = -(int64_t(1) << 60);
 
     const auto run = [&](size_t k, const Worker<T>& mine) {
-        double *const sums = mine.sums, *const totals = mine.totals;
-        T* const typical = mine.typical;
         const Task& task = tasks[k];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
         const bool force = forces[task.cloud] != nullptr;
-        const int64_t count = task.i1 - task.i0;
+        const int64_t count = task.i1 - task.i0, padded = round_up(count, L);
         double energy_here = 0;
-        std::fill_n(totals, count * (d + 2), 0.0);
+        std::fill_n(mine.totals, padded * (d + 2), 0.0);
         // Adds w times the sums over sources j0..j1 to the totals of rows, and share times their energy.
         const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
             const bool with_v = force && z.v != nullptr;
             if (j0 >= j1 || (w == 0 && !with_v)) return;
-            const int64_t stride = d * (with_v ? 2 : 1) + 2;
-            std::fill_n(sums, round_up(count, L) * stride, 0.0);
-            // phi is convex: its mean over the sources is at least phi of their mean distance, so that no digits are lost.
-            for (int64_t r = 0; r < count; ++r) {
-                const double t = usual[&z - clouds].t(own, task.i0 + r, &z == &own);
-                const T phi = subtract ? T(phi_of(kind, q.radial, t)) : T(0);
-                typical[r] = std::isfinite(phi) ? phi : T(0);
-            }
-            std::fill(typical + count, typical + round_up(count, L), T(0));
+            const int64_t stride = force ? d * (with_v ? 2 : 1) + 2 : 1, forces = d * L;
+            const double phi_factor = w * outer, g_factor = w * slope, v_factor = outer;
+            std::fill_n(mine.sums, padded * stride, 0.0);
             for (int64_t j = j0; j < j1; j += part) {
-                rows(kind, force, {own.ut, own.h, typical}, {d, z.u, z.h, z.a, z.p, z.v, z.a_before}, mixture, task.i0,
-                     task.i1, j, std::min(j + part, j1), own_offset, sums, mine.tiles);
+                rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, task.i0, task.i1, j,
+                     std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
             }
-            for (int64_t r = 0; r < count; ++r) {
-                const double* in = sums + r / L * L * stride + r % L;
-                double* out = totals + r * (d + 2);
-                out[0] += w * outer * in[0];
-                energy_here += share * w * outer * in[0] * double(own.a[task.i0 + r]);
+            for (int64_t r = 0; r < count; r += L) {
+                const double* in = mine.sums + r * stride;
+                double* out = mine.totals + r * (d + 2);
+                for (int64_t lane = 0; lane < L; ++lane) out[lane] += phi_factor * in[lane];
+                const T* a = own.a + task.i0 + r;
+                for (int64_t lane = 0; lane < std::min(L, count - r); ++lane) energy_here += share * phi_factor * in[lane] * double(a[lane]);
                 if (!force) continue;
-                for (int64_t c = 1; c < d + 2; ++c) out[c] += w * slope * in[c * L];
-                if (with_v) {
-                    for (int64_t c = 2; c < d + 2; ++c) out[c] += outer * in[(c + d) * L];
-                }
+                for (int64_t k = L; k < 2 * L + forces; ++k) out[k] += g_factor * in[k];
+                if (!with_v) continue;
+                for (int64_t k = 2 * L; k < 2 * L + forces; ++k) out[k] += v_factor * in[k + forces];
             }
         };
         const double w = w_within[task.cloud];
@@ -421,13 +387,14 @@ void pairwise(const PairwiseProblem<T>& q) {
         }
         energies[k] = energy_here;
         for (int64_t r = 0; r < count; ++r) {
-            const double* in = totals + r * (d + 2);
+            const double* in = mine.totals + r / L * L * (d + 2) + r % L;
             const T* u = own.u + (task.i0 + r) * d;
             if (potentials[task.cloud] != nullptr) potentials[task.cloud][task.i0 + r] = T(in[0]);
             if (!force) continue;
             const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]);
             T* out = forces[task.cloud] + (task.i0 + r) * d;
-            for (int64_t c = 0; c < d; ++c) out[c] = T(a * (in[2 + c] - in[1] * double(u[c])));
+            const double g = in[L];
+            for (int64_t c = 0; c < d; ++c) out[c] = T(a * (in[(2 + c) * L] - g * double(u[c])));
         }
     };
 
