@@ -1,6 +1,7 @@
 // Masked convolution on the CPU. A row of an output is, for each tap, a product of a row of the input, moved by the tap,
 // and a matrix: [w, cin] x [cin, cout], summed in registers over the taps. The image stands in a copy with a margin of
-// zeros, so that no tap meets an edge; masked pixels are in that copy too, and no product reads them.
+// zeros, so that no tap meets an edge; masked pixels are in that copy too, and no product reads them. A kernel of one
+// pixel needs no copy.
 //
 // With colours the last tap reads fewer channels for earlier groups: channels are sorted by group.
 //
@@ -47,6 +48,7 @@ struct Margin {
             left = std::max(left, -t.dx), right = std::max(right, t.dx);
         }
     }
+    bool none() const { return top + bottom + left + right == 0; }
     int64_t stride(int64_t w, int64_t c) const { return (left + w + right) * c; }
     int64_t size(int64_t rows, int64_t w, int64_t c) const { return (top + rows + bottom) * stride(w, c); }
     int64_t origin(int64_t w, int64_t c) const { return top * stride(w, c) + left * c; }
@@ -158,11 +160,15 @@ void convolve_images(const MaskedConv& q, const T* x, const Parts<T>& parts, T* 
         T* const copy = memory + at::get_thread_num() * size;
         for (int64_t task = begin; task < end; ++task) {
             const int64_t image = task / blocks, y0 = task % blocks * step, y1 = std::min(y0 + step, q.h);
-            margin.copy(x + image * q.h * q.w * q.cin, q.h, q.w, q.cin, y0, y1, parts.order, copy);
+            const T* in = x + (image * q.h + y0) * q.w * q.cin;
+            if (!margin.none() || !parts.order.empty()) {
+                margin.copy(x + image * q.h * q.w * q.cin, q.h, q.w, q.cin, y0, y1, parts.order, copy);
+                in = copy + margin.origin(q.w, q.cin);
+            }
             T* const f = direct != nullptr ? direct + (image * q.h + y0) * q.w * stride : copy + copy_size;
             for (const Part<T>& part : parts.parts) {
                 T* const result = one ? f : copy + copy_size + f_size;
-                convolve({copy + margin.origin(q.w, q.cin), part.weight.data(), result, offset.data(),
+                convolve({in, part.weight.data(), result, offset.data(),
                           int64_t(offset.size()), y1 - y0, q.w, q.cin, part.channels, x_stride, part.last});
                 for (int64_t p = 0; !one && p < (y1 - y0) * q.w; ++p) {
                     for (size_t c = 0; c < part.outputs.size(); ++c) {
@@ -188,20 +194,11 @@ void masked_conv(const MaskedConv& q, const T* x, const T* weight, const T* bias
         [&](int64_t g) { return groups == 1 || q.colours.own ? g + 1 : g; });
     if (gate == Gate::none) f = out;
     const auto gate_pixels = BEST(gate_pixels<T>);
+    const auto finish = BEST(finish_pixels<T>);
     convolve_images(q, x, parts, f, [&](int64_t image, int64_t y0, int64_t y1, T* result, int64_t stride) {
         const int64_t first = image * pixels + y0 * q.w, count = (y1 - y0) * q.w;
         const T* here = condition == nullptr ? nullptr : condition + (spatial ? first : image) * q.cout;
-        for (int64_t p = 0; p < count; ++p) {
-            T* row = result + p * stride;
-            if (bias != nullptr) {
-                for (int64_t c = 0; c < q.cout; ++c) row[c] += bias[c];
-            }
-            if (here != nullptr) {
-                const T* add = here + (spatial ? p * q.cout : 0);
-                for (int64_t c = 0; c < q.cout; ++c) row[c] += add[c];
-            }
-            if (f != nullptr && row != f + (first + p) * q.cout) std::copy_n(row, q.cout, f + (first + p) * q.cout);
-        }
+        finish(result, stride, count, q.cout, bias, here, spatial ? q.cout : 0, f == nullptr ? nullptr : f + first * q.cout);
         if (gate != Gate::none) {
             gate_pixels(gate, count, q.cout / 2, result, stride, out + first * (q.cout / 2));
         }
@@ -266,7 +263,11 @@ void weight_gradient(const MaskedConv& q, const T* x, const T* f_gradient, T* ou
             for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
                 for (int64_t y0 = 0; y0 < q.h; y0 += step) {
                     const int64_t y1 = std::min(y0 + step, q.h);
-                    margin.copy(x + image * q.h * q.w * q.cin, q.h, q.w, q.cin, y0, y1, {}, copy);
+                    const T* in = x + (image * q.h + y0) * q.w * q.cin;
+                    if (!margin.none()) {
+                        margin.copy(x + image * q.h * q.w * q.cin, q.h, q.w, q.cin, y0, y1, {}, copy);
+                        in = copy + margin.origin(q.w, q.cin);
+                    }
                     const T* g = f_gradient + (image * q.h + y0) * q.w * q.cout;
                     if (g_size > 0) {
                         T* const wide = copy + copy_size;
@@ -275,20 +276,19 @@ void weight_gradient(const MaskedConv& q, const T* x, const T* f_gradient, T* ou
                         }
                         g = wide;
                     }
-                    run({copy + margin.origin(q.w, q.cin), g, sum, offset.data(), k, y1 - y0, q.w, q.cin, channels,
+                    run({in, g, sum, offset.data(), k, y1 - y0, q.w, q.cin, channels,
                          x_stride, channels});
                 }
             }
         }
     });
     const int64_t centre = k - q.cin;  // the last tap, of which colours may hide blocks
+    const auto add_parts = BEST(add_parts<T>);
     at::parallel_for(0, k, std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            for (int64_t c = 0; c < q.cout; ++c) {
-                double total = 0;
-                for (int64_t group = 0; group < groups; ++group) total += double(sums[(group * k + row) * channels + c]);
-                const bool seen = row < centre || q.colours.sees(q.output_group(c), q.input_group(row - centre));
-                out[row * q.cout + c] = seen ? T(total) : T(0);
+            add_parts(sums + row * channels, groups, k * channels, q.cout, out + row * q.cout);
+            for (int64_t c = 0; q.colours.groups > 1 && row >= centre && c < q.cout; ++c) {
+                if (!q.colours.sees(q.output_group(c), q.input_group(row - centre))) out[row * q.cout + c] = T(0);
             }
         }
     });
@@ -296,18 +296,14 @@ void weight_gradient(const MaskedConv& q, const T* x, const T* f_gradient, T* ou
 
 template <typename T>
 void pixel_sums(const MaskedConv& q, const T* f_gradient, T* sums) {
+    const auto add = BEST(add_pixels<T>);
     at::parallel_for(0, q.n, 1, [&](int64_t begin, int64_t end) {
         std::vector<T> row(q.cout);
         std::vector<double> total(q.cout);
         for (int64_t image = begin; image < end; ++image) {
             std::fill(total.begin(), total.end(), 0.0);
             for (int64_t y = 0; y < q.h; ++y) {
-                std::fill(row.begin(), row.end(), T(0));
-                for (int64_t p = 0; p < q.w; ++p) {
-                    const T* g = f_gradient + ((image * q.h + y) * q.w + p) * q.cout;
-                    for (int64_t c = 0; c < q.cout; ++c) row[c] += g[c];
-                }
-                for (int64_t c = 0; c < q.cout; ++c) total[c] += double(row[c]);
+                add(f_gradient + (image * q.h + y) * q.w * q.cout, q.w, q.cout, row.data(), total.data());
             }
             for (int64_t c = 0; c < q.cout; ++c) sums[image * q.cout + c] = T(total[c]);
         }

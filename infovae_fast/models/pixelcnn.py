@@ -40,13 +40,13 @@ Source: van den Oord et al., arXiv 1606.05328; section 5.2 and appendix C of Zha
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.masked_conv import MaskedConv2d, gated
+from infovae_fast.masked_conv import MaskedConv2d, gated, masked_conv2d
 
 PAPER_PIXELCNN = {"name": "pixelcnn", "layers": 12, "maps": 32, "first_kernel": 7, "kernel": 3}
 R64 = {"name": "pixelcnn", "layers": 7, "maps": 64, "first_kernel": 7, "kernel": 3}
@@ -132,10 +132,9 @@ class GatedPixelCNN(nn.Module):
         skip: Tensor | None = None
         for layer, condition in zip(self.layers, self.conditions(z), strict=True):
             if self.checkpoint_layers and torch.is_grad_enabled():
-                v, h, s = checkpoint(layer, v, h, *condition, use_reentrant=False)
+                v, h, skip = checkpoint(layer, v, h, skip, *condition, use_reentrant=False)
             else:
-                v, h, s = layer(v, h, *condition)
-            skip = s if skip is None else skip + s
+                v, h, skip = layer(v, h, skip, *condition)
         return self.head(skip)
 
     def conditions(self, z: Tensor | None) -> list[tuple[Tensor, ...]]:
@@ -162,43 +161,38 @@ class GatedPixelCNN(nn.Module):
 
 
 class _Layer(nn.Module):
-    """(v_l, h_l) -> (v_{l+1}, h_{l+1}, skip_l); the last layer has no h_{l+1}, and returns its input for it."""
+    """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); after the last layer h stays."""
 
     def __init__(
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
     ) -> None:
         super().__init__()
-        self.first, self.last, self.conditions = first, last, 4 * maps
+        self.first, self.last, self.maps, self.conditions = first, last, maps, 4 * maps
         colours: dict[str, Any] = {"data_channels": data_channels, "backend": backend}
-        self.vertical = (
-            MaskedConv2d(cin, 2 * maps, kernel, window="V0", backend=backend)
-            if first
-            else MaskedConv2d(cin, maps, kernel, window="V", gate="tanh", backend=backend)
-        )
+        present = "0" if first else ""
+        self.vertical = MaskedConv2d(cin, maps, kernel, window="V" + present, gate="tanh", backend=backend)
         self.link = MaskedConv2d(2 * maps, 2 * maps, 1, window="V", bias=False, backend=backend)
-        # Layer 0 reads the image once for all its codes: its gate has to wait for them.
-        self.horizontal = (
-            MaskedConv2d(cin, 2 * maps, kernel, window="H0", **colours)
-            if first
-            else MaskedConv2d(cin, maps, kernel, window="H", gate="tanh", **colours)
-        )
+        self.horizontal = MaskedConv2d(cin, maps, kernel, window="H" + present, gate="tanh", **colours)
         self.out = MaskedConv2d(maps, maps if last else 2 * maps, 1, window="H", **colours)  # W_o, W_s: [C + C]
 
     def forward(
-        self, v: Tensor, h: Tensor, above: Tensor | None = None, beside: Tensor | None = None
+        self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.first:
-            below = _plus(self.vertical(v), above)
+        if above is not None and len(above) > len(v):  # the image is read once for all its codes: the gate waits for them
+            below = _plus(self.vertical.with_f(v)[1], above)
             v = gated(below, "tanh")
-            o = gated(_plus(self.horizontal(h), self.link(below, beside)), "tanh")
+            o = gated(_plus(self.horizontal.with_f(h)[1], self.link(below, beside)), "tanh")
         else:
             v, below = self.vertical.with_f(v, above)
             o = self.horizontal(h, self.link(below, beside))
-        out = self.out(o)
-        if self.last:
-            return v, h, out
-        step, skip = out.chunk(2, 1)
-        return v, (step if self.first else h + step), skip
+        if not self.last:
+            h = self._out(o, slice(self.maps), None if self.first else h)
+        return v, h, self._out(o, slice(-self.maps, None), skip)
+
+    def _out(self, o: Tensor, maps: slice, plus: Tensor | None) -> Tensor:
+        """W_o o + b_o or W_s o + b_s, and what is to be added: in the convolution that costs little."""
+        weight, bias = self.out.weight[..., maps], cast(Tensor, self.out.bias)[maps]
+        return masked_conv2d(o, weight, bias, condition=plus, backend=self.out.backend, **self.out.mask._asdict())
 
     def reach(self, v: Offsets, h: Offsets) -> tuple[Offsets, Offsets]:
         v = _sums(v, self.vertical.mask.taps)
@@ -206,7 +200,7 @@ class _Layer(nn.Module):
 
 
 class _Layer2017(nn.Module):
-    """A layer of the authors' network, as the page has it; `skip` is h_L after the last layer, else 0."""
+    """A layer of the authors' network, as the page has it; the head reads h in place of a skip."""
 
     def __init__(
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
@@ -223,7 +217,7 @@ class _Layer2017(nn.Module):
             self.out = MaskedConv2d(maps, maps, 1, window="B", backend=backend)
 
     def forward(
-        self, v: Tensor, h: Tensor, above: Tensor | None = None, beside: Tensor | None = None
+        self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.first and above is not None and len(above) != len(v):
             v = v.repeat(len(above) // len(v), 1, 1, 1)
@@ -234,7 +228,7 @@ class _Layer2017(nn.Module):
             link = self.link(v).relu().repeat(1, 2, 1, 1)
             o = self.horizontal(h, link if beside is None else _plus(link, beside))
             h = self.out(o).relu() + h
-        return v, h, h if self.last else torch.zeros_like(h)
+        return v, h, h
 
     def reach(self, v: Offsets, h: Offsets) -> tuple[Offsets, Offsets]:
         v = _sums(v, self.vertical.mask.taps)
