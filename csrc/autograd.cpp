@@ -81,7 +81,7 @@ Five forward_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b,
 // The first argument, with an error in place of its derivative to the others.
 struct Once : torch::autograd::Function<Once> {
     static Tensor forward(AutogradContext*, const Tensor& gradient, const Tensor&, const Maybe&, const Maybe&,
-                          const Maybe&) {
+                          const Maybe&, const Maybe&, const Maybe&) {
         return gradient.clone();
     }
     static variable_list backward(AutogradContext*, const variable_list&) {
@@ -120,7 +120,8 @@ struct Energy : torch::autograd::Function<Energy> {
             out[k] = half.mul(factor);
             if (at::GradMode::is_enabled()) {  // create_graph: what is differentiated again must not look constant
                 const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
-                out[k] = Once::apply(out[k], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]));
+                out[k] = Once::apply(out[k], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), Maybe(),
+                                      Maybe());
             }
         }
         return out;
@@ -138,42 +139,51 @@ Tensor energy(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, b
     return energy_of(x, y, a, b, {rbf, bandwidth, lengths, weight, alpha, w});
 }
 
+struct ConvSettings {
+    at::IntArrayRef taps, colours;
+    std::string_view gate;
+};
+
 std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& condition,
-                                        at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate, bool keep) {
-    using Op = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Maybe&, const Maybe&, at::IntArrayRef,
-                                          at::IntArrayRef, std::string_view, bool);
+                                        const Maybe& link, const Maybe& link_weight, const ConvSettings& s, bool keep) {
+    using Op = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&,
+                                          const Maybe&, at::IntArrayRef, at::IntArrayRef, std::string_view, bool);
     static const auto op = find<Op>("infovae_fast::masked_conv_forward");
-    return op.call(x, weight, bias, condition, taps, colours, gate, keep);
+    return op.call(x, weight, bias, condition, link, link_weight, s.taps, s.colours, s.gate, keep);
 }
 
 struct Conv : torch::autograd::Function<Conv> {
     static constexpr bool is_traceable = true;
 
     static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Maybe& bias,
-                                 const Maybe& condition, at::IntArrayRef taps, at::IntArrayRef colours,
-                                 std::string_view gate) {
+                                 const Maybe& condition, const Maybe& link, const Maybe& link_weight,
+                                 const ConvSettings& s) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        auto [out, f] = conv_forward(x, weight, bias, condition, taps, colours, gate, true);
-        context->save_for_backward({x, weight, f});
-        context->saved_data["taps"] = taps;
-        context->saved_data["colours"] = colours;
-        context->saved_data["gate"] = std::string(gate);
+        auto [out, f] = conv_forward(x, weight, bias, condition, link, link_weight, s, true);
+        context->save_for_backward({x, weight, f, link.value_or(Tensor()), link_weight.value_or(Tensor())});
+        context->saved_data["taps"] = s.taps;
+        context->saved_data["colours"] = s.colours;
+        context->saved_data["gate"] = std::string(s.gate);
         context->saved_data["bias"] = needs_gradient(bias);
         context->saved_data["condition"] = !needs_gradient(condition) ? 0 : condition->dim();
+        context->saved_data["link"] = needs_gradient(link);
+        context->saved_data["link_weight"] = needs_gradient(link_weight);
         context->set_materialize_grads(false);
         return {out, f};
     }
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
-        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Maybe&, const Tensor&, const Tensor&,
-                                                              const Tensor&, at::IntArrayRef, at::IntArrayRef,
-                                                              std::string_view, bool, bool, bool);
+        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+            const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&,
+            at::IntArrayRef, at::IntArrayRef, std::string_view, bool, bool, bool, bool, bool, bool);
         static const auto op = find<Op>("infovae_fast::masked_conv_backward");
         const variable_list saved = context->get_saved_variables();
+        const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
+        const auto flag = [&](const char* name) { return context->saved_data[name].toBool(); };
         const Tensor &x = saved[0], &weight = saved[1];
         const std::string gate = context->saved_data["gate"].toStringRef();
-        const bool bias = context->saved_data["bias"].toBool();
         const bool need_x = context->needs_input_grad(0), need_weight = context->needs_input_grad(1);
+        const bool bias = flag("bias"), link = flag("link"), link_weight = flag("link_weight");
         const int64_t condition = context->saved_data["condition"].toInt();
         variable_list out(7);
         if (!gradients[0].defined() && !gradients[1].defined()) return out;
@@ -181,21 +191,25 @@ struct Conv : torch::autograd::Function<Conv> {
             const auto s = x.sym_sizes();
             gradients[0] = at::zeros_symint({s[0], weight.sym_size(2) / (gate.empty() ? 1 : 2), s[2], s[3]}, x.options());
         }
-        const Maybe to_f_directly = gradients[1].defined() && !gate.empty() ? Maybe(gradients[1]) : Maybe();
+        const Maybe to_f_directly = gate.empty() ? Maybe() : maybe(gradients[1]);
         {
             const at::AutoDispatchBelowADInplaceOrView below;
-            auto [to_x, to_weight, to_f, sums] =
-                op.call(gradients[0], to_f_directly, x, weight, saved[2], context->saved_data["taps"].toIntVector(),
-                        context->saved_data["colours"].toIntVector(), gate,
-                        need_x, need_weight, bias || condition == 2);
+            auto [to_x, to_weight, to_link, to_link_weight, to_f, sums] =
+                op.call(gradients[0], to_f_directly, x, weight, maybe(saved[3]), maybe(saved[4]), saved[2],
+                        context->saved_data["taps"].toIntVector(), context->saved_data["colours"].toIntVector(), gate,
+                        need_x, need_weight, link, link_weight, condition == 4, bias || condition == 2);
             if (need_x) out[0] = to_x;
             if (need_weight) out[1] = to_weight;
             if (bias) out[2] = sums.sum(0);
             if (condition > 0) out[3] = condition == 2 ? sums : gate.empty() ? gradients[0] : to_f;
+            if (link) out[4] = to_link;
+            if (link_weight) out[5] = to_link_weight;
         }
         if (at::GradMode::is_enabled()) {
+            const Maybe f = gate.empty() ? Maybe() : Maybe(saved[2]);
             for (Tensor& gradient : out) {
-                if (gradient.defined()) gradient = Once::apply(gradient, x, weight, gradients[0], gate.empty() ? Maybe() : Maybe(saved[2]));
+                if (!gradient.defined()) continue;
+                gradient = Once::apply(gradient, x, weight, gradients[0], f, maybe(saved[3]), maybe(saved[4]));
             }
         }
         return out;
@@ -203,13 +217,15 @@ struct Conv : torch::autograd::Function<Conv> {
 };
 
 std::tuple<Tensor, Tensor> masked_conv(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& condition,
-                                       at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate, bool keep) {
-    const bool gradient =
-        x.requires_grad() || weight.requires_grad() || needs_gradient(bias) || needs_gradient(condition);
+                                       const Maybe& link, const Maybe& link_weight, at::IntArrayRef taps,
+                                       at::IntArrayRef colours, std::string_view gate, bool keep) {
+    const bool gradient = x.requires_grad() || weight.requires_grad() || needs_gradient(bias) ||
+                          needs_gradient(condition) || needs_gradient(link) || needs_gradient(link_weight);
+    const ConvSettings settings{taps, colours, gate};
     if (!gradient || !at::GradMode::is_enabled()) {
-        return conv_forward(x, weight, bias, condition, taps, colours, gate, keep);
+        return conv_forward(x, weight, bias, condition, link, link_weight, settings, keep);
     }
-    const variable_list out = Conv::apply(x, weight, bias, condition, taps, colours, gate);
+    const variable_list out = Conv::apply(x, weight, bias, condition, link, link_weight, settings);
     return {out[0], out[1]};
 }
 
@@ -263,9 +279,9 @@ TORCH_LIBRARY_FRAGMENT(infovae_fast, m) {
     m.def("energy(Tensor x, Tensor? y, Tensor? a, Tensor? b, bool rbf, float[] bandwidth, Tensor? lengths, float[] weight, "
           "float alpha, float[] w) -> Tensor", {at::Tag::pt2_compliant_tag});
     m.impl("energy", torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, energy));
-    // `masked_conv_forward`, differentiable once to x, weight, bias and condition.
-    m.def("masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int[] taps, int[] colours, str gate, "
-          "bool keep) -> (Tensor out, Tensor f)",
+    // `masked_conv_forward`, differentiable once to the tensors.
+    m.def("masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, Tensor? link, Tensor? link_weight, "
+          "int[] taps, int[] colours, str gate, bool keep) -> (Tensor out, Tensor f)",
           {at::Tag::pt2_compliant_tag});
     m.impl("masked_conv", torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, masked_conv));
 }

@@ -183,24 +183,33 @@ Tensor image(const Tensor& like, c10::SymInt channels) {  // [N, channels, H, W]
     return at::empty_symint({s[0], std::move(channels), s[2], s[3]}, like.options(), at::MemoryFormat::ChannelsLast);
 }
 
-std::tuple<Tensor, Tensor> masked_conv_forward_empty(const Tensor& x, const Tensor& weight,
-                                                     const std::optional<Tensor>& /*bias*/,
-                                                     const std::optional<Tensor>& /*condition*/,
-                                                     at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/, std::string_view gate, bool keep) {
+using Maybe = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> masked_conv_forward_empty(const Tensor& x, const Tensor& weight, const Maybe& /*bias*/,
+                                                     const Maybe& /*condition*/, const Maybe& /*link*/,
+                                                     const Maybe& /*link_weight*/, at::IntArrayRef /*taps*/,
+                                                     at::IntArrayRef /*colours*/, std::string_view gate, bool keep) {
     const bool gated = gate_of(gate) != Gate::none;
     const c10::SymInt cout = weight.sym_size(2);
     return {image(x, gated ? cout / 2 : cout), image(x, gated && keep ? cout : 0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_empty(const Tensor& /*gradient*/, const std::optional<Tensor>& /*f_gradient*/, const Tensor& x,
-                                                                      const Tensor& weight, const Tensor& /*f*/,
-                                                                      at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/, std::string_view gate,
-                                                                      bool to_x, bool to_weight, bool sums) {
+using ConvBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ConvBackward masked_conv_backward_empty(const Tensor& /*gradient*/, const Maybe& /*f_gradient*/, const Tensor& x,
+                                        const Tensor& weight, const Maybe& link, const Maybe& link_weight,
+                                        const Tensor& /*f*/, at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/,
+                                        std::string_view gate, bool to_x, bool to_weight, bool to_link,
+                                        bool to_link_weight, bool to_f, bool sums) {
     const auto make = [&](bool wanted, c10::SymIntArrayRef shape) {
         return wanted ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
     };
-    return {image(x, to_x ? x.sym_size(1) : 0), make(to_weight, weight.sym_sizes()),
-            image(x, gate_of(gate) != Gate::none ? weight.sym_size(2) : 0),
+    to_link = to_link && link.has_value(), to_link_weight = to_link_weight && link_weight.has_value();
+    return {image(x, to_x ? x.sym_size(1) : 0),
+            make(to_weight, weight.sym_sizes()),
+            image(x, to_link ? link->sym_size(1) : 0),
+            make(to_link_weight, to_link_weight ? link_weight->sym_sizes() : weight.sym_sizes()),
+            image(x, to_f && gate_of(gate) != Gate::none ? weight.sym_size(2) : 0),
             make(sums, {x.sym_size(0), weight.sym_size(2)})};
 }
 
@@ -233,12 +242,34 @@ Tensor pixels(const Tensor& t, const Tensor& x, int64_t channels) {
     return t.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor& weight,
-                                                   const std::optional<Tensor>& bias,
-                                                   const std::optional<Tensor>& condition, at::IntArrayRef taps, at::IntArrayRef colours,
-                                                   std::string_view gate, bool keep) {
+// What a kernel takes as the link, and the tensors that hold it.
+struct LinkTensors {
+    Tensor values, weight;
+    int64_t channels = 0;
+
+    LinkTensors(const Maybe& link, const Maybe& link_weight, const Tensor& x, int64_t cout) {
+        TORCH_CHECK_VALUE(link.has_value() == link_weight.has_value(), "link and link_weight: give both or neither");
+        if (!link.has_value()) return;
+        channels = link_weight->size(0);
+        TORCH_CHECK_TYPE(link_weight->scalar_type() == x.scalar_type(), "got ", link_weight->scalar_type(), " beside ",
+                         x.scalar_type());
+        TORCH_CHECK_VALUE(link_weight->dim() == 2 && channels > 0 && link_weight->size(1) == cout, "link_weight: got shape ",
+                          link_weight->sizes(), "; accepted: [C, ", cout, "]");
+        values = pixels(*link, x, channels), weight = link_weight->contiguous();
+    }
+    template <typename T>
+    Link<T> get() const {
+        if (channels == 0) return {};
+        return {values.const_data_ptr<T>(), weight.const_data_ptr<T>(), channels};
+    }
+};
+
+std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor& weight, const Maybe& bias,
+                                                   const Maybe& condition, const Maybe& link, const Maybe& link_weight,
+                                                   at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate,
+                                                   bool keep) {
     const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
-    auto out = masked_conv_forward_empty(x, weight, bias, condition, taps, colours, gate, keep);
+    auto out = masked_conv_forward_empty(x, weight, bias, condition, link, link_weight, taps, colours, gate, keep);
     if (x.numel() == 0) return out;
     const bool spatial = condition.has_value() && condition->dim() == 4;
     const auto flat = [&](const Tensor& t, at::IntArrayRef shape) {
@@ -251,42 +282,41 @@ std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor
     const Tensor cs = spatial                 ? pixels(*condition, x, conv.cout)
                       : condition.has_value() ? flat(*condition, {conv.n, conv.cout})
                                               : Tensor();
+    const LinkTensors links(link, link_weight, x, conv.cout);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv", [&] {
-        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr; };
+        using T = scalar_t;
+        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
         auto& [result, f] = out;
-        masked_conv<scalar_t>(conv, in(xs), in(ws), in(bs), in(cs), spatial, gate_of(gate),
-                              result.mutable_data_ptr<scalar_t>(),
-                              f.numel() > 0 ? f.mutable_data_ptr<scalar_t>() : nullptr);
+        masked_conv<T>(conv, in(xs), in(ws), links.get<T>(), in(bs), in(cs), spatial, gate_of(gate),
+                       result.mutable_data_ptr<T>(), f.numel() > 0 ? f.mutable_data_ptr<T>() : nullptr);
     });
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward_cpu(const Tensor& gradient, const std::optional<Tensor>& extra, const Tensor& x,
-                                                                    const Tensor& weight, const Tensor& f,
-                                                                    at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate,
-                                                                    bool to_x, bool to_weight, bool sums) {
+ConvBackward masked_conv_backward_cpu(const Tensor& gradient, const Maybe& extra, const Tensor& x, const Tensor& weight,
+                                      const Maybe& link, const Maybe& link_weight, const Tensor& f, at::IntArrayRef taps,
+                                      at::IntArrayRef colours, std::string_view gate, bool to_x, bool to_weight,
+                                      bool to_link, bool to_link_weight, bool to_f, bool sums) {
     const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
-    auto out = masked_conv_backward_empty(gradient, extra, x, weight, f, taps, colours, gate, to_x, to_weight, sums);
-    auto& [x_gradient, weight_gradient, f_gradient, pixel_sums] = out;
+    auto out = masked_conv_backward_empty(gradient, extra, x, weight, link, link_weight, f, taps, colours, gate, to_x,
+                                          to_weight, to_link, to_link_weight, to_f, sums);
+    auto& [x_gradient, weight_gradient, link_gradient, link_weight_gradient, f_gradient, pixel_sums] = out;
     if (x.numel() == 0) {
-        weight_gradient.zero_(), pixel_sums.zero_();
+        weight_gradient.zero_(), link_weight_gradient.zero_(), pixel_sums.zero_();
         return out;
     }
     const bool gated = gate_of(gate) != Gate::none;
     const Tensor g = pixels(gradient, x, gated ? conv.cout / 2 : conv.cout), xs = pixels(x, x, conv.cin);
     const Tensor fs = gated ? pixels(f, x, conv.cout) : Tensor(), ws = weight.contiguous();
     const Tensor es = extra.has_value() ? pixels(*extra, x, conv.cout) : Tensor();
+    const LinkTensors links(link, link_weight, x, conv.cout);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv_backward", [&] {
         using T = scalar_t;
-        if (gated) {
-            gate_gradient<T>(conv.n * conv.h * conv.w, conv.cout, gate_of(gate), fs.const_data_ptr<T>(),
-                             g.const_data_ptr<T>(), es.defined() ? es.const_data_ptr<T>() : nullptr,
-                             f_gradient.template mutable_data_ptr<T>());
-        }
+        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
         const auto result = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr; };
-        masked_conv_gradients<T>(conv, xs.const_data_ptr<T>(), ws.const_data_ptr<T>(),
-                                 gated ? f_gradient.template const_data_ptr<T>() : g.const_data_ptr<T>(),
-                                 result(x_gradient), result(weight_gradient), result(pixel_sums));
+        masked_conv_gradients<T>(conv, in(xs), in(ws), links.get<T>(), gate_of(gate), in(fs), in(g), in(es),
+                                 {result(x_gradient), result(weight_gradient), result(link_gradient),
+                                  result(link_weight_gradient), result(f_gradient), result(pixel_sums)});
     });
     return out;
 }
@@ -545,13 +575,15 @@ TORCH_LIBRARY(infovae_fast, m) {
           {at::Tag::pt2_compliant_tag});
     // out, and with a gate (not "") what goes into it if it is to be kept; taps = (dy_0, dx_0, dy_1, ...), colours =
     // (groups, are they interleaved, does the last tap join a group to itself).
-    m.def("masked_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int[] taps, int[] colours, str gate, bool keep) "
-          "-> (Tensor out, Tensor f)",
+    m.def("masked_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, Tensor? link, Tensor? link_weight, "
+          "int[] taps, int[] colours, str gate, bool keep) -> (Tensor out, Tensor f)",
           {at::Tag::pt2_compliant_tag});
-    // From the gradients to out and, with a gate, to the f that was kept: to x, to weight, with a gate to f in all, and
-    // the sums of that over the pixels, [N, Cout].
-    m.def("masked_conv_backward(Tensor gradient, Tensor? f_gradient, Tensor x, Tensor weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, "
-          "bool to_weight, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor f_gradient, Tensor sums)",
+    // From the gradients to out and, with a gate, to the f that was kept: to what is asked for, with a gate also to f in
+    // all, and its sums over the pixels, [N, Cout].
+    m.def("masked_conv_backward(Tensor gradient, Tensor? f_gradient, Tensor x, Tensor weight, Tensor? link, "
+          "Tensor? link_weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, bool to_weight, bool to_link, "
+          "bool to_link_weight, bool to_f, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor link_gradient, "
+          "Tensor link_weight_gradient, Tensor f_gradient, Tensor sums)",
           {at::Tag::pt2_compliant_tag});
     // -log P of each example, [N], and if wanted its gradient to params.
     m.def("logistic_mixture(Tensor params, Tensor x, int levels, bool gradient) -> (Tensor nll, Tensor gradient)",

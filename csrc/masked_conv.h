@@ -34,22 +34,33 @@ struct MaskedConv {
     int64_t output_group(int64_t c) const { return colours.of(gated ? c % (cout / 2) : c, gated ? cout / 2 : cout); }
 };
 
+// A second input [n, h, w, channels] that is read at its own pixel, without a mask: f += values weight; or nothing.
+template <typename T>
+struct Link {
+    const T* values = nullptr;
+    const T* weight = nullptr;  // [channels, cout]
+    int64_t channels = 0;
+};
+
 // Arrays are contiguous: images [n, h, w, channels], weight [taps, cin, cout], bias [cout]; condition [n, cout], or
 // [n, h, w, cout] if it is spatial; bias and condition may be null. With a gate, out [n, h, w, cout / 2] holds
 // tanh(f_a) sigmoid(f_b) or f_a sigmoid(f_b), and f [n, h, w, cout] what goes into it, if not null. Without, out is f.
 // The results do not depend on the number of threads.
 template <typename T>
-void masked_conv(const MaskedConv& conv, const T* x, const T* weight, const T* bias, const T* condition, bool spatial,
-                 Gate gate, T* out, T* f);
+void masked_conv(const MaskedConv& conv, const T* x, const T* weight, const Link<T>& link, const T* bias,
+                 const T* condition, bool spatial, Gate gate, T* out, T* f);
 
-// From a gradient to out, [n, h, w, cout / 2], and one to f itself, if not null, that to f in all.
+// Each may be null.
 template <typename T>
-void gate_gradient(int64_t pixels, int64_t cout, Gate gate, const T* f, const T* out_gradient, const T* extra,
-                   T* f_gradient);
+struct ConvGradients {
+    T *x, *weight, *link, *link_weight;
+    T* f;     // [n, h, w, cout]
+    T* sums;  // [n, cout], of those to f over the pixels of each image
+};
 
-// From a gradient to f: to x, to weight, and its sum over the pixels of each image [n, cout]. Each may be null.
+// From a gradient to out, [n, h, w, cout / 2] with a gate, and one to f itself, if not null.
 template <typename T>
-void masked_conv_gradients(const MaskedConv& conv, const T* x, const T* weight, const T* f_gradient, T* x_gradient,
-                           T* weight_gradient, T* sums);
+void masked_conv_gradients(const MaskedConv& conv, const T* x, const T* weight, const Link<T>& link, Gate gate,
+                           const T* f, const T* out_gradient, const T* extra, const ConvGradients<T>& result);
 
 }  // namespace infovae_fast

@@ -94,7 +94,7 @@ def shortcut(name: str) -> Callable[..., Any]:
         return lambda *inputs: None
     from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]
 
-    return getattr(_C, name)  # type: ignore[no-any-return]
+    return getattr(_C, name)
 
 
 def triton_missing() -> str | None:

@@ -13,7 +13,7 @@ Each is a function and an `nn.Module`. With x ~ q [N, D], y ~ p [M, D] and a rad
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F

@@ -2,12 +2,13 @@
 
 With pixels in raster order, one matrix for each tap t = (dy, dx), and zeros outside the image,
 
-    f[n, :, p] = sum_t x[n, :, p + t] @ weight[t] + bias + condition[n, :, p]
+    f[n, :, p] = sum_t x[n, :, p + t] @ weight[t] + bias + condition[n, :, p] + link[n, :, p] @ link_weight
     out        = f,  or with a gate  tanh(f_a) * sigmoid(f_b)  ("tanh"),  f_a * sigmoid(f_b)  ("glu")
 
 where f_a and f_b are the first and the second half of f's channels. Shapes: x [N, Cin, H, W], weight
-[taps, Cin, Cout], bias [Cout], condition [N, Cout] (one for all pixels) or [N, Cout, H, W], out [N, Cout, H, W],
-with a gate [N, Cout/2, H, W]. Any strides come in (channels-last without a copy), channels-last comes out.
+[taps, Cin, Cout], bias [Cout], condition [N, Cout] (one for all pixels) or [N, Cout, H, W], link [N, Clink, H, W] with
+link_weight [Clink, Cout], out [N, Cout, H, W], with a gate [N, Cout/2, H, W]. Any strides come in (channels-last
+without a copy), channels-last comes out.
 
 **Windows.** A tap is a position of the k x k kernel that the mask keeps; r = k // 2. Taps are in raster order:
 
@@ -32,11 +33,13 @@ with a gradient of exactly zero. V0 and V see finished rows only, in all groups:
 whatever it may not see. Hence products of matrices, whose rows never meet: 0 * NaN in a dense masked kernel is NaN,
 and a convolution library may transform whole tiles (Winograd, FFT).
 
-* Differentiable to x, weight, bias and condition; by the reference to any order, by the fast backends once.
+* Differentiable to x, weight, bias, condition and link; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
   On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
-  holds taps * Cin values for each pixel. Bias, condition and gate follow in this order.
+  holds taps * Cin values for each pixel. Bias, condition, link and gate follow in this order.
+* bias, condition and link are never masked: an output sees all of its own pixel there. What links a vertical stack to a
+  horizontal one enters as `link`, and its product is never stored where the C++ runs.
 * A window without taps (A, V0, H0 with kernel_size=1) is refused: the convolution would be zero.
 
 Source: van den Oord et al., arXiv 1601.06759 (masks) and 1606.05328 (stacks, gate, condition).
@@ -51,6 +54,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
+
+Link = tuple[Tensor, Tensor]  # values [N, Clink, H, W], weight [Clink, Cout]
 
 
 class Mask(NamedTuple):
@@ -97,7 +102,13 @@ def taps(window: str, kernel_size: int, data_channels: int = 1) -> tuple[tuple[i
 
 
 def masked_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    condition: Tensor | None,
+    link: Link | None,
+    mask: Mask,
+    keep_f: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, f): plain PyTorch: the columns of all taps side by side, then one matrix product for each group."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -120,6 +131,8 @@ def masked_conv_reference(
         f = f + bias.to(dtype)[:, None, None]
     if condition is not None:
         f = f + (condition if condition.ndim == 4 else condition[:, :, None, None]).to(dtype)
+    if link is not None:
+        f = f + (link[0].to(dtype).movedim(1, -1) @ link[1].to(dtype)).movedim(-1, 1)
     return (gated(f, mask.gate) if mask.gate else f).to(x.dtype), f.to(x.dtype)
 
 
@@ -156,10 +169,16 @@ def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
 
 
 def _masked_conv_cpp(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    condition: Tensor | None,
+    link: Link | None,
+    mask: Mask,
+    keep_f: bool = False,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition))
+    tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition, *(link or (None, None))))
     offsets = [offset for tap in mask.taps for offset in tap]
     out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, _colours(mask), mask.gate or "", keep_f)
     out = out.to(x.dtype)
@@ -173,10 +192,19 @@ def _triton_reason(x: Tensor, *inputs: Any) -> str | None:
 
 
 def _masked_conv_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: Mask, keep_f: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    condition: Tensor | None,
+    link: Link | None,
+    mask: Mask,
+    keep_f: bool = False,
 ) -> tuple[Tensor, Tensor]:
     from infovae_fast.kernels.masked_conv import masked_conv
 
+    if link is not None:
+        values, matrix = link
+        condition = _masked_conv_triton(values, matrix[None], None, condition, None, Mask("V", 1))[0]
     inputs = (x, weight, bias, condition)
     keep = keep_f or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
     window = (mask.kernel_size, _cells(mask)[0])
@@ -206,6 +234,7 @@ def masked_conv2d(
     data_channels: int = 1,
     group_order: str = "interleaved",
     condition: Tensor | None = None,
+    link: Link | None = None,
     gate: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -219,8 +248,8 @@ def masked_conv2d(
         kernel_size: k, odd.
         data_channels: G, the image channels whose order inside a pixel counts (3 for RGB); divides Cin and Cout.
         group_order: "interleaved" or "contiguous".
-        condition: [N, Cout] or [N, Cout, H, W]; never masked: an output sees all of its own pixel.
-            The link from the vertical to the horizontal stack enters here.
+        condition: [N, Cout] or [N, Cout, H, W].
+        link: (values [N, Clink, H, W], link_weight [Clink, Cout]).
         gate: None, "tanh" or "glu".
         backend: "auto" or one of `infovae_fast.backends.NAMES`.
 
@@ -232,7 +261,7 @@ def masked_conv2d(
         ValueError: wrong shapes, devices, names, sizes. RuntimeError: the named backend cannot run these inputs.
     """
     mask = Mask(window, kernel_size, data_channels, group_order, gate)
-    return _run(mask, x, weight, bias, condition, backend)[0]
+    return _run(mask, x, weight, bias, condition, backend, link=link)[0]
 
 
 def _run(
@@ -243,9 +272,10 @@ def _run(
     condition: Tensor | None,
     backend: str,
     keep_f: bool = False,
+    link: Link | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, f); f only counts if it is to be kept."""
-    inputs = (*_checked(mask, x, weight, bias, condition), mask, keep_f)
+    inputs = (*_checked(mask, x, weight, bias, condition, link), mask, keep_f)
     run = choose("masked_conv", BACKENDS, backend, *inputs)
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
@@ -292,9 +322,9 @@ class MaskedConv2d(nn.Module):
         if self.bias is not None:
             self.bias.uniform_(-1, 1).mul_(bound)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        options = self.mask._asdict()
-        return masked_conv2d(x, self.weight, self.bias, condition=condition, backend=self.backend, **options)
+    def forward(self, x: Tensor, condition: Tensor | None = None, link: Link | None = None) -> Tensor:
+        given: dict[str, Any] = {"condition": condition, "link": link, "backend": self.backend}
+        return masked_conv2d(x, self.weight, self.bias, **given, **self.mask._asdict())
 
     def with_f(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(out, f): also what goes into the gate, [N, Cout, H, W]."""
@@ -396,10 +426,16 @@ def _check_weight(mask: Mask, weight: Tensor) -> None:
     _check_channels(mask, weight.shape[1], weight.shape[2])
 
 
-def _checked(mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None) -> list[Any]:
-    """The four tensors, checked, with one dtype."""
-    named = {"x": x, "weight": weight, "bias": bias, "condition": condition}
-    given: dict[str, Any] = {name: t for name, t in named.items() if t is not None or name in ("x", "weight")}
+def _checked(
+    mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, link: Link | None
+) -> list[Any]:
+    """The tensors and the link, checked, with one dtype."""
+    if link is not None and not (isinstance(link, tuple) and len(link) == 2):
+        raise TypeError(f"link: got {type(link).__name__}; accepted: (values [N, Clink, H, W], weight [Clink, Cout])")
+    values, matrix = (None, None) if link is None else link
+    named = {"x": x, "weight": weight, "bias": bias, "condition": condition, "link": values, "link_weight": matrix}
+    needed = ("x", "weight") if link is None else ("x", "weight", "link", "link_weight")
+    given: dict[str, Any] = {name: t for name, t in named.items() if t is not None or name in needed}
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor")
@@ -428,4 +464,13 @@ def _checked(mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None, conditi
             f"condition: got shape {tuple(condition.shape)}; accepted: [N, Cout] = {(n, cout)} or "
             f"[N, Cout, H, W] = {(n, cout, h, w)}, both halves of a gate"
         )
-    return [given.get(name) for name in named]
+    checked = [given.get(name) for name in ("x", "weight", "bias", "condition")]
+    if link is None:
+        return [*checked, None]
+    values, matrix = given["link"], given["link_weight"]
+    if values.ndim != 4 or matrix.shape != (values.shape[1], cout) or values.shape != (n, values.shape[1], h, w):
+        raise ValueError(
+            f"link: got shapes {tuple(values.shape)} and {tuple(matrix.shape)}; accepted: values [N, Clink, H, W] = "
+            f"[{n}, Clink, {h}, {w}] and a weight [Clink, Cout] = [Clink, {cout}]"
+        )
+    return [*checked, (values, matrix)]

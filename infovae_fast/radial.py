@@ -96,7 +96,7 @@ class Kernel:
         if type(self) not in _NAMES or isinstance(self.bandwidth, Tensor):
             return None
         scales = () if self.bandwidth is None else self.scales()
-        weights = tuple(w for _, w in scales) or self.weights or (1.0,)
+        weights = tuple(w for _, w in scales) or tuple(self.weights or (1.0,))
         return isinstance(self, RBF), tuple(float(b) for b, _ in scales), weights, getattr(self, "alpha", 1.0)
 
     def phi(self, d2: Tensor) -> Tensor:

@@ -550,6 +550,24 @@ def test_empty_batch(conv, window, gate, data_channels, group_order):
     assert x.grad.shape == x.shape and layer.weight.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("data_channels, gate", [(1, None), (3, "tanh"), (3, "glu")])
+def test_a_link_is_a_condition_made_by_a_product_at_each_pixel(conv, data_channels, gate):
+    x, dense, layout = problem("H", data_channels=data_channels, gate=gate)
+    weight = from_dense(dense, **layout)
+    values, matrix = torch.randn(2, 7, 4, 5, dtype=x.dtype), torch.randn(7, 12, dtype=x.dtype)
+    inputs = [t.requires_grad_() for t in (x, weight, values, matrix)]
+    beside = torch.randn(2, 12, dtype=x.dtype)
+    options = {"kernel_size": 3, **layout}
+    product = torch.einsum("nchw,cd->ndhw", values, matrix) + beside[:, :, None, None]
+    results = []
+    for extra in ({"condition": beside, "link": (values, matrix)}, {"condition": product}):
+        out = conv(x, weight, **extra, **options)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_same_bits_twice(conv):
     torch.set_num_threads(2)
     layer = MaskedConv2d(32, 32, 5, window="B", gate="tanh")
@@ -660,6 +678,14 @@ def test_a_colour_that_sees_nothing_has_its_bias_only():
             r"condition: got shape \(2, 4\); .*= \(2, 8\) or .*\(2, 8, 5, 5\)",
         ),
         ({"condition": torch.zeros(2, 8, 1, 1)}, ValueError, r"condition: got shape \(2, 8, 1, 1\)"),
+        ({"link": torch.zeros(2, 3, 5, 5)}, TypeError, r"link: got Tensor; accepted: \(values .*, weight "),
+        ({"link": (torch.zeros(2, 3, 5, 5), None)}, TypeError, r"link_weight: got NoneType"),
+        (
+            {"link": (torch.zeros(2, 3, 5, 5), torch.zeros(8, 3))},
+            ValueError,
+            r"link: got shapes \(2, 3, 5, 5\) and \(8, 3\); accepted: values .*\[2, Clink, 5, 5\] and .*\[Clink, 8\]",
+        ),
+        ({"link": (torch.zeros(1, 3, 5, 5), torch.zeros(3, 8))}, ValueError, r"link: got shapes \(1, 3, 5, 5\)"),
         ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown; accepted: 'auto'"),
     ],
 )

@@ -12,32 +12,34 @@ from infovae_fast.masked_conv import Mask, _run, masked_conv2d
 
 pytestmark = pytest.mark.skipif(backends.native_missing() is not None, reason=str(backends.native_missing()))
 
-# n, h, w, cin, cout, window, k, data_channels, gate, spatial: strips of pixels and vectors of channels that do not
-# come out even, more rows than fit one task, colours.
+# n, h, w, cin, cout, window, k, data_channels, gate, spatial, channels of the link: strips of pixels and vectors of
+# channels that do not come out even, more rows than fit one task, more images than groups, colours.
 CASES = [
-    (3, 5, 7, 6, 12, "B", 3, 1, None, None),
-    (2, 28, 28, 1, 64, "A", 7, 1, "tanh", False),
-    (1, 9, 29, 64, 128, "V", 3, 1, "tanh", True),
-    (2, 3, 4, 40, 66, "H", 3, 1, "glu", False),
-    (1, 90, 40, 70, 33, "V0", 5, 1, None, True),
-    (20, 2, 2, 5, 1, "B", 1, 1, None, None),
-    (2, 6, 5, 9, 102, "A", 5, 3, "tanh", True),
+    (3, 5, 7, 6, 12, "B", 3, 1, None, None, 0),
+    (2, 28, 28, 1, 64, "A", 7, 1, "tanh", False, 0),
+    (1, 9, 29, 64, 128, "V", 3, 1, "tanh", True, 70),
+    (2, 3, 4, 40, 66, "H", 3, 1, "glu", False, 3),
+    (1, 90, 40, 70, 33, "V0", 5, 1, None, True, 1),
+    (70, 2, 2, 5, 1, "B", 1, 1, None, None, 0),
+    (2, 6, 5, 9, 102, "A", 5, 3, "tanh", True, 5),
 ]
 
 
-def problem(n, h, w, cin, cout, window, k, data_channels, gate, spatial, dtype=torch.float32):
+def problem(n, h, w, cin, cout, window, k, data_channels, gate, spatial, link, dtype=torch.float32):
     torch.manual_seed(0)
     mask = Mask(window, k, data_channels, "interleaved", gate)
     weight = torch.randn(len(mask.taps), cin, cout) / (len(mask.taps) * cin) ** 0.5
     condition = None if spatial is None else torch.randn(n, cout, *((h, w) if spatial else ()))
-    tensors = (torch.randn(n, cin, h, w), weight, torch.randn(cout), condition)
+    links = (torch.randn(n, link, h, w), torch.randn(link, cout)) if link else (None, None)
+    tensors = (torch.randn(n, cin, h, w), weight, torch.randn(cout), condition, *links)
     return mask._asdict(), [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
 
 
 def results(options, tensors, backend):
     """The output and every gradient, by a fixed upstream one."""
-    x, weight, bias, condition = tensors
-    out = masked_conv2d(x, weight, bias, condition=condition, backend=backend, **options)
+    x, weight, bias, condition, *link = tensors
+    link = None if link[0] is None else tuple(link)
+    out = masked_conv2d(x, weight, bias, condition=condition, link=link, backend=backend, **options)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return [out, *torch.autograd.grad(out, [t for t in tensors if t is not None], upstream)]
 
@@ -103,34 +105,34 @@ def test_saturated_gates_keep_their_digits(gate):
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]])
 def test_operators_are_well_formed(case):
     """opcheck: schema, autograd registration, fake tensors and AOT autograd."""
-    options, (x, weight, bias, condition) = problem(*case)
+    options, tensors = problem(*case)
     mask = Mask(**options)
     taps = [offset for tap in mask.taps for offset in tap]
     colours, gate = (mask.groups, 1, mask.visible(0)), mask.gate or ""
     ops = torch.ops.infovae_fast
-    torch.library.opcheck(ops.masked_conv.default, (x, weight, bias, condition, taps, colours, gate, True))
-    x, weight, bias, condition = (None if t is None else t.detach() for t in (x, weight, bias, condition))
-    out, f = ops.masked_conv_forward(x, weight, bias, condition, taps, colours, gate, True)
+    torch.library.opcheck(ops.masked_conv.default, (*tensors, taps, colours, gate, True))
+    tensors = [None if t is None else t.detach() for t in tensors]
+    out, f = ops.masked_conv_forward(*tensors, taps, colours, gate, True)
     torch.library.opcheck(
-        ops.masked_conv_forward.default,
-        (x, weight, bias, condition, taps, colours, gate, True),
-        test_utils="test_schema",
+        ops.masked_conv_forward.default, (*tensors, taps, colours, gate, True), test_utils="test_schema"
     )
-    for wanted in ((True, True, True), (False, True, False)):
+    x, weight, _, _, *link = tensors
+    for wanted in ((True,) * 6, (False, True, False, True, False, False)):
         torch.library.opcheck(
             ops.masked_conv_backward.default,
-            (torch.ones_like(out), f if gate else None, x, weight, f, taps, colours, gate, *wanted),
+            (torch.ones_like(out), f if gate else None, x, weight, *link, f, taps, colours, gate, *wanted),
         )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[8]])
 def test_what_goes_into_the_gate_has_a_gradient_too(case):
     options, tensors = problem(*case, dtype=torch.float64)
-    x, weight, bias, condition = tensors
+    *inputs, values, matrix = tensors
+    link = None if values is None else (values, matrix)
     found = {}
     for backend in ("cpp", "reference"):
         mask = Mask(**options)
-        out, f = _run(mask, x, weight, bias, condition, backend, keep_f=True)
+        out, f = _run(mask, *inputs, backend, keep_f=True, link=link)
         for part in (out.square().sum() + (f * f.cos()).sum(), f.sin().sum()):
             gradients = torch.autograd.grad(part, [t for t in tensors if t is not None], retain_graph=True)
             found.setdefault(backend, []).extend([out, f, *gradients])
@@ -142,35 +144,40 @@ def test_refusals():
     x, weight = torch.zeros(2, 4, 5, 5), torch.zeros(5, 4, 8)
     run = torch.ops.infovae_fast.masked_conv
     with pytest.raises(TypeError, match="accepted: float32, float64"):
-        run(x.half(), weight, None, None, [0] * 10, [1, 1, 1], "", False)
+        run(x.half(), weight, None, None, None, None, [0] * 10, [1, 1, 1], "", False)
     with pytest.raises(TypeError, match="got Double beside Float"):
-        run(x, weight.double(), None, None, [0] * 10, [1, 1, 1], "", False)
+        run(x, weight.double(), None, None, None, None, [0] * 10, [1, 1, 1], "", False)
     with pytest.raises(ValueError, match="4 taps; accepted"):
-        run(x, weight, None, None, [0] * 8, [1, 1, 1], "", False)
+        run(x, weight, None, None, None, None, [0] * 8, [1, 1, 1], "", False)
     with pytest.raises(ValueError, match="gate: got 'swish'"):
-        run(x, weight, None, None, [0] * 10, [1, 1, 1], "swish", False)
+        run(x, weight, None, None, None, None, [0] * 10, [1, 1, 1], "swish", False)
     with pytest.raises(ValueError, match="groups of equal size"):
-        run(x, weight, None, None, [0] * 10, [3, 1, 1], "", False)
+        run(x, weight, None, None, None, None, [0] * 10, [3, 1, 1], "", False)
     with pytest.raises(ValueError, match="0 taps; accepted"):
-        run(x, torch.zeros(0, 4, 8), None, None, [], [1, 1, 1], "", False)
+        run(x, torch.zeros(0, 4, 8), None, None, None, None, [], [1, 1, 1], "", False)
     with pytest.raises(ValueError, match=r"got shape \[8, 2\]; accepted: \[2, 8\]"):
-        run(x, weight, None, torch.zeros(8, 2), [0] * 10, [1, 1, 1], "", False)
-    far = run(x + 1, torch.ones(1, 4, 8), None, None, [0, 2**62], [1, 1, 1], "", False)[0]
+        run(x, weight, None, torch.zeros(8, 2), None, None, [0] * 10, [1, 1, 1], "", False)
+    with pytest.raises(ValueError, match="link and link_weight: give both or neither"):
+        run(x, weight, None, None, x, None, [0] * 10, [1, 1, 1], "", False)
+    with pytest.raises(ValueError, match=r"link_weight: got shape \[4, 7\]; accepted: \[C, 8\]"):
+        run(x, weight, None, None, x, torch.zeros(4, 7), [0] * 10, [1, 1, 1], "", False)
+    far = run(x + 1, torch.ones(1, 4, 8), None, None, None, None, [0, 2**62], [1, 1, 1], "", False)[0]
     assert far.eq(0).all()
     with pytest.raises(ValueError, match="beside x"):
-        run(x, weight, None, torch.zeros(2, 8, 5, 4), [0] * 10, [1, 1, 1], "", False)
+        run(x, weight, None, torch.zeros(2, 8, 5, 4), None, None, [0] * 10, [1, 1, 1], "", False)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
-@pytest.mark.parametrize("learned", [0, 1, 2, 3])
+@pytest.mark.parametrize("learned", [0, 1, 2, 3, 4, 5])
 def test_second_derivatives_point_to_the_reference(case, learned):
     """Also where one tensor alone is learned, unless its gradient is constant: f is linear in it."""
     options, tensors = problem(*case)
     tensors = [None if t is None else t.detach().requires_grad_(k == learned) for k, t in enumerate(tensors)]
     if (one := tensors[learned]) is None:
-        pytest.skip("this case has no condition")
-    x, weight, bias, condition = tensors
-    out = masked_conv2d(x, weight, bias, condition=condition, backend="cpp", **options)
+        pytest.skip("this case has no condition or no link")
+    x, weight, bias, condition, *link = tensors
+    link = None if link[0] is None else tuple(link)
+    out = masked_conv2d(x, weight, bias, condition=condition, link=link, backend="cpp", **options)
     (first,) = torch.autograd.grad(out.square().sum(), one, create_graph=True)
     with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
         torch.autograd.grad(first.square().sum(), one)
@@ -187,7 +194,7 @@ def test_forward_mode_is_left_to_the_reference():
 
 
 def test_a_convolution_alone_may_keep_f():
-    options, (x, weight, bias, _) = problem(*CASES[0])
+    options, (x, weight, bias, *_) = problem(*CASES[0])
     out, f = _run(Mask(**options), x, weight, bias, None, "cpp", keep_f=True)
     assert torch.equal(out, f)
 

@@ -163,6 +163,7 @@ LAWS = [
     (laws.test_empty_batch, ("B", "tanh", 3, "interleaved")),
     (laws.test_empty_batch, ("V", None, 1, "interleaved")),
     (laws.test_compiles_as_one_graph, ()),
+    (laws.test_a_link_is_a_condition_made_by_a_product_at_each_pixel, (3, "tanh")),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kDepth = 256;  // products that are summed in a register before they are added to the rest
 constexpr int64_t kImageBytes = 512 << 10;  // of the copy with margins: it should stay in the cache
-constexpr int64_t kGroups = 16;  // of images, whose gradients to weight are summed apart: not the number of threads
+constexpr int64_t kGroups = 32;  // of images, whose gradients to weight are summed apart: not the number of threads
 
 template <typename T>
 struct ConvRows {
@@ -27,6 +27,8 @@ struct ConvRows {
     const int64_t* offset;  // of each tap in the copy
     int64_t taps, rows, w, cin, channels, x_stride;
     int64_t last;  // input channels that the last tap reads
+    const T *link, *link_weight;  // [rows, w, link_channels], [link_channels, channels], or null
+    int64_t link_channels;
 };
 template <typename T>
 struct WeightRows {
@@ -97,6 +99,7 @@ struct Part {
     std::vector<int64_t> outputs;
     std::vector<T> weight;  // [taps, inputs, channels]
     int64_t channels, last;
+    std::vector<T> link_weight = {};  // [link channels, channels]
 };
 template <typename T>
 struct Parts {
@@ -138,192 +141,289 @@ std::vector<std::vector<int64_t>> grouped(int64_t channels, int64_t groups, Of o
     return found;
 }
 
-// f = convolution, for `finish(image, y0, y1, f, stride)` to make of it what is wanted: f [y1 - y0, w, stride]. `direct`
-// is where f is wanted as it is, [n, h, w, cout], or null; it is used if nothing has to be moved.
-template <typename T, typename Finish>
-void convolve_images(const MaskedConv& q, const T* x, const Parts<T>& parts, T* direct, Finish finish) {
-    const Margin margin(q.taps);
-    const int64_t x_stride = margin.stride(q.w, q.cin), step = rows_of_a_task<T>(margin, q.n, q.h, q.w, q.cin);
-    const int64_t blocks = (q.h + step - 1) / step, threads = at::get_num_threads();
-    const std::vector<int64_t> offset = offsets(q.taps, x_stride, q.cin);
-    const bool one = parts.parts.size() == 1;
-    const int64_t stride = one ? parts.parts[0].channels : q.cout;
-    if (stride != q.cout) direct = nullptr;
-    int64_t widest = 0;
-    for (const Part<T>& part : parts.parts) widest = std::max(widest, part.channels);
-    const int64_t copy_size = round_up(margin.size(step, q.w, q.cin), 64), f_size = round_up(step * q.w * stride, 64);
-    const int64_t size = copy_size + f_size + (one ? 0 : round_up(step * q.w * widest, 64));
-    Workspace workspace;
-    T* const memory = reinterpret_cast<T*>(workspace.reserve(size_t(threads * size) * sizeof(T)));
-    const auto convolve = BEST(convolve<T>);
-    at::parallel_for(0, q.n * blocks, 1, [&](int64_t begin, int64_t end) {
-        T* const copy = memory + at::get_thread_num() * size;
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t image = task / blocks, y0 = task % blocks * step, y1 = std::min(y0 + step, q.h);
-            const T* in = x + (image * q.h + y0) * q.w * q.cin;
-            if (!margin.none() || !parts.order.empty()) {
-                margin.copy(x + image * q.h * q.w * q.cin, q.h, q.w, q.cin, y0, y1, parts.order, copy);
-                in = copy + margin.origin(q.w, q.cin);
-            }
-            T* const f = direct != nullptr ? direct + (image * q.h + y0) * q.w * stride : copy + copy_size;
-            for (const Part<T>& part : parts.parts) {
-                T* const result = one ? f : copy + copy_size + f_size;
-                convolve({in, part.weight.data(), result, offset.data(),
-                          int64_t(offset.size()), y1 - y0, q.w, q.cin, part.channels, x_stride, part.last});
-                for (int64_t p = 0; !one && p < (y1 - y0) * q.w; ++p) {
-                    for (size_t c = 0; c < part.outputs.size(); ++c) {
-                        f[p * stride + part.outputs[c]] = result[p * part.channels + c];
-                    }
+// A convolution of rows y0..y1 of an image, `step` at a time at most: f [y1 - y0, w, stride].
+template <typename T>
+struct Convolution {
+    MaskedConv q;
+    Margin margin;
+    Parts<T> parts;
+    Link<T> link;
+    int64_t x_stride, step, stride, copy_size, f_size, size;  // `size` of the memory that a thread needs
+    std::vector<int64_t> offset;
+
+    Convolution(const MaskedConv& conv, Parts<T> with, const Link<T>& and_link)
+        : q(conv), margin(q.taps), parts(std::move(with)), link(and_link) {
+        x_stride = margin.stride(q.w, q.cin);
+        step = rows_of_a_task<T>(margin, q.n, q.h, q.w, q.cin);
+        offset = offsets(q.taps, x_stride, q.cin);
+        stride = one() ? parts.parts[0].channels : q.cout;
+        int64_t widest = 0;
+        for (Part<T>& part : parts.parts) {
+            widest = std::max(widest, part.channels);
+            part.link_weight.resize(link.channels * part.channels);
+            for (int64_t k = 0; k < link.channels; ++k) {
+                for (size_t c = 0; c < part.outputs.size(); ++c) {
+                    part.link_weight[k * part.channels + c] = link.weight[k * q.cout + part.outputs[c]];
                 }
             }
-            finish(image, y0, y1, f, stride);
         }
-    });
-}
+        copy_size = round_up(margin.size(step, q.w, q.cin), 64), f_size = round_up(step * q.w * stride, 64);
+        size = copy_size + f_size + (one() ? 0 : round_up(step * q.w * widest, 64));
+    }
+
+    bool one() const { return parts.parts.size() == 1; }
+
+    // x is the whole image `number`. f goes to `direct`, if that is not null and nothing has to be moved, or to memory.
+    T* rows(const T* x, int64_t number, int64_t y0, int64_t y1, T* direct, T* memory) const {
+        const T* in = x + y0 * q.w * q.cin;
+        if (!margin.none() || !parts.order.empty()) {
+            margin.copy(x, q.h, q.w, q.cin, y0, y1, parts.order, memory);
+            in = memory + margin.origin(q.w, q.cin);
+        }
+        T* const f = direct != nullptr && stride == q.cout ? direct : memory + copy_size;
+        const T* links = link.values == nullptr ? nullptr : link.values + (number * q.h + y0) * q.w * link.channels;
+        for (const Part<T>& part : parts.parts) {
+            T* const result = one() ? f : memory + copy_size + f_size;
+            BEST(convolve<T>)({in, part.weight.data(), result, offset.data(), int64_t(offset.size()), y1 - y0, q.w, q.cin,
+                               part.channels, x_stride, part.last, links, part.link_weight.data(), link.channels});
+            for (int64_t p = 0; !one() && p < (y1 - y0) * q.w; ++p) {
+                for (size_t c = 0; c < part.outputs.size(); ++c) f[p * stride + part.outputs[c]] = result[p * part.channels + c];
+            }
+        }
+        return f;
+    }
+
+    // The same of all images, on all threads, for finish(image, y0, y1, f) to make of it what is wanted.
+    template <typename Finish>
+    void images(const T* x, T* direct, Finish finish) const {
+        const int64_t blocks = (q.h + step - 1) / step, pixels = q.h * q.w;
+        Workspace workspace;
+        T* const memory = reinterpret_cast<T*>(workspace.reserve(size_t(at::get_num_threads() * size) * sizeof(T)));
+        at::parallel_for(0, q.n * blocks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t image = task / blocks, y0 = task % blocks * step, y1 = std::min(y0 + step, q.h);
+                T* const to = direct == nullptr ? nullptr : direct + (image * pixels + y0 * q.w) * q.cout;
+                finish(image, y0, y1, rows(x + image * pixels * q.cin, image, y0, y1, to, memory + at::get_thread_num() * size));
+            }
+        });
+    }
+};
 
 }  // namespace
 
 template <typename T>
-void masked_conv(const MaskedConv& q, const T* x, const T* weight, const T* bias, const T* condition, bool spatial,
-                 Gate gate, T* out, T* f) {
+void masked_conv(const MaskedConv& q, const T* x, const T* weight, const Link<T>& link, const T* bias,
+                 const T* condition, bool spatial, Gate gate, T* out, T* f) {
     const int64_t groups = q.colours.groups, pixels = q.h * q.w;
-    const Parts<T> parts = parts_of<T>(
-        int64_t(q.taps.size()), grouped(q.cin, groups, [&](int64_t c) { return q.input_group(c); }),
-        grouped(q.cout, groups, [&](int64_t c) { return q.output_group(c); }),
-        [&](int64_t t, int64_t ci, int64_t co) { return weight[(t * q.cin + ci) * q.cout + co]; },
-        [&](int64_t g) { return groups == 1 || q.colours.own ? g + 1 : g; });
+    const Convolution<T> convolution(
+        q,
+        parts_of<T>(
+            int64_t(q.taps.size()), grouped(q.cin, groups, [&](int64_t c) { return q.input_group(c); }),
+            grouped(q.cout, groups, [&](int64_t c) { return q.output_group(c); }),
+            [&](int64_t t, int64_t ci, int64_t co) { return weight[(t * q.cin + ci) * q.cout + co]; },
+            [&](int64_t g) { return groups == 1 || q.colours.own ? g + 1 : g; }),
+        link);
     if (gate == Gate::none) f = out;
     const auto gate_pixels = BEST(gate_pixels<T>);
     const auto finish = BEST(finish_pixels<T>);
-    convolve_images(q, x, parts, f, [&](int64_t image, int64_t y0, int64_t y1, T* result, int64_t stride) {
+    convolution.images(x, f, [&](int64_t image, int64_t y0, int64_t y1, T* result) {
         const int64_t first = image * pixels + y0 * q.w, count = (y1 - y0) * q.w;
         const T* here = condition == nullptr ? nullptr : condition + (spatial ? first : image) * q.cout;
-        finish(result, stride, count, q.cout, bias, here, spatial ? q.cout : 0, f == nullptr ? nullptr : f + first * q.cout);
+        finish(result, convolution.stride, count, q.cout, bias, here, spatial ? q.cout : 0,
+               f == nullptr ? nullptr : f + first * q.cout);
         if (gate != Gate::none) {
-            gate_pixels(gate, count, q.cout / 2, result, stride, out + first * (q.cout / 2));
+            gate_pixels(gate, count, q.cout / 2, result, convolution.stride, out + first * (q.cout / 2));
         }
-    });
-}
-
-template <typename T>
-void gate_gradient(int64_t pixels, int64_t cout, Gate gate, const T* f, const T* out_gradient, const T* extra,
-                   T* f_gradient) {
-    const auto run = BEST(gate_gradient_pixels<T>);
-    at::parallel_for(0, pixels, std::max<int64_t>(1, 16384 / cout), [&](int64_t begin, int64_t end) {
-        run(gate, end - begin, cout / 2, f + begin * cout, out_gradient + begin * (cout / 2),
-            extra == nullptr ? nullptr : extra + begin * cout, f_gradient + begin * cout);
     });
 }
 
 namespace {
 
+// That to x of the gradients, as a convolution of the gradient to f.
 template <typename T>
-void input_gradient(const MaskedConv& q, const T* weight, const T* f_gradient, T* x_gradient) {
+Convolution<T> input_gradient(const MaskedConv& q, const T* weight) {
     const int64_t groups = q.colours.groups;
     MaskedConv mirrored{q.n, q.h, q.w, q.cout, q.cin, q.taps, {}, false};
     for (Tap& t : mirrored.taps) t = {-t.dy, -t.dx};
     auto outputs = grouped(q.cout, groups, [&](int64_t c) { return q.output_group(c); });
     std::reverse(outputs.begin(), outputs.end());  // the last group sees every input
-    const Parts<T> parts = parts_of<T>(
-        int64_t(q.taps.size()), outputs, grouped(q.cin, groups, [&](int64_t c) { return q.input_group(c); }),
-        [&](int64_t t, int64_t co, int64_t ci) { return weight[(t * q.cin + ci) * q.cout + co]; },
-        [&](int64_t g) { return groups == 1 || q.colours.own ? groups - g : groups - g - 1; });
-    convolve_images(mirrored, f_gradient, parts, x_gradient,
-                    [&](int64_t image, int64_t y0, int64_t y1, T* result, int64_t stride) {
-                        T* to = x_gradient + (image * q.h + y0) * q.w * q.cin;
-                        for (int64_t p = 0; result != to && p < (y1 - y0) * q.w; ++p) {
-                            std::copy_n(result + p * stride, q.cin, to + p * q.cin);
-                        }
-                    });
+    return Convolution<T>(
+        mirrored,
+        parts_of<T>(
+            int64_t(q.taps.size()), outputs, grouped(q.cin, groups, [&](int64_t c) { return q.input_group(c); }),
+            [&](int64_t t, int64_t co, int64_t ci) { return weight[(t * q.cin + ci) * q.cout + co]; },
+            [&](int64_t g) { return groups == 1 || q.colours.own ? groups - g : groups - g - 1; }),
+        Link<T>{});
 }
 
+// The gradient to the input, rows y0..y1 of one image, where f_gradient is of that image, to x_gradient of it.
 template <typename T>
-void weight_gradient(const MaskedConv& q, const T* x, const T* f_gradient, T* out) {
-    const int64_t channels = round_up(q.cout, lanes<T>()), k = int64_t(q.taps.size()) * q.cin;
-    const Margin margin(q.taps);
-    const int64_t x_stride = margin.stride(q.w, q.cin), step = std::max<int64_t>(1, std::min(
-        q.h, kImageBytes / int64_t(sizeof(T)) / x_stride - margin.top - margin.bottom));
-    std::vector<int64_t> offset;
-    for (const int64_t tap : offsets(q.taps, x_stride, q.cin)) {
-        for (int64_t ci = 0; ci < q.cin; ++ci) offset.push_back(tap + ci);
+void input_rows(const Convolution<T>& convolution, const T* f_gradient, int64_t y0, int64_t y1, T* x_gradient, T* memory) {
+    const int64_t w = convolution.q.w, channels = convolution.q.cout;
+    T* const to = x_gradient + y0 * w * channels;
+    const T* result = convolution.rows(f_gradient, 0, y0, y1, to, memory);
+    for (int64_t p = 0; result != to && p < (y1 - y0) * w; ++p) {
+        std::copy_n(result + p * convolution.stride, channels, to + p * channels);
     }
-    const int64_t groups = std::min(q.n, kGroups), threads = at::get_num_threads();
-    const int64_t copy_size = round_up(margin.size(step, q.w, q.cin), 64);
-    const int64_t g_size = channels == q.cout ? 0 : round_up(step * q.w * channels, 64);
-    Workspace workspace;
-    T* const sums = reinterpret_cast<T*>(
-        workspace.reserve(size_t(groups * k * channels + threads * (copy_size + g_size)) * sizeof(T)));
-    T* const copies = sums + groups * k * channels;
-    const auto run = BEST(weight_products<T>);
-    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        T* const copy = copies + at::get_thread_num() * (copy_size + g_size);
-        for (int64_t group = begin; group < end; ++group) {
-            T* const sum = sums + group * k * channels;
-            std::fill_n(sum, k * channels, T(0));
-            for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
-                for (int64_t y0 = 0; y0 < q.h; y0 += step) {
-                    const int64_t y1 = std::min(y0 + step, q.h);
-                    const T* in = x + (image * q.h + y0) * q.w * q.cin;
-                    if (!margin.none()) {
-                        margin.copy(x + image * q.h * q.w * q.cin, q.h, q.w, q.cin, y0, y1, {}, copy);
-                        in = copy + margin.origin(q.w, q.cin);
-                    }
-                    const T* g = f_gradient + (image * q.h + y0) * q.w * q.cout;
-                    if (g_size > 0) {
-                        T* const wide = copy + copy_size;
-                        for (int64_t p = 0; p < (y1 - y0) * q.w; ++p) {
-                            std::fill_n(std::copy_n(g + p * q.cout, q.cout, wide + p * channels), channels - q.cout, T(0));
-                        }
-                        g = wide;
-                    }
-                    run({in, g, sum, offset.data(), k, y1 - y0, q.w, q.cin, channels,
-                         x_stride, channels});
+}
+
+// That to the weight, in sums of groups of images.
+template <typename T>
+struct WeightGradient {
+    const MaskedConv q;
+    const Margin margin;
+    int64_t k, channels, x_stride, step, copy_size, g_size;
+    std::vector<int64_t> offset;
+
+    explicit WeightGradient(const MaskedConv& conv) : q(conv), margin(q.taps) {
+        k = int64_t(q.taps.size()) * q.cin, channels = round_up(q.cout, lanes<T>());
+        x_stride = margin.stride(q.w, q.cin);
+        const int64_t fit = kImageBytes / int64_t(sizeof(T)) / x_stride - margin.top - margin.bottom;
+        step = std::max<int64_t>(1, std::min(q.h, fit));
+        for (const int64_t tap : offsets(q.taps, x_stride, q.cin)) {
+            for (int64_t ci = 0; ci < q.cin; ++ci) offset.push_back(tap + ci);
+        }
+        copy_size = round_up(margin.size(step, q.w, q.cin), 64);
+        g_size = channels == q.cout ? 0 : round_up(step * q.w * channels, 64);
+    }
+    int64_t size() const { return copy_size + g_size; }       // of the memory that a thread needs
+    int64_t sum_size() const { return round_up(k * channels, 64); }
+
+    // Adds an image's to the sum.
+    void image(const T* x, const T* f_gradient, T* sum, T* memory) const {
+        for (int64_t y0 = 0; y0 < q.h; y0 += step) {
+            const int64_t y1 = std::min(y0 + step, q.h);
+            const T* in = x + y0 * q.w * q.cin;
+            if (!margin.none()) {
+                margin.copy(x, q.h, q.w, q.cin, y0, y1, {}, memory);
+                in = memory + margin.origin(q.w, q.cin);
+            }
+            const T* g = f_gradient + y0 * q.w * q.cout;
+            if (g_size > 0) {
+                T* const wide = memory + copy_size;
+                for (int64_t p = 0; p < (y1 - y0) * q.w; ++p) {
+                    std::fill_n(std::copy_n(g + p * q.cout, q.cout, wide + p * channels), channels - q.cout, T(0));
+                }
+                g = wide;
+            }
+            BEST(weight_products<T>)({in, g, sum, offset.data(), k, y1 - y0, q.w, q.cin, channels, x_stride, channels});
+        }
+    }
+
+    // The sum of the groups' sums, which start `apart` numbers from each other.
+    void finish(const T* sums, int64_t groups, int64_t apart, T* out) const {
+        const int64_t centre = k - q.cin;  // the last tap, of which colours may hide blocks
+        at::parallel_for(0, k, std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                BEST(add_parts<T>)(sums + row * channels, groups, apart, q.cout, out + row * q.cout);
+                for (int64_t c = 0; q.colours.groups > 1 && row >= centre && c < q.cout; ++c) {
+                    if (!q.colours.sees(q.output_group(c), q.input_group(row - centre))) out[row * q.cout + c] = T(0);
                 }
             }
-        }
-    });
-    const int64_t centre = k - q.cin;  // the last tap, of which colours may hide blocks
-    const auto add_parts = BEST(add_parts<T>);
-    at::parallel_for(0, k, std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            add_parts(sums + row * channels, groups, k * channels, q.cout, out + row * q.cout);
-            for (int64_t c = 0; q.colours.groups > 1 && row >= centre && c < q.cout; ++c) {
-                if (!q.colours.sees(q.output_group(c), q.input_group(row - centre))) out[row * q.cout + c] = T(0);
-            }
-        }
-    });
-}
+        });
+    }
+};
 
 template <typename T>
 void pixel_sums(const MaskedConv& q, const T* f_gradient, T* sums) {
-    const auto add = BEST(add_pixels<T>);
-    at::parallel_for(0, q.n, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> row(q.cout);
-        std::vector<double> total(q.cout);
-        for (int64_t image = begin; image < end; ++image) {
-            std::fill(total.begin(), total.end(), 0.0);
-            for (int64_t y = 0; y < q.h; ++y) {
-                add(f_gradient + (image * q.h + y) * q.w * q.cout, q.w, q.cout, row.data(), total.data());
-            }
-            for (int64_t c = 0; c < q.cout; ++c) sums[image * q.cout + c] = T(total[c]);
-        }
-    });
+    std::vector<T> row(q.cout);
+    std::vector<double> total(q.cout, 0.0);
+    for (int64_t y = 0; y < q.h; ++y) {
+        BEST(add_pixels<T>)(f_gradient + y * q.w * q.cout, q.w, q.cout, row.data(), total.data());
+    }
+    for (int64_t c = 0; c < q.cout; ++c) sums[c] = T(total[c]);
 }
 
 }  // namespace
 
+// An image at a time, so that its gradient to f is in the cache for all that is made of it. Where images are fewer than
+// threads, those to the inputs follow apart, whose rows are as many tasks.
 template <typename T>
-void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, const T* f_gradient, T* x_gradient,
-                           T* weight_out, T* sums) {
-    if (x_gradient != nullptr) input_gradient(q, weight, f_gradient, x_gradient);
-    if (weight_out != nullptr) weight_gradient(q, x, f_gradient, weight_out);
-    if (sums != nullptr) pixel_sums(q, f_gradient, sums);
+void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, const Link<T>& link, Gate gate, const T* f,
+                           const T* out_gradient, const T* extra, const ConvGradients<T>& result) {
+    const int64_t pixels = q.h * q.w, groups = std::min(q.n, kGroups), threads = at::get_num_threads();
+    const bool gated = gate != Gate::none, apart = q.n < threads;
+    const MaskedConv beside{q.n, q.h, q.w, link.channels, q.cout, {{0, 0}}, {}, false};
+    std::vector<std::pair<Convolution<T>, T*>> inputs;
+    std::vector<std::tuple<WeightGradient<T>, const T*, T*>> weights;
+    if (result.x != nullptr) inputs.emplace_back(input_gradient(q, weight), result.x);
+    if (result.link != nullptr) inputs.emplace_back(input_gradient(beside, link.weight), result.link);
+    if (result.weight != nullptr) weights.emplace_back(WeightGradient<T>(q), x, result.weight);
+    if (result.link_weight != nullptr) weights.emplace_back(WeightGradient<T>(beside), link.values, result.link_weight);
+
+    const int64_t image_size = round_up(pixels * q.cout, 64);
+    const bool store = gated && result.f == nullptr;  // the gradient to f is for us alone
+    int64_t scratch = 0, sums_size = 0;
+    for (const auto& input : inputs) scratch = std::max(scratch, input.first.size);
+    for (const auto& one : weights) scratch = std::max(scratch, std::get<0>(one).size()), sums_size += std::get<0>(one).sum_size();
+    Workspace workspace;
+    Carver memory{nullptr};
+    T *sums = nullptr, *own_f = nullptr, *working = nullptr;
+    const auto carve = [&] {
+        sums = memory.take<T>(groups * sums_size);
+        own_f = memory.take<T>(store ? (apart ? q.n : threads) * image_size : 0);
+        working = memory.take<T>(threads * scratch);
+    };
+    carve();
+    memory = Carver{workspace.reserve(memory.used)};
+    carve();
+
+    const auto f_gradient_of = [&](int64_t image) -> T* {
+        if (result.f != nullptr) return result.f + image * pixels * q.cout;
+        return own_f + (apart ? image : at::get_thread_num()) * image_size;
+    };
+    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+        T* const mine = working + at::get_thread_num() * scratch;
+        for (int64_t group = begin; group < end; ++group) {
+            std::fill_n(sums + group * sums_size, sums_size, T(0));
+            for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
+                const T* g = out_gradient + image * pixels * (gated ? q.cout / 2 : q.cout);
+                if (gated) {
+                    T* const to_f = f_gradient_of(image);
+                    BEST(gate_gradient_pixels<T>)(gate, pixels, q.cout / 2, f + image * pixels * q.cout, g,
+                                                  extra == nullptr ? nullptr : extra + image * pixels * q.cout, to_f);
+                    g = to_f;
+                }
+                if (result.sums != nullptr) pixel_sums(q, g, result.sums + image * q.cout);
+                for (const auto& [input, to] : inputs) {
+                    for (int64_t y0 = 0; !apart && y0 < q.h; y0 += input.step) {
+                        input_rows(input, g, y0, std::min(y0 + input.step, q.h), to + image * pixels * input.q.cout, mine);
+                    }
+                }
+                T* sum = sums + group * sums_size;
+                for (const auto& [gradient, values, to] : weights) {
+                    gradient.image(values + image * pixels * gradient.q.cin, g, sum, mine);
+                    sum += gradient.sum_size();
+                }
+            }
+        }
+    });
+    if (apart) {
+        const T* const g = !gated ? out_gradient : result.f != nullptr ? result.f : own_f;
+        const int64_t g_size = gated && result.f == nullptr ? image_size : pixels * q.cout;
+        for (const auto& [input, to] : inputs) {
+            const int64_t blocks = (q.h + input.step - 1) / input.step;
+            at::parallel_for(0, q.n * blocks, 1, [&](int64_t begin, int64_t end) {
+                for (int64_t task = begin; task < end; ++task) {
+                    const int64_t image = task / blocks, y0 = task % blocks * input.step;
+                    input_rows(input, g + image * g_size, y0, std::min(y0 + input.step, q.h),
+                               to + image * pixels * input.q.cout, working + at::get_thread_num() * scratch);
+                }
+            });
+        }
+    }
+    int64_t before = 0;
+    for (const auto& [gradient, values, to] : weights) {
+        gradient.finish(sums + before, groups, sums_size, to);
+        before += gradient.sum_size();
+    }
 }
 
-#define INSTANTIATE(T)                                                                                              \
-    template void masked_conv<T>(const MaskedConv&, const T*, const T*, const T*, const T*, bool, Gate, T*, T*);    \
-    template void gate_gradient<T>(int64_t, int64_t, Gate, const T*, const T*, const T*, T*);                                 \
-    template void masked_conv_gradients<T>(const MaskedConv&, const T*, const T*, const T*, T*, T*, T*);
+#define INSTANTIATE(T)                                                                                                \
+    template void masked_conv<T>(const MaskedConv&, const T*, const T*, const Link<T>&, const T*, const T*, bool, Gate, \
+                                 T*, T*);                                                                             \
+    template void masked_conv_gradients<T>(const MaskedConv&, const T*, const T*, const Link<T>&, Gate, const T*,      \
+                                           const T*, const T*, const ConvGradients<T>&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

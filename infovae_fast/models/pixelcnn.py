@@ -178,13 +178,15 @@ class _Layer(nn.Module):
     def forward(
         self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if above is not None and len(above) > len(v):  # the image is read once for all its codes: the gate waits for them
+        if above is not None and len(above) > len(
+            v
+        ):  # the image is read once for all its codes: the gate waits for them
             below = _plus(self.vertical.with_f(v)[1], above)
             v = gated(below, "tanh")
             o = gated(_plus(self.horizontal.with_f(h)[1], self.link(below, beside)), "tanh")
         else:
             v, below = self.vertical.with_f(v, above)
-            o = self.horizontal(h, self.link(below, beside))
+            o = self.horizontal(h, beside, link=(below, self.link.weight[0]))
         if not self.last:
             h = self._out(o, slice(self.maps), None if self.first else h)
         return v, h, self._out(o, slice(-self.maps, None), skip)
