@@ -1,5 +1,5 @@
-"""csrc/cpu/pairwise.cpp without torch under the sanitizers: no memory errors, undefined behaviour or data races, and
-results as the formulas give them (tests/sanitizers/main.cpp)."""
+"""csrc/cpu/pairwise.cpp and masked_conv.cpp without torch under the sanitizers: no memory errors, undefined behaviour or
+data races, and results as the formulas give them (tests/sanitizers/pairwise.cpp and masked_conv.cpp)."""
 
 import os
 import platform
@@ -46,13 +46,13 @@ def launcher(folder: Path, sanitizer: str) -> list[str]:
     return fixed
 
 
-def holds(folder: Path, sanitizer: str, flags: tuple[str, ...], threads: list[int]) -> None:
+def holds(folder: Path, stem: str, sanitizer: str, flags: tuple[str, ...], threads: list[int]) -> None:
     """Every vector unit in a process of its own; a machine without one runs the best that it has below that."""
     start = launcher(folder, sanitizer)
-    program, library, main = folder / "program", folder / "pairwise.o", folder / "main.o"
+    program, library, main = folder / "program", folder / "library.o", folder / "main.o"
     steps: tuple[tuple[str | Path, ...], ...] = (
-        ("-O1", "-g1", "-fira-region=one", *flags, "-c", ROOT / "csrc/cpu/pairwise.cpp", "-o", library),
-        ("-O2", "-c", HERE / "main.cpp", "-o", main),  # the formulas need no checks
+        ("-O1", "-g1", "-fira-region=one", *flags, "-c", ROOT / f"csrc/cpu/{stem}.cpp", "-o", library),
+        ("-O2", "-c", HERE / f"{stem}.cpp", "-o", main),  # the formulas need no checks
         (f"-fsanitize={sanitizer}", library, main, "-o", program),
     )
     for step in steps:
@@ -69,9 +69,11 @@ def holds(folder: Path, sanitizer: str, flags: tuple[str, ...], threads: list[in
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}; what it has passed")
 
 
-def test_no_memory_errors_or_undefined_behaviour(tmp_path):
-    holds(tmp_path, "address,undefined", ADDRESS, [1, 3])
+@pytest.mark.parametrize("stem", ["pairwise", "masked_conv"])
+def test_no_memory_errors_or_undefined_behaviour(stem, tmp_path):
+    holds(tmp_path, stem, "address,undefined", ADDRESS, [1, 3])
 
 
-def test_no_data_races(tmp_path):
-    holds(tmp_path, "thread", ("-fsanitize=thread",), [3])
+@pytest.mark.parametrize("stem", ["pairwise", "masked_conv"])
+def test_no_data_races(stem, tmp_path):
+    holds(tmp_path, stem, "thread", ("-fsanitize=thread",), [3])

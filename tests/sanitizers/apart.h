@@ -1,4 +1,4 @@
-// Included before csrc/cpu/pairwise.cpp for AddressSanitizer: the pieces of a workspace lie apart, so that a step past
+// Included before a file of csrc/cpu for AddressSanitizer: the pieces of a workspace lie apart, so that a step past
 // the end of one is seen, and start as NaN, so that a result shows what was read before it was written.
 #pragma once
 
