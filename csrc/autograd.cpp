@@ -229,49 +229,114 @@ std::tuple<Tensor, Tensor> masked_conv(const Tensor& x, const Tensor& weight, co
     return {out[0], out[1]};
 }
 
-bool usual(const Tensor& x, const Tensor& y) {
-    return x.is_cpu() && y.is_cpu() && x.layout() == at::kStrided && y.layout() == at::kStrided && x.dim() == 2 &&
-           y.dim() == 2 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) &&
-           y.scalar_type() == x.scalar_type() && x.size(1) == y.size(1) && x.size(1) > 0 &&
-           std::min(x.size(0), y.size(0)) >= 2 && !x._fw_grad(0).defined() && !y._fw_grad(0).defined() &&
-           !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-           !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+using c10::DispatchKey;
+
+// A tensor [N, D] of which nothing is unusual, or null.
+const Tensor* usual(pybind11::handle object) {
+    if (!THPVariable_CheckExact(object.ptr())) return nullptr;
+    const Tensor& x = THPVariable_Unpack(object.ptr());
+    const c10::DispatchKeySet known(
+        {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
+    const bool plain = (x.key_set() | known) == known && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0 &&
+                       (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) && !x._fw_grad(0).defined();
+    return plain ? &x : nullptr;
+}
+
+bool is(pybind11::handle text, const char* value) {
+    return PyUnicode_Check(text.ptr()) && PyUnicode_CompareWithASCIIString(text.ptr(), value) == 0;
+}
+
+bool usual_circumstances(pybind11::handle backend) {
+    const auto included = c10::impl::tls_is_dispatch_key_included;
+    return (is(backend, "auto") || is(backend, "cpp")) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+           !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
+}
+
+struct UsualKernel {
+    bool rbf = true;
+    std::vector<double> bandwidth, weight{1.0};
+    double alpha = 1;
+
+    double phi0() const {
+        double sum = 0;
+        for (const double w : weight) sum += w;
+        return sum;
+    }
+};
+
+std::optional<UsualKernel> usual_kernel(pybind11::handle kernel, int64_t d) {
+    UsualKernel found;
+    if (!kernel.is_none()) {
+        const pybind11::object plain = pybind11::getattr(kernel, "plain", pybind11::none());
+        if (!pybind11::isinstance<pybind11::tuple>(plain)) return {};
+        std::tie(found.rbf, found.bandwidth, found.weight, found.alpha) =
+            plain.cast<std::tuple<bool, std::vector<double>, std::vector<double>, double>>();
+    }
+    if (found.bandwidth.empty()) found.bandwidth.push_back(std::sqrt(double(d)));
+    return found;
+}
+
+// The direction of z with the scores s, or -z where they are null; undefined if it is not finite.
+template <typename T>
+Tensor stein_direction(const Tensor& z, const Tensor* s, const UsualKernel& kernel) {
+    const Tensor zs = z.contiguous(), v = s == nullptr ? zs : s->neg().contiguous();  // minus the scores
+    const Tensor out = at::detail::empty_cpu(z.sizes(), z.scalar_type());
+    T* const direction = out.mutable_data_ptr<T>();
+    pairwise<T>({zs.const_data_ptr<T>(), nullptr, v.const_data_ptr<T>(), nullptr, nullptr, z.size(0), 0, z.size(1),
+                 {kernel.rbf, kernel.bandwidth, kernel.weight, kernel.alpha}, 1, 0, 0, nullptr, direction, nullptr, nullptr,
+                 nullptr});
+    const T phi0 = T(kernel.phi0()), n = T(z.size(0)), *minus = v.const_data_ptr<T>();
+    bool finite = true;
+    for (int64_t k = 0; k < z.numel(); ++k) {
+        direction[k] = (phi0 * -minus[k] - direction[k]) / n;
+        finite &= std::isfinite(direction[k]);
+    }
+    return finite ? out : Tensor();
 }
 
 }  // namespace
 
-pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object, pybind11::handle kernel,
-                           std::string_view estimator, std::string_view backend) {
-    const bool biased = estimator == "biased";
-    if ((!biased && estimator != "unbiased") || (backend != "auto" && backend != "cpp")) return pybind11::none();
-    if (!THPVariable_CheckExact(x_object.ptr()) || !THPVariable_CheckExact(y_object.ptr())) return pybind11::none();
-    const Tensor &x = THPVariable_Unpack(x_object.ptr()), &y = THPVariable_Unpack(y_object.ptr());
-    if (!usual(x, y)) return pybind11::none();
-
-    bool rbf = true;
-    std::vector<double> bandwidth, weight{1.0};
-    double alpha = 1;
-    if (!kernel.is_none()) {
-        const pybind11::object plain = pybind11::getattr(kernel, "plain", pybind11::none());
-        if (!pybind11::isinstance<pybind11::tuple>(plain)) return pybind11::none();
-        std::tie(rbf, bandwidth, weight, alpha) =
-            plain.cast<std::tuple<bool, std::vector<double>, std::vector<double>, double>>();
+pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object, pybind11::handle kernel_object,
+                           pybind11::handle estimator, pybind11::handle backend) {
+    const bool biased = is(estimator, "biased");
+    if ((!biased && !is(estimator, "unbiased")) || !usual_circumstances(backend)) return pybind11::none();
+    const Tensor *x = usual(x_object), *y = usual(y_object);
+    if (x == nullptr || y == nullptr || y->scalar_type() != x->scalar_type() || y->size(1) != x->size(1) ||
+        std::min(x->size(0), y->size(0)) < 2) {
+        return pybind11::none();
     }
-    if (bandwidth.empty()) bandwidth.push_back(std::sqrt(double(x.size(1))));
-    double diagonal = 0;
-    for (const double w : weight) diagonal += w;
-
-    const double n = double(x.size(0)), m = double(y.size(0)), less = biased ? 0 : 1;
+    const std::optional<UsualKernel> kernel = usual_kernel(kernel_object, x->size(1));
+    if (!kernel) return pybind11::none();
+    const double n = double(x->size(0)), m = double(y->size(0)), less = biased ? 0 : 1;
     const double w[] = {1 / (n * (n - less)), -1 / (n * m), 1 / (m * (m - less))};
-    const double constant = biased ? diagonal * (1 / n + 1 / m) : 0;
+    const double constant = biased ? kernel->phi0() * (1 / n + 1 / m) : 0;
     Tensor value;
     {
         const pybind11::gil_scoped_release release;
-        value = energy_of(x, y, {}, {}, {rbf, bandwidth, {}, weight, alpha, w, constant});
+        value = energy_of(*x, *y, {}, {}, {kernel->rbf, kernel->bandwidth, {}, kernel->weight, kernel->alpha, w, constant});
     }
     const bool is_float = value.scalar_type() == at::kFloat;
     if (!std::isfinite(is_float ? *value.const_data_ptr<float>() : *value.const_data_ptr<double>())) return pybind11::none();
     return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(value));
+}
+
+pybind11::object usual_stein(pybind11::handle z_object, pybind11::handle score, pybind11::handle kernel_object,
+                             pybind11::handle backend) {
+    const Tensor *z = usual(z_object), *s = score.is_none() ? nullptr : usual(score);
+    if (z == nullptr || !usual_circumstances(backend)) return pybind11::none();
+    if (!score.is_none() && (s == nullptr || s->sizes() != z->sizes() || s->scalar_type() != z->scalar_type())) {
+        return pybind11::none();
+    }
+    const std::optional<UsualKernel> kernel = usual_kernel(kernel_object, z->size(1));
+    if (!kernel) return pybind11::none();
+    Tensor direction;
+    {
+        const pybind11::gil_scoped_release release;
+        const at::NoGradGuard no_grad;
+        direction = (z->scalar_type() == at::kFloat ? stein_direction<float> : stein_direction<double>)(*z, s, *kernel);
+    }
+    if (!direction.defined()) return pybind11::none();
+    return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(direction));
 }
 
 TORCH_LIBRARY_FRAGMENT(infovae_fast, m) {

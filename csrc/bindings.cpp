@@ -250,10 +250,10 @@ struct LinkTensors {
     LinkTensors(const Maybe& link, const Maybe& link_weight, const Tensor& x, int64_t cout) {
         TORCH_CHECK_VALUE(link.has_value() == link_weight.has_value(), "link and link_weight: give both or neither");
         if (!link.has_value()) return;
-        channels = link_weight->size(0);
+        channels = link_weight->dim() == 2 ? link_weight->size(0) : 0;
         TORCH_CHECK_TYPE(link_weight->scalar_type() == x.scalar_type(), "got ", link_weight->scalar_type(), " beside ",
                          x.scalar_type());
-        TORCH_CHECK_VALUE(link_weight->dim() == 2 && channels > 0 && link_weight->size(1) == cout, "link_weight: got shape ",
+        TORCH_CHECK_VALUE(channels > 0 && link_weight->size(1) == cout, "link_weight: got shape ",
                           link_weight->sizes(), "; accepted: [C, ", cout, "]");
         values = pixels(*link, x, channels), weight = link_weight->contiguous();
     }
@@ -640,6 +640,7 @@ PYBIND11_MODULE(_C, m) {
         if (std::string_view(name) == "cpp" || std::string_view(name) == "cuda") m.attr(name) = text;
     }
     m.def("usual_mmd", infovae_fast::usual_mmd);
+    m.def("usual_stein", infovae_fast::usual_stein);
     m.def("build_info", [] {
         pybind11::dict facts;
         for (const auto& [name, text] : baked) facts[name] = text;

@@ -23,7 +23,7 @@ struct Colours {
     }
 };
 
-// f[n, p, :] = sum_t x[n, p + t, :] weight[t] + bias + condition, with zeros outside the image.
+// f[n, p, :] = sum_t x[n, p + t, :] weight[t] + link[n, p, :] link_weight + bias + condition, with zeros outside the image.
 struct MaskedConv {
     int64_t n, h, w, cin, cout;
     std::vector<Tap> taps;

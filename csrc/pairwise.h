@@ -23,7 +23,7 @@ struct PairwiseProblem {
     RadialMixture radial;
     double w_xx, w_xy, w_yy;
     double* energy;            // each result only if its pointer is not null
-    T *x_force, *y_force;      // [n, d], [m, d]
+    T *x_force, *y_force;      // [n, d], [m, d]; that of point i times its weight
     T *x_potential, *y_potential;  // P_i = sum_{j != i} w_ij a_j phi_ij, [n], [m]: dE/da_i = 2 P_i
 };
 

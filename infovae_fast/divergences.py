@@ -210,6 +210,10 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
     Raises:
         TypeError, ValueError, RuntimeError: as `mmd`, and for a score of another shape or device.
     """
+    if not torch.compiler.is_compiling():
+        direction = shortcut("usual_stein")(z, score, kernel, backend)
+        if direction is not None:
+            return direction
     (z,) = samples(z=z)
     with torch.no_grad():
         z = at_least_float32(z.detach())

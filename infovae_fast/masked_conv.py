@@ -35,9 +35,10 @@ and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias, condition and link; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
-  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32.
+  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32; condition and
+  link together are rounded once before.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
-  holds taps * Cin values for each pixel. Bias, condition, link and gate follow in this order.
+  holds taps * Cin values for each pixel. Bias, condition and link are added to it, in any order; then comes the gate.
 * bias, condition and link are never masked: an output sees all of its own pixel there. What links a vertical stack to a
   horizontal one enters as `link`, and its product is never stored where the C++ runs.
 * A window without taps (A, V0, H0 with kernel_size=1) is refused: the convolution would be zero.
@@ -468,9 +469,10 @@ def _checked(
     if link is None:
         return [*checked, None]
     values, matrix = given["link"], given["link_weight"]
-    if values.ndim != 4 or matrix.shape != (values.shape[1], cout) or values.shape != (n, values.shape[1], h, w):
+    fits = values.ndim == 4 and values.shape == (n, values.shape[1], h, w) and values.shape[1] > 0
+    if not fits or matrix.shape != (values.shape[1], cout):
         raise ValueError(
             f"link: got shapes {tuple(values.shape)} and {tuple(matrix.shape)}; accepted: values [N, Clink, H, W] = "
-            f"[{n}, Clink, {h}, {w}] and a weight [Clink, Cout] = [Clink, {cout}]"
+            f"[{n}, Clink, {h}, {w}] and a weight [Clink, Cout] = [Clink, {cout}], Clink at least 1"
         )
     return [*checked, (values, matrix)]

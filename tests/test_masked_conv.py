@@ -685,6 +685,7 @@ def test_a_colour_that_sees_nothing_has_its_bias_only():
             ValueError,
             r"link: got shapes \(2, 3, 5, 5\) and \(8, 3\); accepted: values .*\[2, Clink, 5, 5\] and .*\[Clink, 8\]",
         ),
+        ({"link": (torch.zeros(2, 0, 5, 5), torch.zeros(0, 8))}, ValueError, r"link: got shapes \(2, 0, 5, 5\)"),
         ({"link": (torch.zeros(1, 3, 5, 5), torch.zeros(3, 8))}, ValueError, r"link: got shapes \(1, 3, 5, 5\)"),
         ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown; accepted: 'auto'"),
     ],

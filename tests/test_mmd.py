@@ -620,8 +620,10 @@ def test_a_bandwidth_that_has_become_nan_is_found():
         loss(*samples(4, 4, 2, torch.float32))
 
 
-def test_the_environment_chooses_the_backend(monkeypatch):
+def test_the_environment_chooses_the_backend(monkeypatch, request):
     monkeypatch.setattr(backends, "AUTO", "nonsense")
+    backends.shortcut.cache_clear()
+    request.addfinalizer(backends.shortcut.cache_clear)
     with pytest.raises(ValueError, match="INFOVAE_FAST_BACKEND='nonsense' is unknown"):
         mmd(four, four)
     assert mmd(four, four, backend="reference") == 0

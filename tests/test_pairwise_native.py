@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from infovae_fast import IMQ, RBF, RationalQuadratic, backends, mmd, pairwise, wae_imq
+from infovae_fast import IMQ, RBF, RationalQuadratic, backends, mmd, pairwise, stein_direction, wae_imq
 from infovae_fast.radial import paper_pixelcnn
 from tests.oracle import check, near, pairwise_scales
 
@@ -215,6 +215,40 @@ def test_the_usual_mmd_is_the_one_of_the_long_way(kernel, estimator, monkeypatch
             assert got.dtype == dtype and torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("kernel", [None, *KERNELS], ids=range(len(KERNELS) + 1))
+def test_the_usual_stein_direction_is_the_one_of_the_long_way(kernel, monkeypatch):
+    for dtype in (torch.float32, torch.float64):
+        z, _, score = clouds(40, 30, 5, dtype)
+        for s in (None, score, score.T.contiguous().T):
+            with monkeypatch.context() as patch:
+                patch.setattr("infovae_fast.divergences.shortcut", lambda name: lambda *inputs: None)
+                long_way = stein_direction(z, s, kernel)
+                patch.undo()
+                patch.setattr("infovae_fast.divergences.force", None)
+                usual = stein_direction(z.clone().requires_grad_(), s, kernel)
+            assert usual.dtype == dtype and not usual.requires_grad
+            torch.testing.assert_close(usual, long_way, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
+
+
+def test_the_usual_stein_direction_leaves_what_is_unusual_alone():
+    from infovae_fast._C import usual_stein
+
+    z, _, score = clouds(6, 5, 3)
+    assert usual_stein(z, None, None, "auto") is not None and usual_stein(z[:1], None, None, "cpp") is not None
+    for other in (torch.neg, score.double(), score[:5], score.tolist(), score * torch.nan):
+        assert usual_stein(z, other, None, "auto") is None
+    for backend in ("reference", None):
+        assert usual_stein(z, score, None, backend) is None
+    assert usual_stein(z, score, "median_rbf", "auto") is None and usual_stein(z.half(), None, None, "auto") is None
+
+
+def test_a_trace_computes_and_views_keep_their_sign():
+    x, y, _ = clouds(6, 5, 3)
+    traced = torch.jit.trace(lambda a, b: mmd(a, b), (x, y))
+    torch.testing.assert_close(traced(x + 1, y), mmd(x + 1, y))
+    torch.testing.assert_close(mmd(torch._neg_view(x), y), mmd(-x, y))
+
+
 def test_the_usual_mmd_leaves_what_is_unusual_alone():
     from infovae_fast._C import usual_mmd
 
@@ -234,7 +268,8 @@ def test_the_usual_mmd_leaves_what_is_unusual_alone():
     for kernel in ("median_rbf", paper_pixelcnn, RBF, RBF(torch.tensor(1.0)), Own(1.0)):
         assert usual_mmd(x, y, kernel, "biased", "auto") is None
     assert usual_mmd(x, y, None, "linear", "auto") is None
-    assert usual_mmd(x, y, None, "biased", "reference") is None
+    for estimator, backend in (("biased", "reference"), ("biased", None), (None, "auto"), (b"biased", "auto")):
+        assert usual_mmd(x, y, None, estimator, backend) is None
     with torch.autograd.forward_ad.dual_level():
         assert usual_mmd(torch.autograd.forward_ad.make_dual(x, x), y, None, "biased", "auto") is None
     inside = []
@@ -320,6 +355,16 @@ def test_close_points_of_a_wide_cloud(dim):
         torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
         found, truth = (torch.autograd.grad(v, leaf)[0] for v in (value, wanted))
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("dim", [2, 4, 5, 8, 40])
+def test_close_points_where_a_later_scale_is_small(dim):
+    torch.manual_seed(0)
+    x = torch.randn(200, dim) * 10
+    y = x + 1e-4 * torch.randn(200, dim)
+    for kernel in (RBF([20, 0.01]), IMQ([20, 0.01]), RationalQuadratic([20, 0.01], alpha=2), IMQ([5, 2, 3, 1, 0.1])):
+        value, truth = mmd(x, y, kernel), mmd(x.double(), y.double(), kernel, backend="reference")
+        assert abs(value - truth) < 2e-5 * 2 * kernel.phi0 / 200
 
 
 def test_what_it_cannot_do_is_said():

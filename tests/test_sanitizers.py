@@ -1,5 +1,5 @@
-"""csrc/cpu/pairwise.cpp and masked_conv.cpp without torch under the sanitizers: no memory errors, undefined behaviour or
-data races, and results as the formulas give them (tests/sanitizers/pairwise.cpp and masked_conv.cpp)."""
+"""csrc/cpu/pairwise.cpp and masked_conv.cpp without torch under the sanitizers: no memory errors, undefined behaviour
+or data races, and results as the formulas give them (tests/sanitizers/pairwise.cpp and masked_conv.cpp)."""
 
 import os
 import platform

@@ -1,9 +1,8 @@
 // Masked convolution on the CPU. A row of an output is, for each tap, a product of a row of the input, moved by the tap,
 // and a matrix: [w, cin] x [cin, cout], summed in registers over the taps. The image stands in a copy with a margin of
 // zeros, so that no tap meets an edge; masked pixels are in that copy too, and no product reads them. A kernel of one
-// pixel needs no copy.
-//
-// With colours the last tap reads fewer channels for earlier groups: channels are sorted by group.
+// pixel needs none, unless channels have to be sorted: with colours the last tap reads fewer channels for earlier groups.
+// The product of a link is added to the sums.
 //
 // The gradient to x is the same convolution of the gradient to f, with taps and matrices transposed. That to weight is,
 // for each row k = (tap, input channel) of it, sum_p x[p + t, ci] g[p, :]: rows share the loads of g.
@@ -18,7 +17,8 @@ namespace {
 
 constexpr int64_t kDepth = 256;  // products that are summed in a register before they are added to the rest
 constexpr int64_t kImageBytes = 512 << 10;  // of the copy with margins: it should stay in the cache
-constexpr int64_t kGroups = 32;  // of images, whose gradients to weight are summed apart: not the number of threads
+// Groups of images, whose gradients to weight are summed apart: not as many as there are threads, but as the memory allows.
+constexpr int64_t kFewestGroups = 16, kMostGroups = 32, kGroupNumbers = int64_t(1) << 22;
 
 template <typename T>
 struct ConvRows {
@@ -336,13 +336,13 @@ void pixel_sums(const MaskedConv& q, const T* f_gradient, T* sums) {
 
 }  // namespace
 
-// An image at a time, so that its gradient to f is in the cache for all that is made of it. Where images are fewer than
-// threads, those to the inputs follow apart, whose rows are as many tasks.
+// An image at a time, so that its gradient to f is in the cache for all that is made of it. Where images are few for the
+// threads, the gradients to f are made before and those to the inputs after, rows of images by rows.
 template <typename T>
 void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, const Link<T>& link, Gate gate, const T* f,
                            const T* out_gradient, const T* extra, const ConvGradients<T>& result) {
-    const int64_t pixels = q.h * q.w, groups = std::min(q.n, kGroups), threads = at::get_num_threads();
-    const bool gated = gate != Gate::none, apart = q.n < threads;
+    const int64_t pixels = q.h * q.w, threads = at::get_num_threads();
+    const bool gated = gate != Gate::none;
     const MaskedConv beside{q.n, q.h, q.w, link.channels, q.cout, {{0, 0}}, {}, false};
     std::vector<std::pair<Convolution<T>, T*>> inputs;
     std::vector<std::tuple<WeightGradient<T>, const T*, T*>> weights;
@@ -351,14 +351,16 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
     if (result.weight != nullptr) weights.emplace_back(WeightGradient<T>(q), x, result.weight);
     if (result.link_weight != nullptr) weights.emplace_back(WeightGradient<T>(beside), link.values, result.link_weight);
 
-    const int64_t image_size = round_up(pixels * q.cout, 64);
-    const bool store = gated && result.f == nullptr;  // the gradient to f is for us alone
     int64_t scratch = 0, sums_size = 0;
     for (const auto& input : inputs) scratch = std::max(scratch, input.first.size);
     for (const auto& one : weights) scratch = std::max(scratch, std::get<0>(one).size()), sums_size += std::get<0>(one).sum_size();
+    const int64_t groups = std::min(q.n, clamp(kGroupNumbers / std::max<int64_t>(sums_size, 1), kFewestGroups, kMostGroups));
+    const bool apart = groups % threads != 0 && groups < 4 * threads;
+    const int64_t image_size = apart ? pixels * q.cout : round_up(pixels * q.cout, 64);
+    const bool store = gated && result.f == nullptr;  // the gradient to f is for us alone
     Workspace workspace;
-    Carver memory{nullptr};
     T *sums = nullptr, *own_f = nullptr, *working = nullptr;
+    Carver memory{nullptr};
     const auto carve = [&] {
         sums = memory.take<T>(groups * sums_size);
         own_f = memory.take<T>(store ? (apart ? q.n : threads) * image_size : 0);
@@ -368,49 +370,55 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
     memory = Carver{workspace.reserve(memory.used)};
     carve();
 
-    const auto f_gradient_of = [&](int64_t image) -> T* {
-        if (result.f != nullptr) return result.f + image * pixels * q.cout;
-        return own_f + (apart ? image : at::get_thread_num()) * image_size;
+    T* const to_f = store ? own_f : result.f;
+    const auto make_f = [&](int64_t first, int64_t count, T* to) {  // the gradient to f of some pixels
+        BEST(gate_gradient_pixels<T>)(gate, count, q.cout / 2, f + first * q.cout, out_gradient + first * (q.cout / 2),
+                                      extra == nullptr ? nullptr : extra + first * q.cout, to);
     };
+    const auto f_gradient_of = [&](int64_t image) -> const T* {
+        if (!gated) return out_gradient + image * pixels * q.cout;
+        if (apart) return to_f + image * image_size;
+        T* const here = store ? own_f + at::get_thread_num() * image_size : to_f + image * pixels * q.cout;
+        make_f(image * pixels, pixels, here);
+        return here;
+    };
+    const auto to_inputs = [&](const Convolution<T>& input, T* to, int64_t image, const T* g, int64_t y0) {
+        input_rows(input, g, y0, std::min(y0 + input.step, q.h), to + image * pixels * input.q.cout,
+                   working + at::get_thread_num() * scratch);
+    };
+    if (apart && gated) {
+        at::parallel_for(0, q.n * pixels, std::max<int64_t>(1, 16384 / q.cout), [&](int64_t begin, int64_t end) {
+            make_f(begin, end - begin, to_f + begin * q.cout);
+        });
+    }
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        T* const mine = working + at::get_thread_num() * scratch;
         for (int64_t group = begin; group < end; ++group) {
             std::fill_n(sums + group * sums_size, sums_size, T(0));
             for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
-                const T* g = out_gradient + image * pixels * (gated ? q.cout / 2 : q.cout);
-                if (gated) {
-                    T* const to_f = f_gradient_of(image);
-                    BEST(gate_gradient_pixels<T>)(gate, pixels, q.cout / 2, f + image * pixels * q.cout, g,
-                                                  extra == nullptr ? nullptr : extra + image * pixels * q.cout, to_f);
-                    g = to_f;
-                }
+                const T* g = f_gradient_of(image);
                 if (result.sums != nullptr) pixel_sums(q, g, result.sums + image * q.cout);
                 for (const auto& [input, to] : inputs) {
-                    for (int64_t y0 = 0; !apart && y0 < q.h; y0 += input.step) {
-                        input_rows(input, g, y0, std::min(y0 + input.step, q.h), to + image * pixels * input.q.cout, mine);
-                    }
+                    for (int64_t y0 = 0; !apart && y0 < q.h; y0 += input.step) to_inputs(input, to, image, g, y0);
                 }
                 T* sum = sums + group * sums_size;
                 for (const auto& [gradient, values, to] : weights) {
-                    gradient.image(values + image * pixels * gradient.q.cin, g, sum, mine);
+                    gradient.image(values + image * pixels * gradient.q.cin, g, sum, working + at::get_thread_num() * scratch);
                     sum += gradient.sum_size();
                 }
             }
         }
     });
-    if (apart) {
-        const T* const g = !gated ? out_gradient : result.f != nullptr ? result.f : own_f;
-        const int64_t g_size = gated && result.f == nullptr ? image_size : pixels * q.cout;
-        for (const auto& [input, to] : inputs) {
-            const int64_t blocks = (q.h + input.step - 1) / input.step;
-            at::parallel_for(0, q.n * blocks, 1, [&](int64_t begin, int64_t end) {
-                for (int64_t task = begin; task < end; ++task) {
-                    const int64_t image = task / blocks, y0 = task % blocks * input.step;
-                    input_rows(input, g + image * g_size, y0, std::min(y0 + input.step, q.h),
-                               to + image * pixels * input.q.cout, working + at::get_thread_num() * scratch);
-                }
-            });
-        }
+    for (const auto& [input, to] : inputs) {
+        if (!apart) break;
+        const int64_t blocks = (q.h + input.step - 1) / input.step;
+        const Convolution<T>& convolution = input;  // a lambda cannot hold what a binding names
+        T* const result_of = to;
+        at::parallel_for(0, q.n * blocks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t image = task / blocks;
+                to_inputs(convolution, result_of, image, f_gradient_of(image), task % blocks * convolution.step);
+            }
+        });
     }
     int64_t before = 0;
     for (const auto& [gradient, values, to] : weights) {

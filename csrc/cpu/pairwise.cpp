@@ -31,7 +31,9 @@ constexpr int kLine = 16;     // coordinates that are transposed at a time; rows
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
-constexpr double kFarthest = 1024;  // h up to which t of close points is right to 1e-4 in float; beyond, all is double
+// h, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is double.
+// Of differences its square: their rounding errors grow as the distance from the mean, those of products as its square.
+constexpr double kFarthest = 1024;
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
 
@@ -59,10 +61,20 @@ struct Sources {
     double total_a;          // sum of |a|
 };
 
+struct Factors {
+    double g, v;
+};
+
 // Targets that the vector code has in its lanes at once.
 template <typename T>
 int64_t targets_at_once() {
     return lanes<T>() * (kUnit == Unit::avx512 ? 4 : 2);
+}
+// And lanes that it uses for the last ones.
+template <typename T>
+int64_t lanes_of(int64_t targets) {
+    const int64_t W = lanes<T>();
+    return targets <= W ? W : targets <= 2 * W ? 2 * W : targets_at_once<T>();
 }
 
 #define VECTOR_CODE "pairwise.inc"
@@ -70,7 +82,9 @@ int64_t targets_at_once() {
 
 // The sums of all kLine rows go to the first.
 inline void fold(double* sums, int64_t d) {
-    for (int64_t e = d; e < kLine * d; ++e) sums[e % d] += sums[e];
+    for (int64_t row = 1; row < kLine; ++row) {
+        for (int64_t c = 0; c < d; ++c) sums[c] += sums[row * d + c];
+    }
 }
 
 template <typename T>
@@ -111,7 +125,10 @@ struct Cloud {
                         for (int64_t c = c0; c < c1; ++c) transposed[c * L + (j - first)] = u[j * d + c];
                     }
                 }
-                for (int64_t c = 0; c < d; ++c) std::fill(transposed + c * L + (last - first), transposed + (c + 1) * L, T(0));
+                const int64_t used = lanes_of<T>(last - first);
+                for (int64_t c = 0; used > last - first && c < d; ++c) {
+                    std::fill(transposed + c * L + (last - first), transposed + c * L + used, T(0));
+                }
                 half_squares(transposed, d, h + first);
                 for (int64_t j = first; j < first + L; ++j) a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
                 for (int64_t j = first; p != u && j < last; ++j) {
@@ -150,15 +167,15 @@ struct Cloud {
 // What one thread needs.
 template <typename T>
 struct Worker {
-    double *sums, *totals;
+    double *sums, *potential;
     T* tiles;
 
     void carve(Carver& memory, int64_t rows, int64_t d, bool with_v) {
-        const int64_t L = targets_at_once<T>(), stride = 2 + d * (with_v ? 2 : 1);
-        sums = memory.take<double>(round_up(rows, L) * stride);
-        totals = memory.take<double>(round_up(rows, L) * (d + 2));
-        tiles = memory.take<T>((2 * kStep + stride) * L);
-        if (tiles != nullptr) std::fill_n(tiles + 2 * kStep * L, stride * L, T(0));  // sums, which end as they start
+        const int64_t L = targets_at_once<T>(), forces = d * (with_v ? 2 : 1) * L;
+        sums = memory.take<double>(round_up(rows, L) * (2 + d));
+        potential = memory.take<double>(rows);
+        tiles = memory.take<T>(2 * kStep * L + forces);
+        if (tiles != nullptr) std::fill_n(tiles + 2 * kStep * L, forces, T(0));  // sums, which end as they start
     }
 };
 
@@ -311,7 +328,8 @@ void pairwise(const PairwiseProblem<T>& q) {
         for (int64_t i = 0; i < cloud.n; ++i) farthest = std::max(farthest, cloud.h[i]);
     }
     if constexpr (sizeof(T) == 4) {
-        if (double(farthest) > kFarthest) return in_double(q);
+        const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
+        if (double(farthest) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
     }
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
     const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
@@ -349,30 +367,23 @@ void pairwise(const PairwiseProblem<T>& q) {
         const Task& task = tasks[k];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
         const bool force = forces[task.cloud] != nullptr;
-        const int64_t count = task.i1 - task.i0, padded = round_up(count, L);
+        const int64_t count = task.i1 - task.i0;
         double energy_here = 0;
-        std::fill_n(mine.totals, padded * (d + 2), 0.0);
-        // Adds w times the sums over sources j0..j1 to the totals of rows, and share times their energy.
+        for (int64_t r = 0; force && r < count; r += L) {
+            std::fill_n(mine.sums + r * (2 + d), (2 + d) * lanes_of<T>(count - r), 0.0);
+        }
+        std::fill_n(mine.potential, count, 0.0);
+        // Adds w times the sums over sources j0..j1 to those of the rows, and share times their energy.
         const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
-            const bool with_v = force && z.v != nullptr;
-            if (j0 >= j1 || (w == 0 && !with_v)) return;
-            const int64_t stride = force ? d * (with_v ? 2 : 1) + 2 : 1, forces = d * L;
-            const double phi_factor = w * outer, g_factor = w * slope, v_factor = outer;
-            std::fill_n(mine.sums, padded * stride, 0.0);
+            if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
-                rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, task.i0, task.i1, j,
-                     std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
-            }
-            for (int64_t r = 0; r < count; r += L) {
-                const double* in = mine.sums + r * stride;
-                double* out = mine.totals + r * (d + 2);
-                for (int64_t lane = 0; lane < L; ++lane) out[lane] += phi_factor * in[lane];
-                const T* a = own.a + task.i0 + r;
-                for (int64_t lane = 0; lane < std::min(L, count - r); ++lane) energy_here += share * phi_factor * in[lane] * double(a[lane]);
-                if (!force) continue;
-                for (int64_t k = L; k < 2 * L + forces; ++k) out[k] += g_factor * in[k];
-                if (!with_v) continue;
-                for (int64_t k = 2 * L; k < 2 * L + forces; ++k) out[k] += v_factor * in[k + forces];
+                rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0, task.i1,
+                     j, std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
+                for (int64_t r = 0; r < count; ++r) {
+                    const double phi = w * outer * mine.sums[r / L * L * (2 + d) + r % L];
+                    mine.potential[r] += phi;
+                    energy_here += share * phi * double(own.a[task.i0 + r]);
+                }
             }
         };
         const double w = w_within[task.cloud];
@@ -386,15 +397,19 @@ void pairwise(const PairwiseProblem<T>& q) {
             visit(other, 0, other.n, kNowhere, q.w_xy, between[0] && between[1] ? 1 : 2);
         }
         energies[k] = energy_here;
-        for (int64_t r = 0; r < count; ++r) {
-            const double* in = mine.totals + r / L * L * (d + 2) + r % L;
-            const T* u = own.u + (task.i0 + r) * d;
-            if (potentials[task.cloud] != nullptr) potentials[task.cloud][task.i0 + r] = T(in[0]);
-            if (!force) continue;
-            const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]);
-            T* out = forces[task.cloud] + (task.i0 + r) * d;
-            const double g = in[L];
-            for (int64_t c = 0; c < d; ++c) out[c] = T(a * (in[(2 + c) * L] - g * double(u[c])));
+        if (potentials[task.cloud] != nullptr) std::copy_n(mine.potential, count, potentials[task.cloud] + task.i0);
+        for (int64_t r0 = 0; force && r0 < count; r0 += L) {
+            const int64_t lanes = lanes_of<T>(count - r0), end = std::min(r0 + L, count);
+            const double* in = mine.sums + r0 * (2 + d);
+            for (int64_t c0 = 0; c0 < d; c0 += kLine) {  // so that what is read and written stays in the cache
+                const int64_t c1 = std::min(c0 + kLine, d);
+                for (int64_t r = r0; r < end; ++r) {
+                    const T* u = own.u + (task.i0 + r) * d;
+                    const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]), g = in[lanes + r - r0];
+                    T* out = forces[task.cloud] + (task.i0 + r) * d;
+                    for (int64_t c = c0; c < c1; ++c) out[c] = T(a * (in[(2 + c) * lanes + r - r0] - g * double(u[c])));
+                }
+            }
         }
     };
 

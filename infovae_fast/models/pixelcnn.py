@@ -131,11 +131,14 @@ class GatedPixelCNN(nn.Module):
         v = h = x if self.variant == "infovae2017" else 2 * x - 1
         skip: Tensor | None = None
         for layer, condition in zip(self.layers, self.conditions(z), strict=True):
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                v, h, skip = checkpoint(layer, v, h, skip, *condition, use_reentrant=False)
+            if (
+                self.checkpoint_layers and torch.is_grad_enabled()
+            ):  # the sum of the skips is not kept once for each layer
+                v, h, more = checkpoint(layer, v, h, None, *condition, use_reentrant=False)
+                skip = more if skip is None else skip + more
             else:
                 v, h, skip = layer(v, h, skip, *condition)
-        return self.head(skip)
+        return self.head(h if skip is None else skip)
 
     def conditions(self, z: Tensor | None) -> list[tuple[Tensor, ...]]:
         """What z adds in each layer, (U_v z, U_h z): [N, 2C] each, or [N, 2C, H, W]; nothing without z."""
@@ -161,7 +164,9 @@ class GatedPixelCNN(nn.Module):
 
 
 class _Layer(nn.Module):
-    """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); after the last layer h stays."""
+    """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); after the last layer h stays.
+
+    `link` and `out` hold weights that other convolutions read; they are not called themselves."""
 
     def __init__(
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
@@ -178,9 +183,8 @@ class _Layer(nn.Module):
     def forward(
         self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if above is not None and len(above) > len(
-            v
-        ):  # the image is read once for all its codes: the gate waits for them
+        # Layer 0 reads the image once for all its codes: its gate has to wait for them.
+        if above is not None and len(above) != len(v):
             below = _plus(self.vertical.with_f(v)[1], above)
             v = gated(below, "tanh")
             o = gated(_plus(self.horizontal.with_f(h)[1], self.link(below, beside)), "tanh")
@@ -202,7 +206,7 @@ class _Layer(nn.Module):
 
 
 class _Layer2017(nn.Module):
-    """A layer of the authors' network, as the page has it; the head reads h in place of a skip."""
+    """A layer of the authors' network, as the page has it: without skips, so that the head reads h."""
 
     def __init__(
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
@@ -219,8 +223,8 @@ class _Layer2017(nn.Module):
             self.out = MaskedConv2d(maps, maps, 1, window="B", backend=backend)
 
     def forward(
-        self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, v: Tensor, h: Tensor, skip: None, above: Tensor | None = None, beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, None]:
         if self.first and above is not None and len(above) != len(v):
             v = v.repeat(len(above) // len(v), 1, 1, 1)
         v = self.vertical(v, above)
@@ -230,7 +234,7 @@ class _Layer2017(nn.Module):
             link = self.link(v).relu().repeat(1, 2, 1, 1)
             o = self.horizontal(h, link if beside is None else _plus(link, beside))
             h = self.out(o).relu() + h
-        return v, h, h
+        return v, h, skip
 
     def reach(self, v: Offsets, h: Offsets) -> tuple[Offsets, Offsets]:
         v = _sums(v, self.vertical.mask.taps)
