@@ -16,7 +16,7 @@ namespace infovae_fast {
 namespace {
 
 constexpr int64_t kDepth = 256;  // products that are summed in a register before they are added to the rest
-constexpr int64_t kImageBytes = 512 << 10;  // of the copy with margins: it should stay in the cache
+constexpr int64_t kImageBytes = 64 << 10;  // of the copy with margins: it and what is made of it should stay in the cache
 // Groups of images, whose gradients to weight are summed apart: not as many as there are threads, but as the memory allows.
 constexpr int64_t kFewestGroups = 16, kMostGroups = 32, kGroupNumbers = int64_t(1) << 22;
 
