@@ -187,7 +187,9 @@ struct Convolution {
             BEST(convolve<T>)({in, part.weight.data(), result, offset.data(), int64_t(offset.size()), y1 - y0, q.w, q.cin,
                                part.channels, x_stride, part.last, links, part.link_weight.data(), link.channels});
             for (int64_t p = 0; !one() && p < (y1 - y0) * q.w; ++p) {
-                for (size_t c = 0; c < part.outputs.size(); ++c) f[p * stride + part.outputs[c]] = result[p * part.channels + c];
+                for (size_t c = 0; c < part.outputs.size(); ++c) {
+                    f[p * stride + part.outputs[c]] = result[p * part.channels + c];
+                }
             }
         }
         return f;
@@ -203,7 +205,8 @@ struct Convolution {
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t image = task / blocks, y0 = task % blocks * step, y1 = std::min(y0 + step, q.h);
                 T* const to = direct == nullptr ? nullptr : direct + (image * pixels + y0 * q.w) * q.cout;
-                finish(image, y0, y1, rows(x + image * pixels * q.cin, image, y0, y1, to, memory + at::get_thread_num() * size));
+                T* const mine = memory + at::get_thread_num() * size;
+                finish(image, y0, y1, rows(x + image * pixels * q.cin, image, y0, y1, to, mine));
             }
         });
     }
@@ -353,8 +356,12 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
 
     int64_t scratch = 0, sums_size = 0;
     for (const auto& input : inputs) scratch = std::max(scratch, input.first.size);
-    for (const auto& one : weights) scratch = std::max(scratch, std::get<0>(one).size()), sums_size += std::get<0>(one).sum_size();
-    const int64_t groups = std::min(q.n, clamp(kGroupNumbers / std::max<int64_t>(sums_size, 1), kFewestGroups, kMostGroups));
+    for (const auto& one : weights) {
+        scratch = std::max(scratch, std::get<0>(one).size());
+        sums_size += std::get<0>(one).sum_size();
+    }
+    const int64_t fit = kGroupNumbers / std::max<int64_t>(sums_size, 1);
+    const int64_t groups = std::min(q.n, clamp(fit, kFewestGroups, kMostGroups));
     const bool apart = groups % threads != 0 && groups < 4 * threads;
     const int64_t image_size = apart ? pixels * q.cout : round_up(pixels * q.cout, 64);
     const bool store = gated && result.f == nullptr;  // the gradient to f is for us alone
@@ -392,6 +399,7 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
         });
     }
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+        T* const mine = working + at::get_thread_num() * scratch;
         for (int64_t group = begin; group < end; ++group) {
             std::fill_n(sums + group * sums_size, sums_size, T(0));
             for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
@@ -402,7 +410,7 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
                 }
                 T* sum = sums + group * sums_size;
                 for (const auto& [gradient, values, to] : weights) {
-                    gradient.image(values + image * pixels * gradient.q.cin, g, sum, working + at::get_thread_num() * scratch);
+                    gradient.image(values + image * pixels * gradient.q.cin, g, sum, mine);
                     sum += gradient.sum_size();
                 }
             }

@@ -377,8 +377,8 @@ void pairwise(const PairwiseProblem<T>& q) {
         const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
             if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
-                rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0, task.i1,
-                     j, std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
+                rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
+                     task.i1, j, std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
                 for (int64_t r = 0; r < count; ++r) {
                     const double phi = w * outer * mine.sums[r / L * L * (2 + d) + r % L];
                     mine.potential[r] += phi;
@@ -405,7 +405,8 @@ void pairwise(const PairwiseProblem<T>& q) {
                 const int64_t c1 = std::min(c0 + kLine, d);
                 for (int64_t r = r0; r < end; ++r) {
                     const T* u = own.u + (task.i0 + r) * d;
-                    const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]), g = in[lanes + r - r0];
+                    const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]);
+                    const double g = in[lanes + r - r0];
                     T* out = forces[task.cloud] + (task.i0 + r) * d;
                     for (int64_t c = c0; c < c1; ++c) out[c] = T(a * (in[(2 + c) * lanes + r - r0] - g * double(u[c])));
                 }
