@@ -35,12 +35,11 @@ and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias, condition and link; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
-  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32; condition and
-  link together are rounded once before.
+  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and link are added to it, in any order; then comes the gate.
 * bias, condition and link are never masked: an output sees all of its own pixel there. What links a vertical stack to a
-  horizontal one enters as `link`, and its product is never stored where the C++ runs.
+  horizontal one enters as `link`, and its product is never stored, save by the reference.
 * A window without taps (A, V0, H0 with kernel_size=1) is refused: the convolution would be zero.
 
 Source: van den Oord et al., arXiv 1601.06759 (masks) and 1606.05328 (stacks, gate, condition).
@@ -203,10 +202,7 @@ def _masked_conv_triton(
 ) -> tuple[Tensor, Tensor]:
     from infovae_fast.kernels.masked_conv import masked_conv
 
-    if link is not None:
-        values, matrix = link
-        condition = _masked_conv_triton(values, matrix[None], None, condition, None, Mask("V", 1))[0]
-    inputs = (x, weight, bias, condition)
+    inputs = (x, weight, bias, condition, *(link or (None, None)))
     keep = keep_f or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
     window = (mask.kernel_size, _cells(mask)[0])
     out, f = masked_conv(*inputs, window, _colours(mask), mask.gate or "", keep)

@@ -3,9 +3,12 @@
 Taps of every window are consecutive cells of the flattened k x k kernel, so that tap t is arithmetic on the loop's
 counter, cell = first + t. With pixels p of all images in one row, channels last, and zeros outside the image,
 
-    f[p]      = sum_t x[p + t] @ weight[t] + bias + condition     one product over (tap, input channel)
-    dx[p]     = sum_t df[p - t] @ weight[t]^T                     the same kernel, mirrored
-    dweight_t = sum_p x[p + t]^T @ df[p]                          split over the pixels, parts added in order
+    f[p]      = sum_t x[p + t] @ weight[t] + link[p] @ link_weight    one sum over (tap, input channel) and link
+                + bias + condition
+    dx[p]     = sum_t df[p - t] @ weight[t]^T                         the same kernel, mirrored
+    dweight_t = sum_p x[p + t]^T @ df[p]                              split over the pixels, parts added in order
+
+The gradients to a link are those of a convolution with one tap.
 
 Products accumulate in float32 (float64 for float64): half precision goes to the tensor cores as it is, float32 as three
 TF32 products, which keep its digits, unless PyTorch's matmul precision permits one ("high", "medium"). Between kernels
@@ -127,8 +130,8 @@ def sigmoid_and_slope(b):
 
 @triton.jit
 def conv_kernel(
-    source, weight, bias, condition, out, f, pixels, H, W,
-    IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, TAPS: tl.constexpr,
+    source, weight, bias, condition, link, link_weight, out, f, pixels, H, W,
+    IN: tl.constexpr, OUT: tl.constexpr, LINK: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, TAPS: tl.constexpr,
     GROUPS: tl.constexpr, INTERLEAVED: tl.constexpr, OWN: tl.constexpr, MIRRORED: tl.constexpr, GROUPED: tl.constexpr,
     GATE: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, CONDITION: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FEW: tl.constexpr,
@@ -138,6 +141,7 @@ def conv_kernel(
     Args:
         source: [pixels, IN]: x; MIRRORED: the gradient to f. weight: [taps, Cin, Cout]; if not MIRRORED, each
             half with its columns sorted by group. condition: see CONDITION.
+        link: [pixels, LINK]. link_weight: [LINK, columns like those of weight].
         out: [pixels, OUT]. f: [pixels, 2 OUT] with a gate, written if it is to be KEPT.
         GROUPED: how many channels of the source are grouped together: IN, or with a gate and MIRRORED half of it.
         OWN: the centre tap joins a group to itself. CONDITION: 0: none, 2: [images, Cout], 4: [pixels, Cout].
@@ -184,6 +188,22 @@ def conv_kernel(
         if GATED:
             right = tl.load(w + OUT, mask=known, other=0.0)
             b = tl.dot(left, right, b, input_precision=PRECISION, out_dtype=dtype)
+    if LINK:
+        link += first * LINK
+        for start in range(0, LINK, BK):
+            channel = start + tl.arange(0, BK)
+            left = tl.load(
+                link + pixel[:, None] * LINK + channel[None, :],
+                mask=there[:, None] & (channel < LINK)[None, :],
+                other=0.0,
+            )
+            w = link_weight + channel[:, None] * WIDTH + group * PART + j[None, :]
+            known = (channel < LINK)[:, None] & (j < PART)[None, :]
+            right = tl.load(w, mask=known, other=0.0)
+            a = tl.dot(left, right, a, input_precision=PRECISION, out_dtype=dtype)
+            if GATED:
+                right = tl.load(w + OUT, mask=known, other=0.0)
+                b = tl.dot(left, right, b, input_precision=PRECISION, out_dtype=dtype)
 
     mine = there[:, None] & (j < PART)[None, :]
     at = pixel[:, None] * WIDTH + column[None, :]
@@ -310,35 +330,47 @@ class Conv:
         self.sum_dtype = torch.float64 if exact else torch.float32
 
     def f(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, out: Tensor, f: Tensor
-    ) -> None:
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, link: Tensor | None,
+        link_weight: Tensor | None, out: Tensor, f: Tensor,
+    ) -> None:  # fmt: skip
         """Writes out [N, H, W, half], and f [N, H, W, Cout] with a gate unless it is empty."""
         kind = 0 if condition is None else condition.ndim
-        if self.colours[0] > 1 and self.colours[1]:  # columns of one group side by side
-            weight = weight.unflatten(2, (self.cout // self.half, -1, self.colours[0])).mT.flatten(2).contiguous()
         flags = (self.gate, f.numel() > 0, bias is not None, kind)
-        condition = _rows(condition) if kind == 4 else condition
-        self._conv(x, weight, _pointer(bias, x), _pointer(condition, x), out, f, self.half, False, self.cin, flags)
+        added = [
+            _pointer(bias, x),
+            _pointer(_rows(condition) if condition is not None and kind == 4 else condition, x),
+            _pointer(None if link is None else _rows(link), x),
+            _pointer(None if link_weight is None else self._by_group(link_weight), x),
+        ]
+        links = 0 if link is None else link.shape[1]
+        self._conv(x, self._by_group(weight), added, out, f, (self.half, links), False, self.cin, flags)
 
     def to_x(self, f_gradient: Tensor, weight: Tensor, out: Tensor) -> None:
         g = f_gradient
-        self._conv(g, weight, g, g, out, g, self.cin, True, self.half, ("", False, False, 0))
+        self._conv(g, weight, [g] * 4, out, g, (self.cin, 0), True, self.half, ("", False, False, 0))
+
+    def _by_group(self, weight: Tensor) -> Tensor:
+        """The columns of one group side by side, in each half."""
+        if self.colours[0] == 1 or not self.colours[1]:
+            return weight.contiguous()
+        return weight.unflatten(-1, (self.cout // self.half, -1, self.colours[0])).mT.flatten(-3).contiguous()
 
     def _conv(
-        self, source: Tensor, weight: Tensor, bias: Tensor, condition: Tensor, out: Tensor, f: Tensor, channels: int,
+        self, source: Tensor, weight: Tensor, added: list[Tensor], out: Tensor, f: Tensor, channels: tuple[int, int],
         mirrored: bool, grouped: int, flags: tuple[str, bool, bool, int],
     ) -> None:  # fmt: skip
-        depth, part, halves = source.shape[-1], channels // self.colours[0], 2 if flags[0] else 1
+        depth, part, halves = source.shape[-1], channels[0] // self.colours[0], 2 if flags[0] else 1
         few = depth < FEW
         bm, bn, bk, warps, stages = tile(part, depth * self.taps if few else depth, source.itemsize, halves)
         conv_kernel[(triton.cdiv(self.pixels, bm), self.colours[0] * triton.cdiv(part, bn))](
-            source, weight, bias, condition, out, f, self.pixels, self.h, self.w, depth, channels, *self.cells,
+            source, weight, *added, out, f, self.pixels, self.h, self.w, depth, *channels, *self.cells,
             *self.colours, mirrored, grouped, *flags, self.precision, bm, bn, bk, few,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-    def to_f(self, gradient: Tensor, extra: Tensor | None, f: Tensor, out: Tensor, sums: bool) -> Tensor | None:
-        """Writes out [N, H, W, Cout]; returns its sums [N, Cout] over the pixels."""
+    def to_f(self, gradient: Tensor, extra: Tensor | None, f: Tensor, out: Tensor, total: Tensor) -> Tensor:
+        """Writes out [N, H, W, Cout]; returns its sums [N, Cout] over the pixels, unless `total` is empty."""
+        sums = total.numel() > 0
         bm, bn, _, warps, stages = gate_tile(self.half, f.itemsize)
         blocks = triton.cdiv(self.h * self.w, bm)
         parts = out.new_empty((self.n, blocks, self.cout) if sums else 0, dtype=self.sum_dtype)
@@ -346,7 +378,17 @@ class Conv:
             f, gradient, _pointer(extra, f), out, parts, self.h * self.w, self.half, self.gate, extra is not None,
             sums, bm, bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        return parts.sum(1) if sums else None
+        return parts.sum(1) if sums else total
+
+    def products(self, g: Tensor, x: Tensor, weight: Tensor, to_x: bool, to_weight: bool) -> tuple[Tensor, Tensor]:
+        """From the gradient to f [N, H, W, Cout] those to x and to weight; what is not wanted is empty."""
+        x_gradient = _image(g.permute(0, 3, 1, 2), self.cin if to_x else 0)
+        weight_gradient = g.new_zeros(weight.shape if to_weight else 0)
+        if to_x and self.pixels > 0:
+            self.to_x(g, weight.to(g.dtype).contiguous(), _rows(x_gradient))
+        if to_weight and self.pixels > 0:
+            weight_gradient = self.to_weight(_rows(x.to(g.dtype)), g)
+        return x_gradient.to(x.dtype), weight_gradient.to(x.dtype)
 
     def to_weight(self, x: Tensor, f_gradient: Tensor) -> Tensor:
         few = self.cin < FEW
@@ -389,8 +431,8 @@ def _arithmetic(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("infovae_fast::masked_conv_triton", mutates_args=())
 def masked_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, window: Sequence[int],
-    colours: Sequence[int], gate: str, keep: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, link: Tensor | None,
+    link_weight: Tensor | None, window: Sequence[int], colours: Sequence[int], gate: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, f): out, and with a gate (not "") what goes into it if it is to be kept; `Conv` has window and colours.
 
@@ -398,68 +440,70 @@ def masked_conv(
     """
     conv = Conv(x, weight, window, colours, gate)
     dtype = _arithmetic(x)
-    tensors = [None if t is None else t.to(dtype) for t in (x, weight, bias, condition)]
-    out, f = _image(tensors[0], conv.half), _image(tensors[0], conv.cout if gate and keep else 0)
+    x_, *others = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition, link, link_weight))
+    out, f = _image(x_, conv.half), _image(x_, conv.cout if gate and keep else 0)
     if conv.pixels > 0:
         with _on(x):
-            conv.f(_rows(tensors[0]), tensors[1].contiguous(), tensors[2], tensors[3], _rows(out), _rows(f))
+            conv.f(_rows(x_), *others, _rows(out), _rows(f))
     return out.to(x.dtype), f.to(x.dtype)
 
 
 @torch.library.custom_op("infovae_fast::masked_conv_triton_backward", mutates_args=())
 def masked_conv_backward(
-    gradient: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, f: Tensor, window: Sequence[int],
-    colours: Sequence[int], gate: str, to_x: bool, to_weight: bool, sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """From the gradients to out and, with a gate, to f: to x, to weight, to f in all, and its sums over the pixels.
+    gradient: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, link: Tensor | None, link_weight: Tensor | None,
+    f: Tensor, window: Sequence[int], colours: Sequence[int], gate: str, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """From the gradients to out and, with a gate, to f: to x, weight, link, link_weight, to f in all, and its sums.
 
-    [N, Cin, H, W], [taps, Cin, Cout], with a gate [N, Cout, H, W], and [N, Cout] in float32 or float64; what is not
-    asked for is empty.
+    [N, Cin, H, W], [taps, Cin, Cout], [N, Clink, H, W], [Clink, Cout], with a gate [N, Cout, H, W], and over the pixels
+    [N, Cout] in float32 or float64. WANTED are the first four and the sums; what is not, or does not exist, is empty.
     """
     conv = Conv(x, weight, window, colours, gate)
     dtype = _arithmetic(x)
-    gradient, x_, weight_ = gradient.to(dtype), x.to(dtype), weight.to(dtype).contiguous()
-    to_f, x_gradient = _image(x_, conv.cout if gate else 0), _image(x_, conv.cin if to_x else 0)
-    weight_gradient = weight_.new_zeros(weight.shape if to_weight else 0)
-    total = x.new_zeros((conv.n, conv.cout) if sums else 0, dtype=conv.sum_dtype)
-    if conv.pixels > 0:
-        with _on(x):
-            g = _rows(gradient)
-            if gate:
-                extra = None if extra is None else _rows(extra.to(dtype))
-                found = conv.to_f(g, extra, _rows(f.to(dtype)), _rows(to_f), sums)
-                g = _rows(to_f)
-            elif sums:
-                found = g.sum((1, 2), dtype=conv.sum_dtype)
-            total = found if sums else total
-            if to_x:
-                conv.to_x(g, weight_, _rows(x_gradient))
-            if to_weight:
-                weight_gradient = conv.to_weight(_rows(x_), g)
-    return x_gradient.to(x.dtype), weight_gradient.to(x.dtype), to_f.to(x.dtype), total
+    g, to_f, sums = _rows(gradient.to(dtype)), f.new_empty(0, dtype=dtype), wanted[4]
+    total = g.new_zeros((conv.n, conv.cout) if sums else 0, dtype=conv.sum_dtype)
+    with _on(x):
+        if gate:
+            to_f = _image(g.permute(0, 3, 1, 2), conv.cout)
+            extra = None if extra is None else _rows(extra.to(dtype))
+            if conv.pixels > 0:
+                total = conv.to_f(g, extra, _rows(f.to(dtype)), _rows(to_f), total)
+            g = _rows(to_f)
+        elif sums:
+            total = g.sum((1, 2), dtype=conv.sum_dtype)
+        found = [*conv.products(g, x, weight, wanted[0], wanted[1]), x.new_empty(0), x.new_empty(0)]
+        if link is not None and link_weight is not None:
+            one_tap = Conv(link, link_weight[None], (1, 0), (1, 0, 1), "")
+            found[2], to_weight = one_tap.products(g, link, link_weight[None], wanted[2], wanted[3])
+            found[3] = to_weight[0] if wanted[3] else to_weight
+    return found[0], found[1], found[2], found[3], to_f.to(x.dtype), total
 
 
 @masked_conv.register_fake
-def _(x, weight, bias, condition, window, colours, gate, keep):
+def _(x, weight, bias, condition, link, link_weight, window, colours, gate, keep):
     cout = weight.shape[2]
     return _image(x, cout // 2 if gate else cout), _image(x, cout if gate and keep else 0)
 
 
 @masked_conv_backward.register_fake
-def _(gradient, extra, x, weight, f, window, colours, gate, to_x, to_weight, sums):
+def _(gradient, extra, x, weight, link, link_weight, f, window, colours, gate, wanted):
     cin, cout = weight.shape[1:]
     wide = torch.promote_types(x.dtype, torch.float32)
+    links = (x.new_empty(0), x.new_empty(0))
+    if link is not None:
+        links = (_image(link, link.shape[1] if wanted[2] else 0), x.new_empty(link_weight.shape if wanted[3] else 0))
     return (
-        _image(x, cin if to_x else 0),
-        weight.new_empty(weight.shape if to_weight else 0),
-        _image(x, cout if gate else 0),
-        x.new_empty((x.shape[0], cout) if sums else 0, dtype=wide),
+        _image(x, cin if wanted[0] else 0),
+        weight.new_empty(weight.shape if wanted[1] else 0),
+        *links,
+        _image(x, cout) if gate else x.new_empty(0),
+        x.new_empty((x.shape[0], cout) if wanted[4] else 0, dtype=wide),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, condition, *ctx.settings, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
+    x, weight, _, condition, link, link_weight, *ctx.settings, _ = inputs
+    ctx.save_for_backward(x, weight, link, link_weight, output[1])
     ctx.condition = 0 if condition is None else condition.ndim
     ctx.set_materialize_grads(False)
     if not ctx.settings[2]:
@@ -467,26 +511,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _first(ctx: Any, gradient: Tensor | None, extra: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, f = ctx.saved_tensors
     gate = ctx.settings[2]
-    need_x, need_weight, need_bias, need_condition = ctx.needs_input_grad[:4]
-    nothing = (None,) * 8
+    need_x, need_weight, need_bias, need_condition, *need_link = ctx.needs_input_grad[:6]
+    nothing = (None,) * 10
     if gradient is None:
         if extra is None:
             return nothing
         gradient = torch.zeros_like(extra[:, : extra.shape[1] // 2])
     sums = need_bias or (need_condition and ctx.condition == 2)
-    to_x, to_weight, to_f, total = masked_conv_backward(
-        gradient, extra, x, weight, f, *ctx.settings, need_x, need_weight, sums
-    )
-    to_condition = total.to(x.dtype) if ctx.condition == 2 else to_f if gate else gradient
-    return (
-        to_x if need_x else None,
-        to_weight if need_weight else None,
-        total.sum(0).to(x.dtype) if need_bias else None,
-        to_condition if need_condition else None,
-        *nothing[4:],
-    )
+    wanted = (need_x, need_weight, *need_link, sums)
+    *found, to_f, total = masked_conv_backward(gradient, extra, *ctx.saved_tensors, *ctx.settings, wanted)
+    to_x, to_weight, *to_link = (t if needed else None for t, needed in zip(found, wanted, strict=False))
+    to_bias = total.sum(0).to(gradient.dtype) if need_bias else None
+    to_condition = total.to(gradient.dtype) if ctx.condition == 2 else to_f if gate else gradient
+    return to_x, to_weight, to_bias, to_condition if need_condition else None, *to_link, *nothing[6:]
 
 
 def _second(ctx: Any, *gradients: Tensor) -> Any:

@@ -38,46 +38,52 @@ def conv(x, weight, bias=None, *, condition=None, **options):
     return masked_conv2d(x, weight, bias, condition=condition, backend="triton", **options).to("cpu")
 
 
-# n, h, w, cin, cout, mask, and the dimensions of the condition: every window with every gate, each condition and shape
-# with each gate; channels fewer than fill a tile, and more.
+# n, h, w, cin, cout, mask, the dimensions of the condition, and channels of the link: every window with every gate, each
+# condition and shape with each gate; channels fewer than fill a tile, and more.
 CASES = [
-    (2, 3, 7, 17, 34, Mask("A", 3), 0),
-    (3, 1, 5, 3, 12, Mask("A", 5, 3, "interleaved", "tanh"), 4),
-    (1, 6, 1, 6, 12, Mask("A", 3, 3, "contiguous", "glu"), 2),
-    (3, 1, 1, 1, 3, Mask("B", 3), 4),
-    (1, 6, 11, 35, 140, Mask("B", 3, 1, "interleaved", "tanh"), 2),
-    (2, 4, 5, 33, 198, Mask("B", 1, 3, "interleaved", "glu"), 0),
-    (2, 7, 3, 5, 7, Mask("V0", 5), 2),
-    (1, 5, 6, 1, 66, Mask("V0", 7, 1, "interleaved", "tanh"), 0),
-    (2, 2, 3, 24, 20, Mask("V0", 3, 1, "interleaved", "glu"), 4),
-    (2, 6, 1, 20, 150, Mask("V", 3), 4),
-    (3, 4, 6, 40, 66, Mask("V", 3, 3, "interleaved", "tanh"), 4),
-    (1, 5, 5, 3, 8, Mask("V", 1, 1, "interleaved", "glu"), 2),
-    (1, 1, 9, 18, 27, Mask("H0", 3, 3, "contiguous"), 2),
-    (2, 3, 4, 9, 36, Mask("H0", 3, 3, "contiguous", "tanh"), 2),
-    (2, 3, 8, 2, 4, Mask("H0", 7, 1, "interleaved", "glu"), 4),
-    (2, 4, 4, 51, 60, Mask("H", 3, 3, "interleaved"), 0),
-    (2, 5, 3, 21, 42, Mask("H", 5, 3, "contiguous", "tanh"), 0),
-    (2, 3, 6, 12, 6, Mask("H", 1, 1, "interleaved", "glu"), 2),
+    (2, 3, 7, 17, 34, Mask("A", 3), 0, 0),
+    (3, 1, 5, 3, 12, Mask("A", 5, 3, "interleaved", "tanh"), 4, 4),
+    (1, 6, 1, 6, 12, Mask("A", 3, 3, "contiguous", "glu"), 2, 0),
+    (3, 1, 1, 1, 3, Mask("B", 3), 4, 0),
+    (1, 6, 11, 35, 140, Mask("B", 3, 1, "interleaved", "tanh"), 2, 40),
+    (2, 4, 5, 33, 198, Mask("B", 1, 3, "interleaved", "glu"), 0, 17),
+    (2, 7, 3, 5, 7, Mask("V0", 5), 2, 3),
+    (1, 5, 6, 1, 66, Mask("V0", 7, 1, "interleaved", "tanh"), 0, 0),
+    (2, 2, 3, 24, 20, Mask("V0", 3, 1, "interleaved", "glu"), 4, 0),
+    (2, 6, 1, 20, 150, Mask("V", 3), 4, 0),
+    (3, 4, 6, 40, 66, Mask("V", 3, 3, "interleaved", "tanh"), 4, 80),
+    (1, 5, 5, 3, 8, Mask("V", 1, 1, "interleaved", "glu"), 2, 0),
+    (1, 1, 9, 18, 27, Mask("H0", 3, 3, "contiguous"), 2, 0),
+    (2, 3, 4, 9, 36, Mask("H0", 3, 3, "contiguous", "tanh"), 2, 36),
+    (2, 3, 8, 2, 4, Mask("H0", 7, 1, "interleaved", "glu"), 4, 0),
+    (2, 4, 4, 51, 60, Mask("H", 3, 3, "interleaved"), 0, 5),
+    (2, 5, 3, 21, 42, Mask("H", 5, 3, "contiguous", "tanh"), 0, 42),
+    (2, 3, 6, 12, 6, Mask("H", 1, 1, "interleaved", "glu"), 2, 0),
 ]
 
 
-def problem(n, h, w, cin, cout, mask, dim, dtype=torch.float32):
-    """x, weight, bias and condition, and gradients to out and to f."""
+def problem(n, h, w, cin, cout, mask, dim, link, dtype=torch.float32):
+    """x, weight, bias, condition, link and its weight, and gradients to out and to f."""
     torch.manual_seed(0)
     taps = len(mask.taps)
     shape = {2: (n, cout), 4: (n, cout, h, w)}.get(dim)
     tensors = [torch.randn(n, cin, h, w), torch.randn(taps, cin, cout) / (taps * cin) ** 0.5, torch.randn(cout)]
     tensors += [None if shape is None else torch.randn(shape)]
+    tensors += [torch.randn(n, link, h, w), torch.randn(link, cout) / link**0.5] if link else [None, None]
     upstream = [torch.randn(n, cout // mask.halves, h, w), torch.randn(n, cout, h, w)]
     return [None if t is None else t.to(dtype) for t in tensors], [t.to(dtype) for t in upstream]
+
+
+def run(mask, x, weight, bias, condition, link, link_weight, backend, keep_f=False):
+    link = None if link is None else (link, link_weight)
+    return _run(mask, x, weight, bias, condition, backend, keep_f, link)
 
 
 def results(mask, tensors, upstream, backend, keep_f=False):
     """out, f if it is kept, and the gradients to what was given."""
     device = DEVICE if backend == "triton" else "cpu"
     tensors = [None if t is None else t.detach().to(device).requires_grad_() for t in tensors]
-    found = _run(mask, *tensors, backend, keep_f)[: 2 if keep_f else 1]
+    found = run(mask, *tensors, backend, keep_f)[: 2 if keep_f else 1]
     upstream = [g.to(device) for g in upstream[: len(found)]]
     gradients = torch.autograd.grad(found, [t for t in tensors if t is not None], upstream)
     return [t.detach().cpu() for t in (*found, *gradients)]
@@ -85,11 +91,11 @@ def results(mask, tensors, upstream, backend, keep_f=False):
 
 def scales(mask, tensors, upstream, keep_f=False):
     """The sums of |terms| of `results`."""
-    f = _run(mask, *tensors, "reference", True)[1].requires_grad_()
+    f = run(mask, *tensors, "reference", True)[1].requires_grad_()
     out = laws.gated(f, mask.gate) if mask.gate else f * 1
     (to_f,) = torch.autograd.grad([out, f * 1][: 2 if keep_f else 1], f, upstream[: 2 if keep_f else 1])
     sizes = [None if t is None else t.abs().requires_grad_() for t in tensors]
-    total = _run(mask, *sizes, "reference", True)[1]
+    total = run(mask, *sizes, "reference", True)[1]
     gradients = torch.autograd.grad(total, [t for t in sizes if t is not None], to_f.abs())
     return [*[total] * (2 if keep_f else 1), *gradients]
 
@@ -126,15 +132,15 @@ def test_half_precision_meets_the_rule(case, dtype):
 
 
 def test_what_goes_into_the_gate_may_be_differentiated_alone():
-    x, weight, bias, condition = (None if t is None else t.to(DEVICE).requires_grad_() for t in problem(*CASES[1])[0])
-    out, f = _run(CASES[1][5], x, weight, bias, condition, "triton", True)
-    (alone,) = torch.autograd.grad(f.sum(), weight, retain_graph=True)
-    (both,) = torch.autograd.grad([f.sum(), 0 * out.sum()], weight)
+    tensors = [None if t is None else t.to(DEVICE).requires_grad_() for t in problem(*CASES[1])[0]]
+    out, f = run(CASES[1][5], *tensors, "triton", True)
+    (alone,) = torch.autograd.grad(f.sum(), tensors[1], retain_graph=True)
+    (both,) = torch.autograd.grad([f.sum(), 0 * out.sum()], tensors[1])
     assert torch.equal(alone, both) and (alone != 0).any()
 
 
 def test_segments_of_pixels_add_up_in_order(monkeypatch):
-    case = (2, 10, 9, 6, 12, Mask("H", 3, 3, "interleaved"), 0)  # 180 pixels
+    case = (2, 10, 9, 6, 12, Mask("H", 3, 3, "interleaved"), 0, 0)  # 180 pixels
     tensors, upstream = problem(*case, torch.float64)
     one = results(case[5], tensors, upstream, "triton")
     monkeypatch.setattr(kernels, "weight_tile", SETTINGS["weight_tile"])
@@ -195,13 +201,13 @@ def test_saturated_gates_keep_their_digits(gate):
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[12]], ids=str)
-@pytest.mark.parametrize("learned", [0, 1, 2, 3])
+@pytest.mark.parametrize("learned", [0, 1, 2, 3, 4, 5])
 def test_second_derivatives_point_to_the_reference(case, learned):
     tensors = [None if t is None else t.to(DEVICE) for t in problem(*case)[0]]
     if (one := tensors[learned]) is None:
-        pytest.skip("this case has no condition")
+        pytest.skip("this case has no condition or no link")
     one.requires_grad_()
-    out, _ = _run(case[5], *tensors, "triton")
+    out, _ = run(case[5], *tensors, "triton")
     (first,) = torch.autograd.grad(out.square().sum(), one, create_graph=True)
     with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
         torch.autograd.grad(first.square().sum(), one)
@@ -210,19 +216,17 @@ def test_second_derivatives_point_to_the_reference(case, learned):
 @pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=str)
 def test_schemas_and_fakes(case):
     mask = case[5]
-    (x, weight, bias, condition), (gradient, extra) = (
+    (x, weight, *others), (gradient, extra) = (
         [None if t is None else t.to(DEVICE) for t in group] for group in problem(*case)
     )
     settings = ((mask.kernel_size, _cells(mask)[0]), _colours(mask), mask.gate or "")
-    f = _run(mask, x, weight, bias, condition, "triton", True)[1]
+    f = run(mask, x, weight, *others, "triton", True)[1]
     ops = torch.ops.infovae_fast
-    torch.library.opcheck(
-        ops.masked_conv_triton.default, (x.requires_grad_(), weight, bias, condition, *settings, True)
-    )
+    torch.library.opcheck(ops.masked_conv_triton.default, (x.requires_grad_(), weight, *others, *settings, True))
     if not mask.gate:
         f, extra = f.new_empty(0), None
-    for wanted in ((True, True, True), (False, True, False)):
-        arguments = (gradient, extra, x.detach(), weight, f, *settings, *wanted)
+    for wanted in ((True,) * 5, (False, True, True, False, False), (False, False, False, True, True)):
+        arguments = (gradient, extra, x.detach(), weight, *others[2:], f, *settings, wanted)
         torch.library.opcheck(ops.masked_conv_triton_backward.default, arguments)
 
 
@@ -242,14 +246,14 @@ def test_a_network_of_them(data_channels, variant):
         near(one, other)
 
 
-COMPILED = [  # dtype, Cin, Cout, mask, condition
-    *((dtype, maps, 2 * maps, Mask("V", 3, gate="tanh"), 4) for maps in (32, 64, 160) for dtype in ("bf16", "fp32")),
-    ("bf16", 1, 128, Mask("V0", 7, gate="tanh"), 2),
-    ("fp32", 1, 128, Mask("A", 7, gate="tanh"), 2),
-    ("bf16", 96, 192, Mask("H", 3, 3, gate="tanh"), 4),
-    ("fp32", 96, 192, Mask("H", 3, 3, gate="tanh"), 4),
-    ("fp32", 64, 64, Mask("B", 7), 0),
-    ("fp64", 64, 128, Mask("V", 3, gate="tanh"), 4),
+COMPILED = [  # dtype, Cin, Cout, mask, condition, channels of the link
+    *((dtype, maps, 2 * maps, Mask("V", 3, gate="tanh"), 4, 0) for maps in (32, 64, 160) for dtype in ("bf16", "fp32")),
+    ("bf16", 1, 128, Mask("V0", 7, gate="tanh"), 2, 0),
+    ("fp32", 1, 128, Mask("A", 7, gate="tanh"), 2, 0),
+    ("bf16", 96, 192, Mask("H", 3, 3, gate="tanh"), 4, 192),
+    ("fp32", 96, 192, Mask("H", 3, 3, gate="tanh"), 4, 192),
+    ("fp32", 64, 64, Mask("B", 7), 0, 0),
+    ("fp64", 64, 128, Mask("H", 3, gate="tanh"), 2, 128),
 ]
 SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -268,19 +272,20 @@ def cells_of(dtype, mask, few):
     return cells | colours | {"PRECISION": {"fp32": "tf32x3", "fp64": "ieee"}.get(dtype, "tf32"), "FEW": few}
 
 
-def conv_case(dtype, cin, cout, mask, condition, mirrored):
+def conv_case(dtype, cin, cout, mask, condition, link, mirrored):
     half = cout // mask.halves
     depth, columns = (cout, cin) if mirrored else (cin, half)
     few, halves, gate = depth < kernels.FEW, 1 if mirrored else mask.halves, "" if mirrored else mask.gate or ""
     tile = SETTINGS["tile"](columns // mask.groups, depth * len(mask.taps) if few else depth, SIZES[dtype], halves)
     constants = {"IN": depth, "OUT": columns, "GROUPED": half if mirrored else cin, "MIRRORED": mirrored, "GATE": gate,
-                 "KEEP": True, "BIAS": not mirrored, "CONDITION": 0 if mirrored else condition}  # fmt: skip
-    pointers = dict.fromkeys(["source", "weight", "bias", "condition", "out", "f"], f"*{dtype}")
+                 "KEEP": True, "BIAS": not mirrored, "CONDITION": 0 if mirrored else condition,
+                 "LINK": 0 if mirrored else link}  # fmt: skip
+    pointers = dict.fromkeys(["source", "weight", "bias", "condition", "link", "link_weight", "out", "f"], f"*{dtype}")
     numbers = dict.fromkeys(["pixels", "H", "W"], "i32")
     return case_of(pointers, numbers, constants | cells_of(dtype, mask, few), tile)
 
 
-def weight_case(dtype, cin, cout, mask, _):
+def weight_case(dtype, cin, cout, mask, *_):
     few = cin < kernels.FEW
     tile = SETTINGS["weight_tile"](cin * len(mask.taps) if few else cin, cout, SIZES[dtype])
     pointers = {"source": f"*{dtype}", "gradient": f"*{dtype}", "parts": "*fp64" if dtype == "fp64" else "*fp32"}
