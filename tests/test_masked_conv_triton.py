@@ -38,8 +38,8 @@ def conv(x, weight, bias=None, *, condition=None, **options):
     return masked_conv2d(x, weight, bias, condition=condition, backend="triton", **options).to("cpu")
 
 
-# n, h, w, cin, cout, mask, the dimensions of the condition, and channels of the link: every window with every gate, each
-# condition and shape with each gate; channels fewer than fill a tile, and more.
+# n, h, w, cin, cout, mask, the dimensions of the condition, and channels of the link: every window with every gate,
+# each condition and shape with each gate; channels fewer than fill a tile, and more.
 CASES = [
     (2, 3, 7, 17, 34, Mask("A", 3), 0, 0),
     (3, 1, 5, 3, 12, Mask("A", 5, 3, "interleaved", "tanh"), 4, 4),
