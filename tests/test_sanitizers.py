@@ -1,5 +1,5 @@
-"""csrc/cpu/pairwise.cpp and masked_conv.cpp without torch under the sanitizers: no memory errors, undefined behaviour
-or data races, and results as the formulas give them (tests/sanitizers/pairwise.cpp and masked_conv.cpp)."""
+"""csrc/cpu/*.cpp without torch under the sanitizers: no memory errors, undefined behaviour or data races, and results as
+the formulas give them (tests/sanitizers/*.cpp)."""
 
 import os
 import platform
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "sanitizers"
+STEMS = ("pairwise", "masked_conv", "incremental", "logistic_mixture")
 UNITS = ("avx512", "avx2", "baseline")
 ADDRESS = (
     f"-include{HERE / 'apart.h'}",
@@ -69,11 +70,11 @@ def holds(folder: Path, stem: str, sanitizer: str, flags: tuple[str, ...], threa
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}; what it has passed")
 
 
-@pytest.mark.parametrize("stem", ["pairwise", "masked_conv"])
+@pytest.mark.parametrize("stem", STEMS)
 def test_no_memory_errors_or_undefined_behaviour(stem, tmp_path):
     holds(tmp_path, stem, "address,undefined", ADDRESS, [1, 3])
 
 
-@pytest.mark.parametrize("stem", ["pairwise", "masked_conv"])
+@pytest.mark.parametrize("stem", STEMS)
 def test_no_data_races(stem, tmp_path):
     holds(tmp_path, stem, "thread", ("-fsanitize=thread",), [3])

@@ -1,5 +1,5 @@
 // Runs `masked_conv` and its gradients on many problems and compares with the formulas of masked_conv.h, tap by tap in
-// double. Arrays have the exact size, so that AddressSanitizer sees a step past their ends.
+// double.
 //
 //     masked_conv threads        prints the vector unit and how many problems ran; 1 if a result is wrong
 #include "masked_conv.h"
@@ -10,44 +10,16 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "cpu/vector.h"
+#include "values.h"
 
 using namespace infovae_fast;
 
 namespace {
 
-using Random = std::mt19937_64;
-using Values = std::vector<double>;
-
 int problems = 0, wrong = 0;
-
-Values normal(Random& random, int64_t size, double scale = 1) {
-    std::normal_distribution<float> distribution;
-    Values values(size);
-    for (double& v : values) v = float(scale * distribution(random));
-    return values;
-}
-
-// An array of T of exactly these values, or null; without values, `size` NaNs to be written over.
-template <typename T>
-struct Array {
-    std::unique_ptr<T[]> memory;
-    explicit Array(const Values& values, bool wanted = true) {
-        if (!wanted) return;
-        memory.reset(new T[values.size()]);
-        std::copy(values.begin(), values.end(), memory.get());
-    }
-    Array(size_t size, bool wanted) {
-        if (!wanted) return;
-        memory.reset(new T[size]);
-        std::fill_n(memory.get(), size, T(NAN));
-    }
-    operator T*() const { return memory.get(); }
-};
 
 // A sum with the size of its terms.
 struct Sums {
