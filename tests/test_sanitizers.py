@@ -1,5 +1,5 @@
-"""csrc/cpu/*.cpp without torch under the sanitizers: no memory errors, undefined behaviour or data races, and results as
-the formulas give them (tests/sanitizers/*.cpp)."""
+"""csrc/cpu/*.cpp without torch under the sanitizers: no memory errors, undefined behaviour or data races, and results
+as the formulas give them (tests/sanitizers/*.cpp)."""
 
 import os
 import platform

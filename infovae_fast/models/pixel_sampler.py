@@ -8,7 +8,7 @@ An image is a function of z and u, which all strategies compute (they differ whe
     fixed_point   every pixel from the image so far, again until nothing changes: exact after at most H W G passes,
                   usually far fewer, as a pass makes all leading pixels right whose past was
     cached        one pass in all. What reads finished rows (the vertical stack, stream u) is computed once for a row,
-                  as products of matrices; the rest once for a pixel (and colour). Not for variant "infovae2017"
+                  as products of matrices; the rest once for a pixel (and colour)
 
 The uniforms are counted, not drawn: bits of a hash of (seed, sample, pixel, channel), the same on every device. So
 sample i does not depend on how many are drawn with it.
@@ -24,10 +24,12 @@ from infovae_fast.backends import Backend, native_missing
 from infovae_fast.backends import choose as choose_backend
 from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
+from infovae_fast.models.incremental_2017 import Incremental2017
 from infovae_fast.models.incremental_pp import IncrementalPlusPlus
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
+Pixelwise = Incremental | Incremental2017 | IncrementalPlusPlus
 STRATEGIES = ("auto", "naive", "cached", "fixed_point")
 DRAWN = (Bernoulli, Categorical, DiscretizedLogisticMixture)  # by `Images`
 LEAST_SHARED = 99 << 10  # bytes of shared memory that a block may have on all GPUs since sm_80
@@ -39,8 +41,6 @@ def uncached(decoder: nn.Module) -> str | None:
         return "has no dropout: call eval() first" if decoder.training and decoder.dropout else None
     if not isinstance(decoder, GatedPixelCNN):
         return f"knows GatedPixelCNN and PixelCNNPlusPlus, not {type(decoder).__name__}"
-    if decoder.variant != "gated":
-        return f"needs a vertical stack of finished rows, which variant {decoder.variant!r} does not have"
     return None
 
 
@@ -69,11 +69,19 @@ def _cpp_reason(like: Tensor, decoder: Any = None, likelihood: Likelihood | None
 
 
 def _no_kernels(decoder: Any) -> str | None:
-    return "it has no kernels for PixelCNNPlusPlus in this version" if isinstance(decoder, PixelCNNPlusPlus) else None
+    if isinstance(decoder, PixelCNNPlusPlus):
+        return "it has no kernels for PixelCNNPlusPlus in this version"
+    return "it has no kernels for variant 'infovae2017'" if _is_2017(decoder) else None
 
 
-def _reference(decoder: Any, z: Tensor | None, n: int) -> Incremental | IncrementalPlusPlus:
-    return (IncrementalPlusPlus if isinstance(decoder, PixelCNNPlusPlus) else Incremental)(decoder, z, n)
+def _is_2017(decoder: Any) -> bool:
+    return isinstance(decoder, GatedPixelCNN) and decoder.variant == "infovae2017"
+
+
+def _reference(decoder: Any, z: Tensor | None, n: int) -> Pixelwise:
+    if isinstance(decoder, PixelCNNPlusPlus):
+        return IncrementalPlusPlus(decoder, z, n)
+    return (Incremental2017 if _is_2017(decoder) else Incremental)(decoder, z, n)
 
 
 BACKENDS = (
@@ -202,9 +210,7 @@ class PixelSampler:
         if (reason := uncached(self.decoder)) is not None:
             raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
 
-    def _incremental(
-        self, z: Tensor | None, n: int, likelihood: Likelihood | None
-    ) -> Incremental | IncrementalPlusPlus | Images:
+    def _incremental(self, z: Tensor | None, n: int, likelihood: Likelihood | None) -> Pixelwise | Images:
         inputs = (self._like, self.decoder, likelihood)
         return choose_backend("pixel_sampler", BACKENDS, self.backend, *inputs)(self.decoder, z, n)
 
