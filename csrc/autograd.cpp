@@ -200,8 +200,9 @@ struct Conv : torch::autograd::Function<Conv> {
                         need_x, need_weight, link, link_weight, condition == 4, bias || condition == 2);
             if (need_x) out[0] = to_x;
             if (need_weight) out[1] = to_weight;
-            if (bias) out[2] = sums.sum(0);
-            if (condition > 0) out[3] = condition == 2 ? sums : gate.empty() ? gradients[0] : to_f;
+            const at::ScalarType type = x.scalar_type();
+            if (bias) out[2] = sums.sum(0).to(type);
+            if (condition > 0) out[3] = condition == 2 ? sums.to(type) : gate.empty() ? gradients[0] : to_f;
             if (link) out[4] = to_link;
             if (link_weight) out[5] = to_link_weight;
         }

@@ -204,19 +204,22 @@ ConvBackward masked_conv_backward_empty(const Tensor& /*gradient*/, const Maybe&
     const auto make = [&](bool wanted, c10::SymIntArrayRef shape) {
         return wanted ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
     };
+    const at::TensorOptions sum = x.options().dtype(c10::promoteTypes(x.scalar_type(), at::kFloat));
     to_link = to_link && link.has_value(), to_link_weight = to_link_weight && link_weight.has_value();
     return {image(x, to_x ? x.sym_size(1) : 0),
             make(to_weight, weight.sym_sizes()),
             image(x, to_link ? link->sym_size(1) : 0),
             make(to_link_weight, to_link_weight ? link_weight->sym_sizes() : weight.sym_sizes()),
             image(x, to_f && gate_of(gate) != Gate::none ? weight.sym_size(2) : 0),
-            make(sums, {x.sym_size(0), weight.sym_size(2)})};
+            sums ? at::empty_symint({x.sym_size(0), weight.sym_size(2)}, sum) : at::empty({0}, sum)};
 }
 
 MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, at::IntArrayRef colours,
                    std::string_view gate) {
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
-                     "; accepted: float32, float64");
+    const at::ScalarType type = x.scalar_type();
+    const bool half = x.is_cuda() && (type == at::kHalf || type == at::kBFloat16);
+    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || half, "x: got ", type,
+                     "; accepted: float32, float64, on a GPU also float16, bfloat16");
     TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 3 && weight.size(1) == x.size(1) &&
                           weight.size(0) * 2 == int64_t(taps.size()) && weight.numel() > 0,
                       "x ", x.sizes(), ", weight ", weight.sizes(), " and ", taps.size() / 2,
@@ -233,9 +236,17 @@ MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, 
     return conv;
 }
 
+void check_beside(const Tensor& t, const Tensor& x) {
+    TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), "got ", t.scalar_type(), " beside ", x.scalar_type());
+    TORCH_CHECK_VALUE(t.device() == x.device(), "got ", t.device(), " beside ", x.device());
+}
+
+const void* raw(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+void* raw_result(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
 // An image [N, C, H, W] as an array [N, H, W, C] of x's type.
 Tensor pixels(const Tensor& t, const Tensor& x, int64_t channels) {
-    TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), "got ", t.scalar_type(), " beside ", x.scalar_type());
+    check_beside(t, x);
     TORCH_CHECK_VALUE(t.dim() == 4 && t.size(0) == x.size(0) && t.size(1) == channels && t.size(2) == x.size(2) &&
                           t.size(3) == x.size(3),
                       "got shape ", t.sizes(), " beside x ", x.sizes(), "; accepted: ", channels, " channels");
@@ -251,29 +262,40 @@ struct LinkTensors {
         TORCH_CHECK_VALUE(link.has_value() == link_weight.has_value(), "link and link_weight: give both or neither");
         if (!link.has_value()) return;
         channels = link_weight->dim() == 2 ? link_weight->size(0) : 0;
-        TORCH_CHECK_TYPE(link_weight->scalar_type() == x.scalar_type(), "got ", link_weight->scalar_type(), " beside ",
-                         x.scalar_type());
+        check_beside(*link_weight, x);
         TORCH_CHECK_VALUE(channels > 0 && link_weight->size(1) == cout, "link_weight: got shape ",
                           link_weight->sizes(), "; accepted: [C, ", cout, "]");
         values = pixels(*link, x, channels), weight = link_weight->contiguous();
     }
+    Link<void> raw() const { return {infovae_fast::raw(values), infovae_fast::raw(weight), channels}; }
     template <typename T>
     Link<T> get() const {
-        if (channels == 0) return {};
-        return {values.const_data_ptr<T>(), weight.const_data_ptr<T>(), channels};
+        return {static_cast<const T*>(infovae_fast::raw(values)), static_cast<const T*>(infovae_fast::raw(weight)), channels};
     }
 };
 
-std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor& weight, const Maybe& bias,
-                                                   const Maybe& condition, const Maybe& link, const Maybe& link_weight,
-                                                   at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate,
-                                                   bool keep) {
+#ifdef WITH_CUDA
+Number number_of(const Tensor& x) {
+    const at::ScalarType type = x.scalar_type();
+    return type == at::kHalf       ? Number::float16
+           : type == at::kBFloat16 ? Number::bfloat16
+           : type == at::kFloat    ? Number::float32
+                                   : Number::float64;
+}
+// May float32 lose no digits in products?
+bool exact() { return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST; }
+#endif
+
+std::tuple<Tensor, Tensor> masked_conv_forward_native(const Tensor& x, const Tensor& weight, const Maybe& bias,
+                                                      const Maybe& condition, const Maybe& link, const Maybe& link_weight,
+                                                      at::IntArrayRef taps, at::IntArrayRef colours, std::string_view gate,
+                                                      bool keep) {
     const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
     auto out = masked_conv_forward_empty(x, weight, bias, condition, link, link_weight, taps, colours, gate, keep);
     if (x.numel() == 0) return out;
     const bool spatial = condition.has_value() && condition->dim() == 4;
     const auto flat = [&](const Tensor& t, at::IntArrayRef shape) {
-        TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), "got ", t.scalar_type(), " beside ", x.scalar_type());
+        check_beside(t, x);
         TORCH_CHECK_VALUE(t.sizes() == shape, "got shape ", t.sizes(), "; accepted: ", shape);
         return t.contiguous();
     };
@@ -283,20 +305,30 @@ std::tuple<Tensor, Tensor> masked_conv_forward_cpu(const Tensor& x, const Tensor
                       : condition.has_value() ? flat(*condition, {conv.n, conv.cout})
                                               : Tensor();
     const LinkTensors links(link, link_weight, x, conv.cout);
+    auto& [result, f] = out;
+#ifdef WITH_CUDA
+    if (x.is_cuda()) {
+        const c10::cuda::CUDAGuard guard(x.device());
+        const char* error = masked_conv_cuda(
+            number_of(x), exact(), conv, raw(xs), raw(ws), links.raw(), raw(bs), raw(cs), spatial, gate_of(gate),
+            result.mutable_data_ptr(), raw_result(f), c10::cuda::getCurrentCUDAStream().stream());
+        TORCH_CHECK(error == nullptr, "masked_conv on ", x.device(), ": ", error);
+        return out;
+    }
+#endif
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv", [&] {
         using T = scalar_t;
-        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
-        auto& [result, f] = out;
+        const auto in = [](const Tensor& t) { return static_cast<const T*>(raw(t)); };
         masked_conv<T>(conv, in(xs), in(ws), links.get<T>(), in(bs), in(cs), spatial, gate_of(gate),
-                       result.mutable_data_ptr<T>(), f.numel() > 0 ? f.mutable_data_ptr<T>() : nullptr);
+                       result.template mutable_data_ptr<T>(), static_cast<T*>(raw_result(f)));
     });
     return out;
 }
 
-ConvBackward masked_conv_backward_cpu(const Tensor& gradient, const Maybe& extra, const Tensor& x, const Tensor& weight,
-                                      const Maybe& link, const Maybe& link_weight, const Tensor& f, at::IntArrayRef taps,
-                                      at::IntArrayRef colours, std::string_view gate, bool to_x, bool to_weight,
-                                      bool to_link, bool to_link_weight, bool to_f, bool sums) {
+ConvBackward masked_conv_backward_native(const Tensor& gradient, const Maybe& extra, const Tensor& x, const Tensor& weight,
+                                         const Maybe& link, const Maybe& link_weight, const Tensor& f, at::IntArrayRef taps,
+                                         at::IntArrayRef colours, std::string_view gate, bool to_x, bool to_weight,
+                                         bool to_link, bool to_link_weight, bool to_f, bool sums) {
     const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
     auto out = masked_conv_backward_empty(gradient, extra, x, weight, link, link_weight, f, taps, colours, gate, to_x,
                                           to_weight, to_link, to_link_weight, to_f, sums);
@@ -309,14 +341,35 @@ ConvBackward masked_conv_backward_cpu(const Tensor& gradient, const Maybe& extra
     const Tensor g = pixels(gradient, x, gated ? conv.cout / 2 : conv.cout), xs = pixels(x, x, conv.cin);
     const Tensor fs = gated ? pixels(f, x, conv.cout) : Tensor(), ws = weight.contiguous();
     const Tensor es = extra.has_value() ? pixels(*extra, x, conv.cout) : Tensor();
+    check_beside(weight, x);
     const LinkTensors links(link, link_weight, x, conv.cout);
+    const auto results = [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto result = [](const Tensor& t) { return static_cast<T*>(raw_result(t)); };
+        return ConvGradients<T>{result(x_gradient), result(weight_gradient), result(link_gradient),
+                                result(link_weight_gradient), result(f_gradient), result(pixel_sums)};
+    };
+#ifdef WITH_CUDA
+    if (x.is_cuda()) {
+        const c10::cuda::CUDAGuard guard(x.device());
+        int processors = 1;
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
+        const Number number = number_of(x);
+        const size_t bytes = masked_conv_cuda_workspace(number, conv, links.channels, processors);
+        const Tensor workspace = at::empty({int64_t(bytes)}, x.options().dtype(at::kByte));
+        const char* error = masked_conv_gradients_cuda(
+            number, exact(), conv, raw(xs), raw(ws), links.raw(), gate_of(gate), raw(fs), raw(g), raw(es),
+            results(static_cast<void*>(nullptr)), workspace.mutable_data_ptr(), processors,
+            c10::cuda::getCurrentCUDAStream().stream());
+        TORCH_CHECK(error == nullptr, "masked_conv on ", x.device(), ": ", error);
+        return out;
+    }
+#endif
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::masked_conv_backward", [&] {
         using T = scalar_t;
-        const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
-        const auto result = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr; };
+        const auto in = [](const Tensor& t) { return static_cast<const T*>(raw(t)); };
         masked_conv_gradients<T>(conv, in(xs), in(ws), links.get<T>(), gate_of(gate), in(fs), in(g), in(es),
-                                 {result(x_gradient), result(weight_gradient), result(link_gradient),
-                                  result(link_weight_gradient), result(f_gradient), result(pixel_sums)});
+                                 results(static_cast<T*>(nullptr)));
     });
     return out;
 }
@@ -612,13 +665,15 @@ TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
     m.impl("pixel_params", pixel_params_cpu);
     m.impl("draw_bits", draw_bits_cpu);
     m.impl("pairwise", pairwise_native);
-    m.impl("masked_conv_forward", masked_conv_forward_cpu);
-    m.impl("masked_conv_backward", masked_conv_backward_cpu);
+    m.impl("masked_conv_forward", masked_conv_forward_native);
+    m.impl("masked_conv_backward", masked_conv_backward_native);
     m.impl("logistic_mixture", logistic_mixture_cpu);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) {
     m.impl("pairwise", pairwise_native);
+    m.impl("masked_conv_forward", masked_conv_forward_native);
+    m.impl("masked_conv_backward", masked_conv_backward_native);
     m.impl("draw_images", draw_images_cuda);
 }
 #endif

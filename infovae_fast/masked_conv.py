@@ -35,7 +35,7 @@ and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias, condition and link; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
-  On a GPU (`triton`) the products are of half precision as it came, their sums and the gate in float32.
+  On a GPU the products are of half precision as it came, their sums and the gate in float32.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and link are added to it, in any order; then comes the gate.
 * bias, condition and link are never masked: an output sees all of its own pixel there. What links a vertical stack to a
@@ -168,7 +168,27 @@ def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
     return transforms() or native_missing()
 
 
-def _masked_conv_cpp(
+MOST_KERNEL, MOST_SIDE = 31, 32767  # kMaxTaps and the taps of csrc/cuda/masked_conv.cu
+
+
+def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, and x is on {x.device}"
+    return cuda_limits(x, *inputs) or transforms() or native_missing("cuda")
+
+
+def cuda_limits(x: Tensor, *inputs: Any) -> str | None:
+    """What csrc/cuda/masked_conv.cu has no room for."""
+    kernel_size = next((mask.kernel_size for mask in inputs if isinstance(mask, Mask)), 1)
+    side = max(x.shape[2:])
+    if kernel_size > MOST_KERNEL or side > MOST_SIDE:
+        return (
+            f"got kernel_size={kernel_size} and {side} pixels a side, accepted: at most {MOST_KERNEL} and {MOST_SIDE}"
+        )
+    return None
+
+
+def _masked_conv_native(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -177,7 +197,7 @@ def _masked_conv_cpp(
     mask: Mask,
     keep_f: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
     tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, condition, *(link or (None, None))))
     offsets = [offset for tap in mask.taps for offset in tap]
     out, f = torch.ops.infovae_fast.masked_conv.default(*tensors, offsets, _colours(mask), mask.gate or "", keep_f)
@@ -215,8 +235,9 @@ def _colours(mask: Mask) -> tuple[int, int, int]:
 
 
 BACKENDS = (
+    Backend("cuda", _cuda_reason, _masked_conv_native),
     Backend("triton", _triton_reason, _masked_conv_triton),
-    Backend("cpp", _cpp_reason, _masked_conv_cpp),
+    Backend("cpp", _cpp_reason, _masked_conv_native),
     Backend("reference", lambda *inputs: None, masked_conv_reference),
 )
 

@@ -23,6 +23,7 @@ def gpu_kernels_without_a_gpu() -> None:
     """backend="cuda" runs its kernels as C++ and "triton" in the interpreter; "auto" never does, they come last."""
     from infovae_fast import logistic_mixture, masked_conv, pairwise
     from infovae_fast.backends import Backend, transforms, triton_missing
+    from tests.simt.masked_conv import run as simt_conv
     from tests.simt.pairwise import leaf
 
     def cuda_reason(x: torch.Tensor, *inputs: Any) -> str | None:
@@ -33,6 +34,9 @@ def gpu_kernels_without_a_gpu() -> None:
 
     def conv_reason(*inputs: Any) -> str | None:
         return triton_missing() or transforms()
+
+    def cuda_conv_reason(x: torch.Tensor, *inputs: Any) -> str | None:
+        return masked_conv.cuda_limits(x, *inputs) or transforms()
 
     if not torch.cuda.is_available():
         if triton_missing() is None:
@@ -52,6 +56,7 @@ def gpu_kernels_without_a_gpu() -> None:
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
             mixture_kernels.BYTES *= 64
+        masked_conv.BACKENDS += (Backend("cuda", cuda_conv_reason, simt_conv),)
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
             Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),

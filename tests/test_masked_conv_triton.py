@@ -33,9 +33,11 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def conv(x, weight, bias=None, *, condition=None, **options):
+def conv(x, weight, bias=None, *, condition=None, link=None, backend="triton", **options):
+    """On a GPU where there is one."""
     x, weight, bias, condition = (None if t is None else t.to(DEVICE) for t in (x, weight, bias, condition))
-    return masked_conv2d(x, weight, bias, condition=condition, backend="triton", **options).to("cpu")
+    link = None if link is None else tuple(t.to(DEVICE) for t in link)
+    return masked_conv2d(x, weight, bias, condition=condition, link=link, backend=backend, **options).to("cpu")
 
 
 # n, h, w, cin, cout, mask, the dimensions of the condition, and channels of the link: every window with every gate,
@@ -81,7 +83,7 @@ def run(mask, x, weight, bias, condition, link, link_weight, backend, keep_f=Fal
 
 def results(mask, tensors, upstream, backend, keep_f=False):
     """out, f if it is kept, and the gradients to what was given."""
-    device = DEVICE if backend == "triton" else "cpu"
+    device = "cpu" if backend == "reference" else DEVICE
     tensors = [None if t is None else t.detach().to(device).requires_grad_() for t in tensors]
     found = run(mask, *tensors, backend, keep_f)[: 2 if keep_f else 1]
     upstream = [g.to(device) for g in upstream[: len(found)]]
@@ -100,12 +102,12 @@ def scales(mask, tensors, upstream, keep_f=False):
     return [*[total] * (2 if keep_f else 1), *gradients]
 
 
-def meets_the_rule(case, dtype, keep_f=False):
+def meets_the_rule(case, dtype, keep_f=False, backend="triton"):
     mask = case[5]
     tensors, upstream = problem(*case, dtype)
     exact = [None if t is None else t.double() for t in tensors], [g.double() for g in upstream]
     truth = results(mask, *exact, "reference", keep_f)
-    out = results(mask, tensors, upstream, "triton", keep_f)
+    out = results(mask, tensors, upstream, backend, keep_f)
     if dtype == torch.float64:
         for o, t in zip(out, truth, strict=True):
             near(o, t)
@@ -180,7 +182,7 @@ def test_laws(law, arguments):
 
 
 @pytest.mark.parametrize("gate", ["tanh", "glu"])
-def test_saturated_gates_keep_their_digits(gate):
+def test_saturated_gates_keep_their_digits(gate, conv=conv):
     """tanh(a) sigmoid(b) and its derivatives, relative to float64, far from zero on both sides and next to it.
 
     The rounding of x is |x| of that of exp(x).

@@ -18,7 +18,8 @@
 //         return reinterpret_cast<T*>(bytes);
 //     }
 //
-// Not here: <<<...>>> (use cudaLaunchKernelEx), launch attributes, waiting for another block, inline PTX, half. Fences
+// Not here: <<<...>>> (use cudaLaunchKernelEx), launch attributes, waiting for another block, inline PTX, arithmetic in
+// 16 bits (cuda_fp16.h and cuda_bf16.h convert), wmma but for what mma.h of this folder has. Fences
 // do nothing, so a missing one does not show. Registers, launch bounds and the sum of static and dynamic shared memory
 // are not limited. Launch from one CPU thread at a time.
 #pragma once
@@ -111,6 +112,7 @@ namespace simt {
 
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kSharedDefault = 48 << 10, kSharedMost = 227 << 10;
+constexpr size_t kSharedAlignment = 128;  // of dynamic shared memory
 constexpr size_t kStack = 256 << 10, kGuard = 64 << 10;
 
 // ---- fibres ----
@@ -364,7 +366,9 @@ inline void launch(const cudaLaunchConfig_t& config, const std::function<void()>
         std::memset(shared.first, 0xFF, shared.second);
         // New for each block and of this very size, so that the address sanitizer knows its bounds.
         const size_t bytes = config.dynamicSmemBytes;
-        const std::unique_ptr<void, void (*)(void*)> memory(bytes ? std::malloc(bytes) : nullptr, std::free);
+        void* aligned = nullptr;
+        if (bytes && posix_memalign(&aligned, kSharedAlignment, bytes)) std::abort();
+        const std::unique_ptr<void, void (*)(void*)> memory(aligned, std::free);
         if (bytes) std::memset(memory.get(), 0xFF, bytes);
         dynamic_shared = memory.get();
         run_block();

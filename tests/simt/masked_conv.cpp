@@ -1,0 +1,38 @@
+// csrc/cuda/masked_conv.cu by plain pointers, for tests/simt/masked_conv.py.
+#include "masked_conv.h"
+
+namespace {
+
+using namespace infovae_fast;
+
+// sizes: n, h, w, cin, cout, links, groups, interleaved, own, gate; taps: dy, dx of each.
+MaskedConv conv_of(const int64_t* sizes, const int64_t* taps, int64_t count) {
+    MaskedConv conv{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}, {sizes[6], sizes[7] != 0, sizes[8] != 0}, sizes[9] != 0};
+    for (int64_t t = 0; t < count; ++t) conv.taps.push_back({taps[2 * t], taps[2 * t + 1]});
+    return conv;
+}
+
+}  // namespace
+
+extern "C" const char* conv_forward(int number, bool exact, const int64_t* sizes, const int64_t* taps, int64_t count,
+                                    const void* x, const void* weight, const void* bias, const void* condition, bool spatial,
+                                    const void* link, const void* link_weight, void* out, void* f) {
+    const Link<void> linked{link, link_weight, sizes[5]};
+    return masked_conv_cuda(Number(number), exact, conv_of(sizes, taps, count), x, weight, linked, bias, condition, spatial,
+                            Gate(sizes[9]), out, f, nullptr);
+}
+
+// results: to x, weight, link, link_weight, f, and the sums; each may be null.
+extern "C" const char* conv_backward(int number, bool exact, const int64_t* sizes, const int64_t* taps, int64_t count,
+                                     const void* x, const void* weight, const void* link, const void* link_weight,
+                                     const void* f, const void* gradient, const void* extra, void* const* results,
+                                     int processors) {
+    const MaskedConv conv = conv_of(sizes, taps, count);
+    const Link<void> linked{link, link_weight, sizes[5]};
+    const size_t bytes = masked_conv_cuda_workspace(Number(number), conv, linked.channels, processors);
+    std::vector<unsigned char> workspace(bytes + 256, 0xff);
+    void* const aligned = workspace.data() + (256 - uintptr_t(workspace.data()) % 256) % 256;
+    return masked_conv_gradients_cuda(Number(number), exact, conv, x, weight, linked, Gate(sizes[9]), f, gradient, extra,
+                                      {results[0], results[1], results[2], results[3], results[4], results[5]}, aligned,
+                                      processors, nullptr);
+}

@@ -1,0 +1,146 @@
+"""The CUDA kernels of `masked_conv`: run through tests/simt, or on a GPU, and compiled by nvcc for other GPUs.
+
+Without a GPU, tests/test_masked_conv.py runs all of its laws on them, too.
+"""
+
+import re
+import shutil
+import subprocess
+from functools import partial
+
+import pytest
+import torch
+
+from infovae_fast.backends import native_missing
+from infovae_fast.masked_conv import Mask, masked_conv2d
+from infovae_fast.models.pixelcnn import GatedPixelCNN
+from tests import test_masked_conv_triton as shared
+from tests.oracle import near
+from tests.simt import ROOT
+from tests.simt.masked_conv import SOURCES
+from tests.simt.masked_conv import run as simt
+
+ON_GPU = torch.cuda.is_available()
+if ON_GPU and native_missing("cuda") is not None:
+    pytest.skip(native_missing("cuda"), allow_module_level=True)
+conv = partial(shared.conv, backend="cuda")
+results = partial(shared.results, backend="cuda")
+
+# More than a tile of everything: rows of pixels, columns, both with a link; and vectors of colours that lie together.
+LARGE = [
+    (2, 11, 13, 72, 288, Mask("B", 3, 1, "interleaved", "tanh"), 2, 40),
+    (1, 12, 17, 48, 96, Mask("H", 3, 3, "contiguous", "glu"), 4, 16),
+    (3, 9, 10, 64, 72, Mask("V", 3), 0, 0),
+    (2, 8, 9, 24, 48, Mask("A", 5, 3, "contiguous"), 4, 8),
+]
+
+
+@pytest.mark.parametrize("case", shared.CASES + LARGE, ids=str)
+def test_it_meets_the_rule(case):
+    for dtype in (torch.float32, torch.float64):
+        shared.meets_the_rule(case, dtype, backend="cuda")
+        if case[5].gate:
+            shared.meets_the_rule(case, dtype, keep_f=True, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*shared.CASES[1:18:4], *LARGE], ids=str)
+def test_half_precision_meets_the_rule(case, dtype):
+    shared.meets_the_rule(case, dtype, case[5].gate is not None, backend="cuda")
+
+
+@pytest.mark.parametrize("law, arguments", shared.LAWS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_laws(law, arguments):
+    torch.manual_seed(0)
+    if law is shared.laws.test_compiles_as_one_graph and not ON_GPU:
+        pytest.skip("the operator on a GPU compiles; tests/simt is Python")
+    law(conv, *arguments)
+
+
+@pytest.mark.parametrize("gate", ["tanh", "glu"])
+def test_saturated_gates_keep_their_digits(gate):
+    shared.test_saturated_gates_keep_their_digits(gate, conv)
+
+
+def test_a_network_of_them():
+    found = {}
+    for backend in ("cuda", "reference"):
+        torch.manual_seed(0)
+        network = GatedPixelCNN(4, (6, 5, 4), 3, 3, layers=3, maps=6, backend=backend).double().to(shared.DEVICE)
+        z, x = torch.randn(2, 4), torch.rand(2, 3, 5, 4)
+        out = network(z.double().to(shared.DEVICE), x.double().to(shared.DEVICE))
+        out.square().sum().backward()
+        found[backend] = [out, *(p.grad for p in network.parameters() if p.grad is not None)]
+    for one, other in zip(*found.values(), strict=True):
+        near(one, other)
+
+
+def test_twice_the_same():
+    case = LARGE[0]
+    one, other = (results(case[5], *shared.problem(*case), keep_f=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/simt decides in which order threads run")
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], shared.CASES[1]], ids=str)
+def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(case, monkeypatch):
+    found = []
+    for order in ("forward", "reverse", "shuffle:1", "shuffle:2"):
+        monkeypatch.setenv("SIMT_ORDER", order)
+        found.append(results(case[5], *shared.problem(*case), keep_f=case[5].gate is not None))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[3]], ids=str)
+def test_any_division_of_the_pixels_gives_the_same(case):
+    (x, weight, *_), (upstream, _) = shared.problem(*case, torch.float64)
+    weight.requires_grad_()
+    found = []
+    for processors in (1, 2, 5, 300):
+        out, _ = simt(x, weight, None, None, None, case[5], processors=processors)
+        found.append(torch.autograd.grad(out, weight, upstream)[0])
+    assert not torch.equal(found[0], found[-1])  # it was divided
+    for other in found[1:]:
+        near(other, found[0])
+
+
+def test_tf32_is_for_those_who_allow_it():
+    """Without `exact` one product of TF32, 10 bits: right to about 1e-3, and not better than 1e-6."""
+    case = LARGE[2]
+    (x, weight, *_), _ = shared.problem(*case)
+    mask = case[5]
+    truth = shared.run(mask, x.double(), weight.double(), None, None, None, None, "reference")[0]
+    errors = [(simt(x, weight, None, None, None, mask, exact=exact)[0] - truth).abs().max() for exact in (True, False)]
+    assert errors[0] < 3e-6 * truth.abs().max() < 1e-5 * truth.abs().max() < errors[1] < 2e-3 * truth.abs().max()
+
+
+def test_infinite_inputs_that_are_seen_give_no_nan():
+    x = torch.zeros(1, 1, 3, 3)
+    x[0, 0, 1, 1] = torch.inf
+    out = conv(x, torch.ones(5, 1, 2), window="B", kernel_size=3)
+    assert torch.equal(out.isinf().sum(), torch.tensor(10)) and not out.isnan().any()
+
+
+def test_what_has_no_room_is_said():
+    x = torch.zeros(1, 1, 2, 2, device=shared.DEVICE)
+    weight = torch.zeros(33 * 16, 1, 2, device=shared.DEVICE)
+    with pytest.raises(RuntimeError, match=r"got kernel_size=33 and 2 pixels a side, accepted: at most 31 and 32767"):
+        masked_conv2d(x, weight, window="V0", kernel_size=33, backend="cuda")
+    if not ON_GPU:
+        with pytest.raises(RuntimeError, match="at most 512 taps, and 32767 pixels a side"):
+            simt(x, torch.zeros(33 * 16, 1, 2), None, None, None, Mask("V0", 33))
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+def test_it_compiles_without_spilling(architecture, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode", target]
+    command += [SOURCES[0], "-o", str(tmp_path / "masked_conv.o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(kernels) == 29 and set(kernels) == {("0", "0", "0")}, done.stderr
