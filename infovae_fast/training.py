@@ -265,7 +265,8 @@ def train(
         lambda_: overrides the preset's; the divergence weighs alpha + lambda - 1.
         objective: more arguments of the preset, e.g. {"kernel": {"name": "imq", "bandwidth": 1.0}}.
         latent_dim: dimension of z.
-        encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like.
+        encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like; with a PixelCNN, which could
+            do without z, "batch_norm" is true unless it is given.
         decoder: likewise, or "pixelcnn", e.g. {"name": "pixelcnn", "layers": 12, "maps": 32}, or "pixelcnn_pp".
         likelihood: "bernoulli", "gaussian", "categorical", "discretized_logistic_mixture", with options likewise. The
             levels of "categorical" are those of the data, unless they are given.
@@ -312,7 +313,8 @@ def train(
         binarize=None if config["binarize"] == "dynamic" else config["binarize"],
         seed=config["seed"],
     )
-    config |= _fitted(config, images)
+    if resume is None:
+        config |= _fitted(config, images)
     torch.manual_seed(_stream(config["seed"], -(2**20)))
     model = InfoVAE.from_config(images.shape, **model_config(config))
     module = InfoVAETraining(
@@ -345,16 +347,21 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fitted(config: dict[str, Any], images: ImageData) -> dict[str, Any]:
-    """The settings that depend on the data."""
-    names = [c if isinstance(c, str) else c.get("name") for c in (config["decoder"], config["likelihood"])]
-    pixelwise = names[0] in ("pixelcnn", "pixelcnn_pp")
-    if pixelwise and names[1] == "bernoulli" and images.levels > 2 and config["binarize"] != "dynamic":
-        print("binarize: dynamic, as this decoder draws bits; for grey values choose likelihood categorical")
-        return {"binarize": "dynamic"}
-    if names[1] == "categorical":
-        given = {} if isinstance(config["likelihood"], str) else config["likelihood"]
-        return {"likelihood": {"name": "categorical", "levels": images.levels} | given}
-    return {}
+    """The settings that depend on others and on the data."""
+    encoder, decoder, likelihood = (
+        {"name": c} if isinstance(c, str) else c for c in (config[key] for key in ("encoder", "decoder", "likelihood"))
+    )
+    fitted: dict[str, Any] = {}
+    if decoder.get("name") in ("pixelcnn", "pixelcnn_pp"):
+        if "batch_norm" not in encoder:
+            print('encoder: with batch normalisation, lest this decoder ignore z; without: {"batch_norm": false, ...}')
+            fitted["encoder"] = encoder | {"batch_norm": True}
+        if likelihood.get("name") == "bernoulli" and images.levels > 2 and config["binarize"] != "dynamic":
+            print("binarize: dynamic, as this decoder draws bits; for grey values choose likelihood categorical")
+            fitted["binarize"] = "dynamic"
+    if likelihood.get("name") == "categorical":
+        fitted["likelihood"] = {"levels": images.levels} | likelihood
+    return fitted
 
 
 def run_data(config: dict[str, Any]) -> ImageData:

@@ -23,10 +23,16 @@ PAPER_PIXELCNN_ENCODER = {"name": "dcgan", "channels": [64, 128], "hidden": 512,
 
 
 class MLPEncoder(nn.Sequential):
-    """Fully connected: flatten, then one layer for each of `hidden`, then a linear layer to `outputs`."""
+    """Fully connected: flatten, then one layer for each of `hidden`, then a linear layer to `outputs`.
 
-    def __init__(self, shape: Shape, outputs: int, hidden: Sequence[int] = (256, 256)) -> None:
-        super().__init__(nn.Flatten(1), *_mlp([prod(shape), *hidden, outputs], lambda: nn.LeakyReLU(0.1)))
+    Batch normalisation: as in `DCGANEncoder`.
+    """
+
+    def __init__(
+        self, shape: Shape, outputs: int, hidden: Sequence[int] = (256, 256), batch_norm: bool = False
+    ) -> None:
+        sizes = [prod(shape), *hidden, outputs]
+        super().__init__(nn.Flatten(1), *_mlp(sizes, lambda: nn.LeakyReLU(0.1), batch_norm))
 
 
 class MLPDecoder(nn.Sequential):
@@ -40,7 +46,8 @@ class DCGANEncoder(nn.Sequential):
     """Convolutions 4x4 of stride 2 with `channels` maps, a fully connected layer of `hidden`, a linear layer.
 
     Height and width must be multiples of 2^len(channels). Batch normalisation, where asked for, follows each hidden
-    layer but makes q(z|x) depend on the batch in training.
+    layer but makes q(z|x) depend on the batch in training. With an autoregressive decoder it is what makes codes differ
+    from the start: the divergence has no force that would part them, and its noise hides what the decoder wants of z.
     """
 
     def __init__(
@@ -123,11 +130,12 @@ def build(table: Mapping[str, Callable[..., Any]], what: str, config: dict[str, 
     return table[name](*args, **options)
 
 
-def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module], batch_norm: bool = False) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), activation()]
-    return layers[:-1]
+    for before, after in pairwise(sizes[:-1]):
+        norm = [nn.BatchNorm1d(after)] if batch_norm else []
+        layers += [nn.Linear(before, after, bias=not batch_norm), *norm, activation()]
+    return [*layers, nn.Linear(sizes[-2], sizes[-1])]
 
 
 def _downsampled(shape: Shape, times: int) -> tuple[int, int]:
