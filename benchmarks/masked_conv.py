@@ -4,6 +4,8 @@
 
 On a GPU (--device cuda) batches are larger, and layers and steps are timed in float32 without TF32 and in bfloat16.
 
+Both backends there, "cuda" and "triton", stand beside what "auto" takes.
+
 * conv: forward and gradients of one layer, 28x28. "dense" is conv2d(x, weight * mask); "cropped" leaves the rows below
   out (a kernel of r + 1 rows on an image padded above): the fastest plain form. Both channels-last.
 * step: forward and backward pass of the decoder R64 (7 gated layers of 64 maps), bits, batch 32; the plain one has
@@ -113,6 +115,10 @@ def conv_case(
 
     steps = {
         "infovae_fast": step(lambda x, w: masked_conv2d(x, w, **options), layer.weight),
+        **{
+            name: step(partial(masked_conv2d, backend=name, **options), layer.weight)
+            for name in (("cuda", "triton") if where[0] == "cuda" else ())
+        },
         "dense": step(lambda x, w: F.conv2d(x, w * mask, padding=r), dense),
         "cropped": step(lambda x, w: F.conv2d(F.pad(x, pad), w), kernel_cropped),
     }
@@ -128,9 +134,10 @@ def conv_case(
     return steps
 
 
-def model(where: Where) -> GatedPixelCNN:
+def model(where: Where, backend: str = "auto") -> GatedPixelCNN:
     torch.manual_seed(0)
-    return GatedPixelCNN(10, (1, 28, 28), **{k: v for k, v in R64.items() if k != "name"}).to(*where)
+    sizes: dict[str, Any] = {k: v for k, v in R64.items() if k != "name"}
+    return GatedPixelCNN(10, (1, 28, 28), **sizes, backend=backend).to(*where)
 
 
 def step_case(batch: int, compiled: bool, where: Where) -> dict[str, Step]:
@@ -149,8 +156,10 @@ def step_case(batch: int, compiled: bool, where: Where) -> dict[str, Step]:
 
         return run
 
-    shared = {id(p) for name, p in ours.named_parameters() if name.endswith("bias") or name.startswith("condition")}
-    found = {"infovae_fast": step(ours), "cropped": step(plain)}
+    backends = {name: model(where, name) for name in (("cuda", "triton") if where[0] == "cuda" else ())}
+    every = [p for network in (ours, *backends.values()) for p in network.named_parameters()]
+    shared = {id(p) for name, p in every if name.endswith("bias") or name.startswith("condition")}
+    found = {"infovae_fast": step(ours), **{name: step(m) for name, m in backends.items()}, "cropped": step(plain)}
     check("step R64", {name: run() for name, run in found.items()}, where[1])
     return found | ({"torch.compile": step(torch.compile(plain))} if compiled else {})
 

@@ -28,7 +28,7 @@ results = partial(shared.results, backend="cuda")
 
 # More than a tile of everything: rows of pixels, columns, both with a link; and vectors of colours that lie together.
 LARGE = [
-    (2, 11, 13, 72, 288, Mask("B", 3, 1, "interleaved", "tanh"), 2, 40),
+    (2, 9, 8, 40, 272, Mask("B", 3, 1, "interleaved", "tanh"), 2, 24),
     (1, 12, 17, 48, 96, Mask("H", 3, 3, "contiguous", "glu"), 4, 16),
     (3, 9, 10, 64, 72, Mask("V", 3), 0, 0),
     (2, 8, 9, 24, 48, Mask("A", 5, 3, "contiguous"), 4, 8),

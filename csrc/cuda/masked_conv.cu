@@ -12,25 +12,20 @@
 //
 // 16 bit numbers are multiplied as they are and summed in float; float as four products of TF32, which keep its digits,
 // or one where that is allowed. There are no atomics: the bits do not change from run to run.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
-#include <mma.h>
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/products.h"
 #include "masked_conv.h"
 
 namespace infovae_fast {
 namespace {
 
-namespace wmma = nvcuda::wmma;
-
-constexpr int kThreads = 256;
-constexpr int kWarpRows = 4, kWarpColumns = 2;  // warps over a tile
+constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
 constexpr int kStages = 3;                      // steps of a product in shared memory
 constexpr int kMaxTaps = 512;
 constexpr int kBlocksPerProcessor = 4;  // of the gradient to weight, wanted
@@ -45,27 +40,6 @@ __device__ __forceinline__ T* shared_memory() {
 }
 #endif
 
-// How a warp multiplies: matrices [m, k] and [k, n] of Factor, summed in Sum. A tile has so many rows, a step such a depth.
-template <typename T>
-struct Element {
-    using Sum = float;
-    using Factor = T;
-    static constexpr int m = 16, n = 16, k = 16, rows = 128, depth = 32;
-};
-template <>
-struct Element<float> {
-    using Sum = float;
-    using Factor = wmma::precision::tf32;
-    static constexpr int m = 16, n = 16, k = 8, rows = 64, depth = 16;
-};
-template <>
-struct Element<double> {
-    using Sum = double;
-    using Factor = double;
-    static constexpr int m = 8, n = 8, k = 4, rows = 64, depth = 16;
-};
-template <typename T>
-using SumOf = typename Element<T>::Sum;
 template <typename T>
 constexpr int kVector = 16 / int(sizeof(T));  // numbers that are copied at a time
 
@@ -175,119 +149,14 @@ __device__ __forceinline__ void each_vector(int rows, int size, Start start, Vis
     for (int row = int(threadIdx.x) / across; row < rows; row += kThreads / across) visit(row, place, column);
 }
 
-template <typename Use, typename T, typename Layout>
-using Fragment = wmma::fragment<Use, Element<T>::m, Element<T>::n, Element<T>::k, typename Element<T>::Factor, Layout>;
-template <typename T>
-using SumFragment = wmma::fragment<wmma::accumulator, Element<T>::m, Element<T>::n, Element<T>::k, SumOf<T>>;
-
-// x = high + low, as far as float has digits, both of TF32.
-template <typename F>
-__device__ __forceinline__ void split(F& high, F& low) {
-    for (int e = 0; e < F::num_elements; ++e) {
-        const float x = high.x[e], top = wmma::__float_to_tf32(x);
-        high.x[e] = top;
-        low.x[e] = wmma::__float_to_tf32(x - top);
-    }
-}
-
-// A tile of the result in the warps of a block, rows x NB.
-template <typename T, int NB>
-struct Tile {
-    using E = Element<T>;
-    static constexpr int kRows = E::rows / kWarpRows / E::m, kColumns = NB / kWarpColumns / E::n;
-    static constexpr int pitch = NB + 16 / int(sizeof(SumOf<T>));
-    SumFragment<T> sum[kRows][kColumns];
-    int row, column;  // of this warp
-
-    __device__ __forceinline__ Tile() {
-        const int warp = int(threadIdx.x) / 32;
-        row = warp / kWarpColumns * (E::rows / kWarpRows), column = warp % kWarpColumns * (NB / kWarpColumns);
-        for (auto& fragments : sum) {
-            for (auto& fragment : fragments) wmma::fill_fragment(fragment, SumOf<T>(0));
-        }
-    }
-
-    // += left right. Row-major: left [rows, depth], right [depth, NB]; column-major: [depth, rows], [NB, depth].
-    template <typename LeftLayout, typename RightLayout>
-    __device__ __forceinline__ void multiply(const T* left, int left_pitch, const T* right, int right_pitch, bool exact) {
-        constexpr bool left_rows = std::is_same_v<LeftLayout, wmma::row_major>;
-        constexpr bool right_rows = std::is_same_v<RightLayout, wmma::row_major>;
-        const auto load_left = [&](auto& fragment, int i, int k) {
-            const int r = row + i * E::m;
-            wmma::load_matrix_sync(fragment, left + (left_rows ? r * left_pitch + k : k * left_pitch + r), left_pitch);
-        };
-        const auto load_right = [&](auto& fragment, int j, int k) {
-            const int c = column + j * E::n;
-            wmma::load_matrix_sync(fragment, right + (right_rows ? k * right_pitch + c : c * right_pitch + k), right_pitch);
-        };
-        using Left = Fragment<wmma::matrix_a, T, LeftLayout>;
-        using Right = Fragment<wmma::matrix_b, T, RightLayout>;
-        if constexpr (std::is_same_v<T, float>) {
-            constexpr int count = E::depth / E::k;
-            Left a[kRows][count], a_low[kRows][count];
-#pragma unroll
-            for (int e = 0; e < kRows * count; ++e) {
-                load_left(a[e / count][e % count], e / count, e % count * E::k);
-                split(a[e / count][e % count], a_low[e / count][e % count]);
-            }
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                Right b[count], b_low[count];
-#pragma unroll
-                for (int k = 0; k < count; ++k) load_right(b[k], j, k * E::k), split(b[k], b_low[k]);
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) {
-                    SumFragment<T> step;  // tensor cores cut digits off: to many steps they would add up
-                    wmma::fill_fragment(step, 0.0f);
-                    if (exact) {
-#pragma unroll
-                        for (int k = 0; k < count; ++k) {
-                            wmma::mma_sync(step, a_low[i][k], b_low[k], step);
-                            wmma::mma_sync(step, a_low[i][k], b[k], step);
-                            wmma::mma_sync(step, a[i][k], b_low[k], step);
-                        }
-                        for (int e = 0; e < step.num_elements; ++e) {  // inf * 0: the products of what is high will tell
-                            step.x[e] = step.x[e] == step.x[e] ? step.x[e] : 0.0f;
-                        }
-                    }
-#pragma unroll
-                    for (int k = 0; k < count; ++k) wmma::mma_sync(step, a[i][k], b[k], step);
-                    for (int e = 0; e < step.num_elements; ++e) sum[i][j].x[e] += step.x[e];
-                }
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < E::depth; k += E::k) {
-                Left a[kRows];
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) load_left(a[i], i, k);
-#pragma unroll
-                for (int j = 0; j < kColumns; ++j) {
-                    Right b;
-                    load_right(b, j, k);
-#pragma unroll
-                    for (int i = 0; i < kRows; ++i) wmma::mma_sync(sum[i][j], a[i], b, sum[i][j]);
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void store(SumOf<T>* to) const {
-        for (int i = 0; i < kRows; ++i) {
-            for (int j = 0; j < kColumns; ++j) {
-                SumOf<T>* const at = to + (row + i * E::m) * pitch + column + j * E::n;
-                wmma::store_matrix_sync(at, sum[i][j], pitch, wmma::mem_row_major);
-            }
-        }
-    }
-};
-
 // Shared memory: the steps of a product, or afterwards the tile; then y and x of the rows.
 template <typename T, int NB>
 struct Room {
-    static constexpr int rows = Element<T>::rows, depth = Element<T>::depth;
+    static constexpr int rows = Product<T>::rows, depth = Product<T>::depth;
     // By pixels: left [rows, depth], right [depth, NB], mirrored [NB, depth]. By channels: [depth, rows], [depth, NB].
-    static constexpr int narrow = depth + kVector<T>, tall = rows + kVector<T>, wide = NB + kVector<T>;
+    // What lies behind a row keeps lanes from meeting in a bank.
+    static constexpr int behind = sizeof(T) == 4 ? 2 * kVector<T> : kVector<T>;
+    static constexpr int narrow = depth + kVector<T>, tall = rows + behind, wide = NB + behind;
     static constexpr int by_pixels = rows * narrow, by_channels = depth * tall;
     static constexpr int right = depth * wide, mirrored = NB * narrow;
     static constexpr int left = by_pixels > by_channels ? by_pixels : by_channels;
@@ -295,7 +164,7 @@ struct Room {
     static constexpr size_t steps = kStages * step * sizeof(T);
     static constexpr size_t tile = rows * Tile<T, NB>::pitch * sizeof(SumOf<T>);
     static constexpr size_t all = (steps > tile ? steps : tile) + 2 * rows * sizeof(int);
-    static_assert(left * sizeof(T) % 32 == 0 && step * sizeof(T) % 32 == 0);
+    static_assert(left * sizeof(T) % 16 == 0 && step * sizeof(T) % 16 == 0);
 };
 
 // load(step, slot) for all steps, some ahead of compute(slot).
@@ -320,32 +189,32 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) 
 // A tile of pixels x channels of one group, with a gate in both halves: the convolution, or its gradient to x.
 template <typename T, int NB, bool MIRRORED>
 __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant__ Work<T> w) {
-    using E = Element<T>;
+    using P = Product<T>;
     using R = Room<T, NB>;
     T* const memory = shared_memory<T>();
-    int* const row_y = reinterpret_cast<int*>(shared_memory<unsigned char>() + R::all) - 2 * E::rows;
-    int* const row_x = row_y + E::rows;
+    int* const row_y = reinterpret_cast<int*>(shared_memory<unsigned char>() + R::all) - 2 * P::rows;
+    int* const row_x = row_y + P::rows;
     const int halves = w.gate == Gate::none ? 1 : 2, columns = NB / halves, width = halves * w.out_channels;
     const int part = w.out_channels / w.groups, tiles = (part + columns - 1) / columns;
     const int group = int(blockIdx.y) / tiles, first_column = int(blockIdx.y) % tiles * columns;
-    const int64_t first = int64_t(blockIdx.x) * E::rows;
+    const int64_t first = int64_t(blockIdx.x) * P::rows;
     const auto place = [&](int j) { return w.groups > 1 && w.interleaved ? j * w.groups + group : group * part + j; };
 
-    for (int row = int(threadIdx.x); row < E::rows; row += kThreads) {
+    for (int row = int(threadIdx.x); row < P::rows; row += kThreads) {
         const int local = int((first + row) % (int64_t(w.h) * w.w));
         row_y[row] = first + row < w.pixels ? local / w.w : kNoRow;
         row_x[row] = local % w.w;
     }
     __syncthreads();
 
-    const int own = w.taps * w.in, steps = (own + w.links + E::depth - 1) / E::depth;
+    const int own = w.taps * w.in, steps = (own + w.links + P::depth - 1) / P::depth;
     const auto load = [&](int step, int slot) {
         T* const left = memory + slot * R::step;
         T* const right = left + R::left;
-        const auto column = [&](int k) { return column_of<T, MIRRORED>(w, step * E::depth + k, group, first); };
+        const auto column = [&](int k) { return column_of<T, MIRRORED>(w, step * P::depth + k, group, first); };
         const auto pixels = [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            each_vector<V>(E::rows, E::depth, column, [&](int row, int k, const Column<T>& c) {
+            each_vector<V>(P::rows, P::depth, column, [&](int row, int k, const Column<T>& c) {
                 const int y = row_y[row] + c.dy, x = row_x[row] + c.dx;
                 const bool inside = c.base != nullptr && y >= 0 && y < w.h && x >= 0 && x < w.w;
                 bring<V>(left + row * R::narrow + k,
@@ -355,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
         const auto weights = [&](auto vector) {
             constexpr int V = decltype(vector)::value;
             if constexpr (MIRRORED) {
-                each_vector<V>(NB, E::depth, column, [&](int row, int k, const Column<T>& c) {
+                each_vector<V>(NB, P::depth, column, [&](int row, int k, const Column<T>& c) {
                     const int j = first_column + row;
                     const bool known = c.base != nullptr && j < part;
                     bring<V>(right + row * R::narrow + k,
@@ -366,8 +235,8 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
                     const int j = first_column + c % columns;
                     return j < part ? place(j) + c / columns * w.out_channels : -1;
                 };
-                each_vector<V>(E::depth, NB, output, [&](int row, int c, int channel) {
-                    const int k = step * E::depth + row;
+                each_vector<V>(P::depth, NB, output, [&](int row, int c, int channel) {
+                    const int k = step * P::depth + row;
                     bool known = channel >= 0 && k < own + w.links;
                     if (w.groups > 1 && k >= own - w.in && k < own) {
                         known = known && w.group_of(k - (own - w.in), w.grouped) < group + w.own;
@@ -385,16 +254,14 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
     Tile<T, NB> tile;
     pipeline(steps, load, [&](int slot) {
         const T* const left = memory + slot * R::step;
-        using Right = std::conditional_t<MIRRORED, wmma::col_major, wmma::row_major>;
-        tile.template multiply<wmma::row_major, Right>(left, R::narrow, left + R::left, MIRRORED ? R::narrow : R::wide,
-                                                       w.exact);
+        tile.template multiply<true, !MIRRORED>(left, R::narrow, left + R::left, MIRRORED ? R::narrow : R::wide, w.exact);
     });
     SumOf<T>* const sums = shared_memory<SumOf<T>>();
     tile.store(sums);
     __syncthreads();
 
     const int64_t image_size = int64_t(w.h) * w.w;
-    for (int e = int(threadIdx.x); e < E::rows * columns; e += kThreads) {
+    for (int e = int(threadIdx.x); e < P::rows * columns; e += kThreads) {
         const int row = e / columns, c = e % columns, j = first_column + c;
         const int64_t pixel = first + row;
         if (pixel >= w.pixels || j >= part) continue;
@@ -417,10 +284,10 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
 // The gradient to rows (tap, input channel) x NB columns of weight, from a segment of the pixels.
 template <typename T, int NB>
 __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_constant__ Work<T> w) {
-    using E = Element<T>;
+    using P = Product<T>;
     using R = Room<T, NB>;
     T* const memory = shared_memory<T>();
-    const int first_row = int(blockIdx.x) * E::rows, first_column = int(blockIdx.y) * NB, rows = w.taps * w.in;
+    const int first_row = int(blockIdx.x) * P::rows, first_column = int(blockIdx.y) * NB, rows = w.taps * w.in;
     const int64_t begin = int64_t(blockIdx.z) * w.segment;
     const int pixels = int(begin + w.segment < w.pixels ? w.segment : w.pixels - begin);
     const unsigned start_y = unsigned(begin % (int64_t(w.h) * w.w)) / unsigned(w.w), start_x = unsigned(begin % w.w);
@@ -433,8 +300,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
             const auto column = [&](int k) {
                 return first_row + k < rows ? column_of<T, false>(w, first_row + k, -1, begin) : Column<T>{};
             };
-            each_vector<V>(E::depth, E::rows, column, [&](int row, int k, const Column<T>& c) {
-                const int pixel = step * E::depth + row;
+            each_vector<V>(P::depth, P::rows, column, [&](int row, int k, const Column<T>& c) {
+                const int pixel = step * P::depth + row;
                 const unsigned along = start_x + unsigned(pixel);
                 const int y = int((start_y + along / unsigned(w.w)) % unsigned(w.h)) + c.dy;
                 const int x = int(along % unsigned(w.w)) + c.dx;
@@ -449,8 +316,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
                 const int channel = first_column + c;
                 return channel < w.out_channels ? w.gradient + begin * w.out_channels + channel : nullptr;
             };
-            each_vector<V>(E::depth, NB, column, [&](int row, int c, const T* base) {
-                const int pixel = step * E::depth + row;
+            each_vector<V>(P::depth, NB, column, [&](int row, int c, const T* base) {
+                const int pixel = step * P::depth + row;
                 const bool there = pixel < pixels && base != nullptr;
                 bring<V>(right + row * R::wide + c, there ? base + int64_t(pixel) * w.out_channels : nullptr);
             });
@@ -461,14 +328,14 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         w.wide_weight ? gradients(Many{}) : gradients(One{});
     };
     Tile<T, NB> tile;
-    pipeline((pixels + E::depth - 1) / E::depth, load, [&](int slot) {
+    pipeline((pixels + P::depth - 1) / P::depth, load, [&](int slot) {
         const T* const left = memory + slot * R::step;
-        tile.template multiply<wmma::col_major, wmma::row_major>(left, R::tall, left + R::left, R::wide, w.exact);
+        tile.template multiply<false, true>(left, R::tall, left + R::left, R::wide, w.exact);
     });
     SumOf<T>* const sums = shared_memory<SumOf<T>>();
     tile.store(sums);
     __syncthreads();
-    for (int e = int(threadIdx.x); e < E::rows * NB; e += kThreads) {
+    for (int e = int(threadIdx.x); e < P::rows * NB; e += kThreads) {
         const int row = first_row + e / NB, column = first_column + e % NB;
         if (row >= rows || column >= w.out_channels) continue;
         const bool last = row / w.in == w.taps - 1;
@@ -600,10 +467,10 @@ public:
         w.in = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
         w.wide_source = whole(w.in), w.wide_weight = whole(w.out_channels);
         const int64_t count = segments(processors), rows = w.taps * q.cin;
-        w.segment = parts_of(parts_of(w.pixels, count), Element<T>::depth) * Element<T>::depth;
+        w.segment = parts_of(parts_of(w.pixels, count), Product<T>::depth) * Product<T>::depth;
         const auto run = [&](auto columns) {
             constexpr int NB = decltype(columns)::value;
-            const dim3 grid(unsigned(parts_of(rows, Element<T>::rows)), unsigned(parts_of(q.cout, NB)), unsigned(count));
+            const dim3 grid(unsigned(parts_of(rows, Product<T>::rows)), unsigned(parts_of(q.cout, NB)), unsigned(count));
             return launch(weight_kernel<T, NB>, grid, Room<T, NB>::all, stream_, w);
         };
         Errors errors;
@@ -646,7 +513,7 @@ private:
         const int64_t part = w.out_channels / w.groups;
         const auto run = [&](auto columns) {
             constexpr int NB = decltype(columns)::value;
-            const dim3 grid(unsigned(parts_of(w.pixels, Element<T>::rows)), unsigned(w.groups * parts_of(part, NB / halves)));
+            const dim3 grid(unsigned(parts_of(w.pixels, Product<T>::rows)), unsigned(w.groups * parts_of(part, NB / halves)));
             return launch(conv_kernel<T, NB, MIRRORED>, grid, Room<T, NB>::all, stream_, w);
         };
         return wide(part * halves) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
@@ -655,9 +522,9 @@ private:
     // Of the pixels, for the gradient to weight.
     int64_t segments(int processors) const {
         const int64_t columns = wide(q.cout) ? kMostColumns : 64;
-        const int64_t tiles = parts_of(work_.taps * q.cin, Element<T>::rows) * parts_of(q.cout, columns);
+        const int64_t tiles = parts_of(work_.taps * q.cin, Product<T>::rows) * parts_of(q.cout, columns);
         const int64_t wanted = parts_of(int64_t(processors) * kBlocksPerProcessor, tiles);
-        const int64_t segment = parts_of(parts_of(work_.pixels, wanted), 4 * Element<T>::depth) * 4 * Element<T>::depth;
+        const int64_t segment = parts_of(parts_of(work_.pixels, wanted), 4 * Product<T>::depth) * 4 * Product<T>::depth;
         return parts_of(work_.pixels, segment);
     }
 };
