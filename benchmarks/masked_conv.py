@@ -2,8 +2,8 @@
 
     python -m benchmarks.masked_conv --out benchmarks/results/NAME.jsonl          (--compile adds torch.compile)
 
-On a GPU (--device cuda) batches are larger, layers and steps are timed in float32 without TF32 and in bfloat16, and both
-backends there, "cuda" and "triton", stand beside what "auto" takes.
+On a GPU (--device cuda) batches are larger, layers and steps are timed in float32 without TF32 and in bfloat16, and
+both backends there, "cuda" and "triton", stand beside what "auto" takes.
 
 * conv: forward and gradients of one layer, 28x28. "dense" is conv2d(x, weight * mask); "cropped" leaves the rows below
   out (a kernel of r + 1 rows on an image padded above): the fastest plain form. Both channels-last.

@@ -282,8 +282,15 @@ Number number_of(const Tensor& x) {
            : type == at::kFloat    ? Number::float32
                                    : Number::float64;
 }
-// May float32 lose no digits in products?
-bool exact() { return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST; }
+// May the products of x lose no digits? Where PyTorch does not say, as it may for single backends, they may not.
+bool exact(const Tensor& x) {
+    if (x.scalar_type() != at::kFloat) return true;
+    try {
+        return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+    } catch (const c10::Error&) {
+        return true;
+    }
+}
 #endif
 
 std::tuple<Tensor, Tensor> masked_conv_forward_native(const Tensor& x, const Tensor& weight, const Maybe& bias,
@@ -310,7 +317,7 @@ std::tuple<Tensor, Tensor> masked_conv_forward_native(const Tensor& x, const Ten
     if (x.is_cuda()) {
         const c10::cuda::CUDAGuard guard(x.device());
         const char* error = masked_conv_cuda(
-            number_of(x), exact(), conv, raw(xs), raw(ws), links.raw(), raw(bs), raw(cs), spatial, gate_of(gate),
+            number_of(x), exact(x), conv, raw(xs), raw(ws), links.raw(), raw(bs), raw(cs), spatial, gate_of(gate),
             result.mutable_data_ptr(), raw_result(f), c10::cuda::getCurrentCUDAStream().stream());
         TORCH_CHECK(error == nullptr, "masked_conv on ", x.device(), ": ", error);
         return out;
@@ -355,11 +362,11 @@ ConvBackward masked_conv_backward_native(const Tensor& gradient, const Maybe& ex
         int processors = 1;
         C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
         const Number number = number_of(x);
-        const size_t bytes = masked_conv_cuda_workspace(number, conv, links.channels, processors);
+        const auto wanted = results(static_cast<void*>(nullptr));
+        const size_t bytes = masked_conv_cuda_workspace(number, conv, links.channels, wanted, processors);
         const Tensor workspace = at::empty({int64_t(bytes)}, x.options().dtype(at::kByte));
         const char* error = masked_conv_gradients_cuda(
-            number, exact(), conv, raw(xs), raw(ws), links.raw(), gate_of(gate), raw(fs), raw(g), raw(es),
-            results(static_cast<void*>(nullptr)), workspace.mutable_data_ptr(), processors,
+            number, exact(x), conv, raw(xs), raw(ws), links.raw(), gate_of(gate), raw(fs), raw(g), raw(es), wanted, workspace.mutable_data_ptr(), processors,
             c10::cuda::getCurrentCUDAStream().stream());
         TORCH_CHECK(error == nullptr, "masked_conv on ", x.device(), ": ", error);
         return out;

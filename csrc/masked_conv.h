@@ -64,14 +64,17 @@ template <typename T>
 void masked_conv_gradients(const MaskedConv& conv, const T* x, const T* weight, const Link<T>& link, Gate gate,
                            const T* f, const T* out_gradient, const T* extra, const ConvGradients<T>& result);
 
-// On a GPU, arrays of such numbers; the sums are float32 of 16 bit numbers. `exact`: else float32 is multiplied as TF32.
+// On a GPU from sm_80 on, arrays of such numbers; the sums are float32 of 16 bit numbers, f and its gradient are rounded
+// to 16 bits between kernels. `exact`: else float32 is multiplied as TF32.
 // Everything is queued on the stream, nothing waits. `processors` of the GPU divide the work of the gradients to weight.
 // Returns what went wrong, or null. The bits do not change from run to run.
 enum class Number { float16, bfloat16, float32, float64 };
 const char* masked_conv_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
                              const Link<void>& link, const void* bias, const void* condition, bool spatial, Gate gate,
                              void* out, void* f, void* stream);
-size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, int processors);  // bytes
+// Bytes for what is not null in `result`.
+size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, const ConvGradients<void>& result,
+                                  int processors);
 const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
                                        const Link<void>& link, Gate gate, const void* f, const void* out_gradient,
                                        const void* extra, const ConvGradients<void>& result, void* workspace,

@@ -97,6 +97,12 @@ def shortcut(name: str) -> Callable[..., Any]:
     return getattr(_C, name)
 
 
+def tf32_allowed() -> bool:
+    """May products of float32 lose digits on a GPU? PyTorch's switch: older releases know one for all backends."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if precision is None else precision == "tf32"
+
+
 def triton_missing() -> str | None:
     """Why Triton is not there; does not load it."""
     return None if find_spec("triton") else "triton is not installed; pip install triton"

@@ -35,7 +35,8 @@ and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias, condition and link; by the reference to any order, by the fast backends once.
 * Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
-  On a GPU the products are of half precision as it came, their sums and the gate in float32.
+  `cuda` and `triton` multiply half precision as it came, sum and gate in float32, and round f and its gradient in
+  between to the dtype of x.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and link are added to it, in any order; then comes the gate.
 * bias, condition and link are never masked: an output sees all of its own pixel there. What links a vertical stack to a
@@ -168,23 +169,23 @@ def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
     return transforms() or native_missing()
 
 
-MOST_KERNEL, MOST_SIDE = 31, 32767  # kMaxTaps and the taps of csrc/cuda/masked_conv.cu
+MOST_TAPS, MOST_SIDE = 512, 32767  # of csrc/cuda/masked_conv.cu; what is further away than a side reads zeros
+CAPABILITY = (8, 0)
 
 
 def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
+    if (capability := torch.cuda.get_device_capability(x.device)) < CAPABILITY:
+        return f"it runs from compute capability 8.0 on, and {x.device} has {capability[0]}.{capability[1]}"
     return cuda_limits(x, *inputs) or transforms() or native_missing("cuda")
 
 
 def cuda_limits(x: Tensor, *inputs: Any) -> str | None:
     """What csrc/cuda/masked_conv.cu has no room for."""
-    kernel_size = next((mask.kernel_size for mask in inputs if isinstance(mask, Mask)), 1)
-    side = max(x.shape[2:])
-    if kernel_size > MOST_KERNEL or side > MOST_SIDE:
-        return (
-            f"got kernel_size={kernel_size} and {side} pixels a side, accepted: at most {MOST_KERNEL} and {MOST_SIDE}"
-        )
+    count, side = max((len(mask.taps) for mask in inputs if isinstance(mask, Mask)), default=1), max(x.shape[2:])
+    if count > MOST_TAPS or side > MOST_SIDE:
+        return f"got {count} taps and {side} pixels a side, accepted: at most {MOST_TAPS} and {MOST_SIDE}"
     return None
 
 

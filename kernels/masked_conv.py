@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infovae_fast.backends import tf32_allowed
+
 PROGRAMS = 1024  # of the weight gradient that are wanted, to fill the GPU
 FEW = 16  # below so many channels a step of a product spans several taps
 
@@ -325,7 +327,7 @@ class Conv:
         self.colours = (colours[0], bool(colours[1]), int(colours[2]))
         self.gate = gate
         exact = x.dtype == torch.float64
-        tf32x3 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        tf32x3 = x.dtype == torch.float32 and not tf32_allowed()
         self.precision = "ieee" if exact else "tf32x3" if tf32x3 else "tf32"
         self.sum_dtype = torch.float64 if exact else torch.float32
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infovae_fast.backends import tf32_allowed
 from infovae_fast.kernels.radial import radial
 
 DIRECT_MOST = 4
@@ -197,7 +198,7 @@ def _sums(
     S = torch.zeros(clouds, segments, n, dp, **wide) if force else A
     V = torch.zeros_like(S) if with_v else A
     exact = targets.u.dtype == torch.float64
-    precision = "ieee" if exact else "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "ieee" if exact else "tf32" if tf32_allowed() else "tf32x3"
     grid = (n // bm, clouds * segments, chunks)
     pairwise_kernel[grid](
         targets.u, targets.h, sources.u, sources.h, sources.a, _pointer(sources.v, sources.u), *scales,

@@ -3,6 +3,7 @@
 Without a GPU, tests/test_masked_conv.py runs all of its laws on them, too.
 """
 
+import math
 import re
 import shutil
 import subprocess
@@ -115,17 +116,69 @@ def test_tf32_is_for_those_who_allow_it():
     assert errors[0] < 3e-6 * truth.abs().max() < 1e-5 * truth.abs().max() < errors[1] < 2e-3 * truth.abs().max()
 
 
-def test_infinite_inputs_that_are_seen_give_no_nan():
+def test_infinite_inputs_and_sums_that_are_seen_give_no_nan():
     x = torch.zeros(1, 1, 3, 3)
-    x[0, 0, 1, 1] = torch.inf
-    out = conv(x, torch.ones(5, 1, 2), window="B", kernel_size=3)
-    assert torch.equal(out.isinf().sum(), torch.tensor(10)) and not out.isnan().any()
+    for value, weight in ((torch.inf, 1.0), (1e30, 1e12)):
+        x[0, 0, 1, 1] = value
+        out = conv(x, torch.full((5, 1, 2), weight), window="B", kernel_size=3)
+        assert out.isinf().sum() == 10 and not out.isnan().any()
+
+
+def test_views_that_start_anywhere():
+    """Vectors of 16 bytes are read where they are aligned, else number by number."""
+    torch.manual_seed(0)
+    shapes = ((2, 5, 6, 16), (5, 16, 32), (2, 5, 6, 8), (8, 32), (2, 5, 6, 16))
+    for off in range(1 + len(shapes)):
+        views = []
+        for k, shape in enumerate(shapes):
+            memory = torch.randn(math.prod(shape) + 1, device=shared.DEVICE)
+            views.append((memory[1:] if k == off else memory[:-1]).view(shape))
+        found = []
+        for backend in ("cuda", "reference"):
+            x, weight, values, matrix = inputs = [t.detach().requires_grad_() for t in views[:4]]
+            options = {"window": "B", "kernel_size": 3, "gate": "tanh", "link": (values.permute(0, 3, 1, 2), matrix)}
+            out = masked_conv2d(x.permute(0, 3, 1, 2), weight, backend=backend, **options)
+            gradients = torch.autograd.grad(out, inputs, views[4].permute(0, 3, 1, 2))
+            found.append([out.detach(), *gradients])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_operators_are_well_formed(dtype):
+    mask = LARGE[0][5]
+    tensors, (upstream, extra) = shared.problem(*LARGE[0], dtype)
+    tensors = [t.cuda() for t in tensors]
+    settings = ([d for tap in mask.taps for d in tap], shared._colours(mask), mask.gate)
+    ops = torch.ops.infovae_fast
+    f = ops.masked_conv_forward(*tensors, *settings, True)[1]
+    x, weight, _, _, *link = tensors
+    torch.library.opcheck(ops.masked_conv_forward.default, (*tensors, *settings, True), test_utils="test_schema")
+    arguments = (upstream.cuda(), extra.cuda(), x, weight, *link, f, *settings, *(True,) * 6)
+    torch.library.opcheck(ops.masked_conv_backward.default, arguments)
+    torch.library.opcheck(ops.masked_conv.default, (x.requires_grad_(), *tensors[1:], *settings, True))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_tf32_is_for_those_who_set_pytorchs_precision():
+    case = LARGE[2]
+    (x, weight, *_), _ = shared.problem(*case)
+    mask = case[5]
+    truth = shared.run(mask, x.double(), weight.double(), None, None, None, None, "reference")[0]
+    before, errors = torch.get_float32_matmul_precision(), []
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        out = conv(x, weight, **mask._asdict())
+        errors.append((out - truth).abs().max() / truth.abs().max())
+    torch.set_float32_matmul_precision(before)
+    assert errors[0] < 3e-6 < 1e-5 < errors[1] < 2e-3
 
 
 def test_what_has_no_room_is_said():
     x = torch.zeros(1, 1, 2, 2, device=shared.DEVICE)
     weight = torch.zeros(33 * 16, 1, 2, device=shared.DEVICE)
-    with pytest.raises(RuntimeError, match=r"got kernel_size=33 and 2 pixels a side, accepted: at most 31 and 32767"):
+    with pytest.raises(RuntimeError, match=r"got 528 taps and 2 pixels a side, accepted: at most 512 and 32767"):
         masked_conv2d(x, weight, window="V0", kernel_size=33, backend="cuda")
     if not ON_GPU:
         with pytest.raises(RuntimeError, match="at most 512 taps, and 32767 pixels a side"):

@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
             const int at = channel + half * w.out_channels;
             value[half] = sums[row * Tile<T, NB>::pitch + c + half * columns];
             if (w.bias != nullptr) value[half] += widened(w.bias[at]);
-            if (w.condition != nullptr) value[half] += widened(w.condition[(w.spatial ? pixel : pixel / image_size) * width + at]);
+            const int64_t row_of_condition = w.spatial ? pixel : pixel / image_size;
+            if (w.condition != nullptr) value[half] += widened(w.condition[row_of_condition * width + at]);
             if (w.f != nullptr) w.f[pixel * width + at] = rounded<T>(value[half]);
         }
         w.out[pixel * w.out_channels + channel] =
@@ -411,7 +412,8 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const S* parts, int64_t o
 int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
     if (shared > (48 << 10)) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
         if (error != cudaSuccess) return error;
@@ -445,8 +447,8 @@ public:
         w.source = x, w.weight = weight, w.link = link.values, w.link_weight = link.weight, w.links = int(link.channels);
         w.bias = bias, w.condition = condition, w.spatial = spatial, w.gate = gate, w.out = out, w.f = f;
         w.in = w.grouped = int(q.cin), w.out_channels = half_;
-        w.wide_source = whole(w.in) && whole(w.links) && together(w.in);
-        w.wide_weight = whole(half_) && together(half_);
+        w.wide_source = whole(w.in) && whole(w.links) && together(w.in) && aligned(x) && aligned(link.values);
+        w.wide_weight = whole(half_) && together(half_) && aligned(weight) && aligned(link.weight);
         return by_width<false>(w, gate == Gate::none ? 1 : 2);
     }
 
@@ -454,7 +456,8 @@ public:
         Work<T> w = work_;
         w.source = f_gradient, w.weight = weight, w.out = out, w.gate = Gate::none;
         w.in = int(q.cout), w.grouped = half_, w.out_channels = int(q.cin);
-        w.wide_source = w.wide_weight = whole(w.in) && whole(half_) && together(half_);
+        const bool wide = whole(w.in) && whole(half_) && together(half_);
+        w.wide_source = wide && aligned(f_gradient), w.wide_weight = wide && aligned(weight);
         return by_width<true>(w, 1);
     }
 
@@ -465,7 +468,7 @@ public:
         Work<T> w = work_;
         w.source = x, w.gradient = f_gradient, w.parts = parts;
         w.in = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
-        w.wide_source = whole(w.in), w.wide_weight = whole(w.out_channels);
+        w.wide_source = whole(w.in) && aligned(x), w.wide_weight = whole(w.out_channels) && aligned(f_gradient);
         const int64_t count = segments(processors), rows = w.taps * q.cin;
         w.segment = parts_of(parts_of(w.pixels, count), Product<T>::depth) * Product<T>::depth;
         const auto run = [&](auto columns) {
@@ -502,6 +505,7 @@ private:
     int half_;
 
     static bool whole(int64_t channels) { return channels % kVector<T> == 0; }
+    static bool aligned(const T* array) { return reinterpret_cast<uintptr_t>(array) % 16 == 0; }  // a view may not be
     // Are vectors of these channels of one group?
     bool together(int channels) const {
         return work_.groups == 1 || (!work_.interleaved && whole(channels / work_.groups));
@@ -535,14 +539,17 @@ struct Plan {
     MaskedConv link_conv;  // one tap
     size_t f_gradient = 0, sums, weight, link_weight, all;
 
-    Plan(const MaskedConv& conv, int64_t links, int processors)
+    Plan(const MaskedConv& conv, int64_t links, const ConvGradients<void>& result, int processors)
         : link_conv{conv.n, conv.h, conv.w, std::max<int64_t>(links, 1), conv.cout, {{0, 0}}, {}, false} {
-        const auto round_up = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
+        const auto room = [](bool needed, int64_t count, size_t each) {
+            return needed ? (size_t(count) * each + 255) / 256 * 256 : 0;
+        };
         const Conv<T> own(conv, true, nullptr), linked(link_conv, true, nullptr);
-        sums = f_gradient + round_up((conv.gated ? conv.n * conv.h * conv.w * conv.cout : 0) * sizeof(T));
-        weight = sums + round_up(conv.n * own.blocks() * conv.cout * sizeof(SumOf<T>));
-        link_weight = weight + round_up(own.weight_parts(processors) * sizeof(SumOf<T>));
-        all = link_weight + round_up((links > 0 ? linked.weight_parts(processors) : 0) * sizeof(SumOf<T>));
+        const int64_t f_size = conv.n * conv.h * conv.w * conv.cout;
+        sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
+        weight = sums + room(result.sums != nullptr, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
+        link_weight = weight + room(result.weight != nullptr, own.weight_parts(processors), sizeof(SumOf<T>));
+        all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(processors), sizeof(SumOf<T>));
     }
 };
 
@@ -584,8 +591,10 @@ const char* masked_conv_cuda(Number number, bool exact, const MaskedConv& conv, 
     });
 }
 
-size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, int processors) {
-    return by_number(number, [&](auto zero) { return Plan<decltype(zero)>(conv, links, processors).all; });
+size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, const ConvGradients<void>& result,
+                                  int processors) {
+    if (too_large(conv) != nullptr) return 0;
+    return by_number(number, [&](auto zero) { return Plan<decltype(zero)>(conv, links, result, processors).all; });
 }
 
 const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
@@ -595,7 +604,7 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
     if (const char* error = too_large(conv)) return error;
     return by_number(number, [&](auto zero) {
         using T = decltype(zero);
-        const Plan<T> plan(conv, link.channels, processors);
+        const Plan<T> plan(conv, link.channels, result, processors);
         const cudaStream_t queue = static_cast<cudaStream_t>(stream);
         const Conv<T> own(conv, exact, queue), linked(plan.link_conv, exact, queue);
         const auto in = [](const void* t) { return static_cast<const T*>(t); };
@@ -605,7 +614,8 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
         const T* g = in(out_gradient);
         Errors errors;
         if (conv.gated || result.sums != nullptr) {
-            T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f) : reinterpret_cast<T*>(room(0));
+            T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
+                                                     : reinterpret_cast<T*>(room(plan.f_gradient));
             SumOf<T>* const sums = result.sums != nullptr ? parts(plan.sums) : nullptr;
             errors += own.to_f(in(f), g, in(extra), f_gradient, sums, gate);
             if (sums != nullptr) errors += own.add(sums, conv.n, own.blocks(), conv.cout, static_cast<SumOf<T>*>(result.sums));

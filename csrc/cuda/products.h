@@ -13,7 +13,14 @@
 namespace infovae_fast {
 namespace {
 
-#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// There are no such instructions; nothing is launched there.
+template <bool TRANSPOSED, typename... Arguments>
+__device__ void load_matrices(const Arguments&...) { __trap(); }
+template <typename... Arguments>
+__device__ void multiply_add(const Arguments&...) { __trap(); }
+__device__ inline unsigned to_tf32(float) { return 0; }
+#elif defined(__CUDACC__)
 // Four 8 x 8 matrices of 16 bit numbers from shared memory: each lane brings the address of a row.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
@@ -95,7 +102,7 @@ struct Product {  // of 16 bit numbers
     }
 };
 
-// float = high + low, both TF32, as far as it has digits.
+// float = high + low, both TF32, as far as it has digits. The largest finite numbers round to inf.
 template <>
 struct Product<float> {
     using Sum = float;
@@ -224,9 +231,9 @@ struct Tile {
 #pragma unroll
                         for (int s = 0; s < steps; ++s) P::add_low(own, a[i][s], b[s]);
 #pragma unroll
-                        for (int e = 0; e < 8; ++e) {  // inf * 0: the products of what is high will tell
+                        for (int e = 0; e < 8; ++e) {  // inf - inf, inf * 0: the products of what is high will tell
                             float& x = own.x[e / 4][e % 4];
-                            x = x == x ? x : 0.0f;
+                            x = x - x == 0 ? x : 0.0f;
                         }
                     }
 #pragma unroll

@@ -90,6 +90,8 @@ class Incremental2017:
         """choose(i, j, 0, params [n, P]) -> pixel (i, j) [n, C]."""
         x = self.new_image.clone()
         _, _, height, width = x.shape
+        for layer in self.vertical:
+            layer.rows.zero_()  # above the first row
         for i in range(height):
             for layer in self.vertical:
                 layer.row(i)

@@ -19,9 +19,9 @@
 //     }
 //
 // Not here: <<<...>>> (use cudaLaunchKernelEx), launch attributes, waiting for another block, inline PTX, arithmetic in
-// 16 bits (cuda_fp16.h and cuda_bf16.h convert), products of matrices but for those of warp_matrix.h. Fences
-// do nothing, so a missing one does not show. Registers, launch bounds and the sum of static and dynamic shared memory
-// are not limited. Launch from one CPU thread at a time.
+// 16 bits (cuda_fp16.h and cuda_bf16.h convert), products of matrices but for those of warp_matrix.h. Fences do nothing,
+// so a missing one does not show. Registers, launch bounds and the sum of static and dynamic shared memory are not
+// limited. Launch from one CPU thread at a time.
 #pragma once
 #define INFOVAE_FAST_SIMT
 

@@ -7,7 +7,8 @@ using namespace infovae_fast;
 
 // sizes: n, h, w, cin, cout, links, groups, interleaved, own, gate; taps: dy, dx of each.
 MaskedConv conv_of(const int64_t* sizes, const int64_t* taps, int64_t count) {
-    MaskedConv conv{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}, {sizes[6], sizes[7] != 0, sizes[8] != 0}, sizes[9] != 0};
+    const Colours colours{sizes[6], sizes[7] != 0, sizes[8] != 0};
+    MaskedConv conv{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}, colours, sizes[9] != 0};
     for (int64_t t = 0; t < count; ++t) conv.taps.push_back({taps[2 * t], taps[2 * t + 1]});
     return conv;
 }
@@ -29,10 +30,10 @@ extern "C" const char* conv_backward(int number, bool exact, const int64_t* size
                                      int processors) {
     const MaskedConv conv = conv_of(sizes, taps, count);
     const Link<void> linked{link, link_weight, sizes[5]};
-    const size_t bytes = masked_conv_cuda_workspace(Number(number), conv, linked.channels, processors);
+    const ConvGradients<void> wanted{results[0], results[1], results[2], results[3], results[4], results[5]};
+    const size_t bytes = masked_conv_cuda_workspace(Number(number), conv, linked.channels, wanted, processors);
     std::vector<unsigned char> workspace(bytes + 256, 0xff);
     void* const aligned = workspace.data() + (256 - uintptr_t(workspace.data()) % 256) % 256;
     return masked_conv_gradients_cuda(Number(number), exact, conv, x, weight, linked, Gate(sizes[9]), f, gradient, extra,
-                                      {results[0], results[1], results[2], results[3], results[4], results[5]}, aligned,
-                                      processors, nullptr);
+                                      wanted, aligned, processors, nullptr);
 }
