@@ -13,6 +13,7 @@ from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, Gat
 from infovae_fast.data import load_data, to_unit
 from infovae_fast.evaluation.mutual_information import mutual_information
 from infovae_fast.masked_conv import MaskedConv2d, to_dense
+from infovae_fast.models import pixelcnn
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from infovae_fast.objective import PRESETS
 
@@ -192,6 +193,19 @@ def test_several_codes_of_an_image(name):
     z, x = torch.randn(6, 2, dtype=torch.float64), torch.rand(2, channels, 4, 3, dtype=torch.float64)
     torch.testing.assert_close(model(z, x), model(z, x.repeat(3, 1, 1, 1)), rtol=1e-13, atol=1e-13)
     assert model(z[:0], x[:0]).shape == (0, model.head[-1].weight.shape[2], 4, 3)
+
+
+@each_model
+@pytest.mark.parametrize("inputs", [2, 0])
+def test_many_images_go_through_some_at_a_time_where_no_gradient_is_wanted(name, inputs, monkeypatch):
+    model, _, channels = network(name, 4, 3, inputs=inputs)
+    monkeypatch.setattr(pixelcnn, "BYTES_AT_ONCE", 8 * model.maps * 4 * 3 * 4)  # four images
+    z, x = torch.randn(10, 2, dtype=torch.float64), torch.rand(10, channels, 4, 3, dtype=torch.float64)
+    z, whole, counts = z if inputs else None, model(z if inputs else None, x), []
+    model.head.register_forward_hook(lambda module, inputs, out: counts.append(len(out)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(z, x), whole, rtol=1e-13, atol=1e-13)
+    assert counts == [4, 4, 2]
 
 
 def test_sizes():

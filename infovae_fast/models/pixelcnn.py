@@ -46,10 +46,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.masked_conv import MaskedConv2d, gated, masked_conv2d
+from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
 
 PAPER_PIXELCNN = {"name": "pixelcnn", "layers": 12, "maps": 32, "first_kernel": 7, "kernel": 3}
 R64 = {"name": "pixelcnn", "layers": 7, "maps": 64, "first_kernel": 7, "kernel": 3}
+BYTES_AT_ONCE = 4 << 20  # of a stack's sums [n, 2C, H, W] for a thread, where no gradient is wanted
 
 Offsets = set[tuple[int, int]]
 
@@ -122,12 +123,25 @@ class GatedPixelCNN(nn.Module):
 
     def forward(self, z: Tensor | None, x: Tensor) -> Tensor:
         """params [S N, P, H, W] for z [S N, D] and x [N, C, H, W]: S codes for every image, code s of image n in row
-        s N + n. Layer 0 reads the images once. z is None where inputs=0."""
+        s N + n. z is None where inputs=0."""
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
             sizes = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {sizes}]")
         if z is not None and len(z) % max(len(x), 1):
             raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
+        if z is not None and len(z) > len(x):
+            x = x.repeat(len(z) // len(x), 1, 1, 1)
+        if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= (size := self._images_at_once()):
+            return self._params(z, x)
+        codes = [None] * -(-len(x) // size) if z is None else z.split(size)
+        return torch.cat([self._params(*some) for some in zip(codes, x.split(size), strict=True)])
+
+    def _images_at_once(self) -> int:
+        """On the CPU, of many: memory that is touched for the first time would cost more than the arithmetic."""
+        _, height, width = self.image_shape
+        return max(1, BYTES_AT_ONCE * torch.get_num_threads() // (8 * self.maps * height * width))
+
+    def _params(self, z: Tensor | None, x: Tensor) -> Tensor:
         v = h = x if self.variant == "infovae2017" else 2 * x - 1
         skip: Tensor | None = None
         for layer, condition in zip(self.layers, self.conditions(z), strict=True):
@@ -183,14 +197,8 @@ class _Layer(nn.Module):
     def forward(
         self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Layer 0 reads the image once for all its codes: its gate has to wait for them.
-        if above is not None and len(above) != len(v):
-            below = _plus(self.vertical.with_f(v)[1], above)
-            v = gated(below, "tanh")
-            o = gated(_plus(self.horizontal.with_f(h)[1], self.link(below, beside)), "tanh")
-        else:
-            v, below = self.vertical.with_f(v, above)
-            o = self.horizontal(h, beside, link=(below, self.link.weight[0]))
+        v, below = self.vertical.with_f(v, above)
+        o = self.horizontal(h, beside, link=(below, self.link.weight[0]))
         if not self.last:
             h = self._out(o, slice(self.maps), None if self.first else h)
         return v, h, self._out(o, slice(-self.maps, None), skip)
@@ -225,14 +233,12 @@ class _Layer2017(nn.Module):
     def forward(
         self, v: Tensor, h: Tensor, skip: None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, None]:
-        if self.first and above is not None and len(above) != len(v):
-            v = v.repeat(len(above) // len(v), 1, 1, 1)
         v = self.vertical(v, above)
         if self.first:
             h = self.start.relu()[:, None, None].expand_as(v)
         else:
             link = self.link(v).relu().repeat(1, 2, 1, 1)
-            o = self.horizontal(h, link if beside is None else _plus(link, beside))
+            o = self.horizontal(h, link if beside is None else link + beside[:, :, None, None])
             h = self.out(o).relu() + h
         return v, h, skip
 
@@ -246,15 +252,6 @@ class _SpatialCode(nn.Sequential):
 
     def __init__(self, inputs: int, shape: Sequence[int]) -> None:
         super().__init__(nn.Linear(inputs, math.prod(shape)), nn.ReLU(), nn.Unflatten(1, tuple(shape)))
-
-
-def _plus(f: Tensor, condition: Tensor | None) -> Tensor:
-    """f [N, C, H, W] plus a condition [S N, C] or [S N, C, H, W] for S codes an image: [S N, C, H, W]."""
-    if condition is None:
-        return f
-    condition = condition if condition.ndim == 4 else condition[:, :, None, None]
-    codes = len(condition) // max(len(f), 1)
-    return (f + condition.unflatten(0, (codes, len(f)))).flatten(0, 1)
 
 
 def _sums(offsets: Offsets, taps: Iterable[tuple[int, int]]) -> Offsets:
