@@ -112,6 +112,7 @@ def main() -> None:
     which.add_argument("--bar", action="store_true", help="only the cases of the README")
     which.add_argument("--grid", action="store_true", help="N = 16 .. 65,536, D = 2 .. 512, value alone too (long)")
     which.add_argument("--only", metavar="WHAT,N,D", help="one case of the README, as rbf,256,10")
+    parser.add_argument("--least", type=int, default=2, help="smallest N")
     parser.add_argument("--most", type=int, default=2**16, help="largest N")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
@@ -123,7 +124,7 @@ def main() -> None:
         some = {name: i for name, i in installed.items() if feasible(case, i, options.memory)}
         if options.only and options.only != f"{case.what},{case.n},{case.d}":
             continue
-        if case.n > options.most or {(case, name) for name in some} <= done:
+        if not options.least <= case.n <= options.most or {(case, name) for name in some} <= done:
             continue
         rows = bench(case, some, options.device)
         ours = rows[0]["median_s"]
