@@ -46,8 +46,8 @@ class DCGANEncoder(nn.Sequential):
     """Convolutions 4x4 of stride 2 with `channels` maps, a fully connected layer of `hidden`, a linear layer.
 
     Height and width must be multiples of 2^len(channels). Batch normalisation, where asked for, follows each hidden
-    layer but makes q(z|x) depend on the batch in training. With an autoregressive decoder and MMD it decides whether z is
-    used at all: tests/test_pixelcnn.py.
+    layer but makes q(z|x) depend on the batch in training. With an autoregressive decoder and MMD it decides whether z
+    is used at all: tests/test_pixelcnn.py.
     """
 
     def __init__(
