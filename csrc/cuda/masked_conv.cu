@@ -26,7 +26,7 @@ namespace infovae_fast {
 namespace {
 
 constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
-constexpr int kStages = 3;                      // steps of a product in shared memory
+constexpr int kStages = 3;  // steps of a product in shared memory
 constexpr int kMaxTaps = 512;
 constexpr int kBlocksPerProcessor = 4;  // of the gradient to weight, wanted
 constexpr int kGateRows = 128, kGateColumns = 32;

@@ -20,7 +20,6 @@ from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_conf
 from infovae_fast.models.incremental import Callback
 from infovae_fast.models.networks import DECODERS, ENCODERS, build
 from infovae_fast.models.pixel_sampler import PixelSampler
-from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.priors import PRIORS, Posterior, Prior, StandardNormal
 from infovae_fast.objective import Objective, Terms, mmd_vae, objective_from_config
 
@@ -157,8 +156,8 @@ class InfoVAE(nn.Module):
                 "decode: got no x; accepted: decode(z, x), as this decoder is autoregressive: parameters depend on "
                 "earlier pixels. To draw images use PixelSampler(model).sample(z), or model.sample(n)"
             )
-        if len(x) < len(z) and not isinstance(self.decoder, GatedPixelCNN):
-            x = x.repeat(len(z) // len(x), 1, 1, 1)
+        if len(x) < len(z):
+            x = x.repeat(len(z) // max(len(x), 1), 1, 1, 1)
         return self.decoder(z, x)
 
     def forward(self, x: Tensor) -> Output:

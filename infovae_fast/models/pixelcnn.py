@@ -145,9 +145,8 @@ class GatedPixelCNN(nn.Module):
         v = h = x if self.variant == "infovae2017" else 2 * x - 1
         skip: Tensor | None = None
         for layer, condition in zip(self.layers, self.conditions(z), strict=True):
-            if (
-                self.checkpoint_layers and torch.is_grad_enabled()
-            ):  # the sum of the skips is not kept once for each layer
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                # Without the sum of the skips: it would be kept once for each layer.
                 v, h, more = checkpoint(layer, v, h, None, *condition, use_reentrant=False)
                 skip = more if skip is None else skip + more
             else:

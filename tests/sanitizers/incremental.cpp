@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cpu/vector.h"
 #include "values.h"
 
 using namespace infovae_fast;
@@ -252,7 +251,5 @@ int main(int, char** arguments) {
         run<float>(random, network);
         run<double>(random, network);
     }
-    const char* const units[] = {"baseline", "avx2", "avx512"};
-    std::printf("%s: %d problems\n", units[int(kUnit)], problems);
-    return wrong == 0 ? 0 : 1;
+    return report(problems, wrong);
 }

@@ -12,7 +12,6 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cpu/vector.h"
 #include "values.h"
 
 using namespace infovae_fast;
@@ -200,7 +199,5 @@ int main(int, char** arguments) {
         const Problem problem(random, 1, 400, 12, 48, 2, 1, gate);
         run<float>(problem, random);
     }
-    const char* const units[] = {"baseline", "avx2", "avx512"};
-    std::printf("%s: %d problems\n", units[int(kUnit)], problems);
-    return wrong == 0 ? 0 : 1;
+    return report(problems, wrong);
 }

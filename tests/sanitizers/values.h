@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "cpu/vector.h"
 
 using Random = std::mt19937_64;
 using Values = std::vector<double>;
@@ -17,6 +20,13 @@ inline Values normal(Random& random, int64_t size, double scale = 1) {
     Values values(size);
     for (double& v : values) v = float(scale * distribution(random));
     return values;
+}
+
+// Prints the vector unit and how many problems ran; the exit status.
+inline int report(int problems, int wrong) {
+    const char* const units[] = {"baseline", "avx2", "avx512"};
+    std::printf("%s: %d problems\n", units[int(infovae_fast::kUnit)], problems);
+    return wrong == 0 ? 0 : 1;
 }
 
 // An array of T of exactly these values, or null; without values, `size` NaNs to be written over.
