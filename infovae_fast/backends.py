@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
 AUTO = os.environ.get("INFOVAE_FAST_BACKEND") or "auto"
+TRITON = find_spec("triton") is not None  # looked up once: torch.compile does not trace the search in every release
 
 
 class Backend(NamedTuple):
@@ -105,4 +106,4 @@ def tf32_allowed() -> bool:
 
 def triton_missing() -> str | None:
     """Why Triton is not there; does not load it."""
-    return None if find_spec("triton") else "triton is not installed; pip install triton"
+    return None if TRITON else "triton is not installed; pip install triton"
