@@ -87,26 +87,29 @@ def row_of(start, row: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, stride):
 
 @triton.jit
 def logistic_mixture_kernel(
-    params, x, nll, gradient, n, pixels, params_n, params_p, params_s, x_n, x_c, x_s, gradient_n, gradient_p,
+    source, x, nll, gradient, n, pixels, source_n, source_p, source_s, x_n, x_c, x_s, gradient_n, gradient_p,
     gradient_s, last_level, K: tl.constexpr, KP: tl.constexpr, CHANNELS: tl.constexpr, GRADIENT: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """-log P of the pixels of n images, [n, pixels], and its gradient to params [n, P, pixels], with any strides."""
-    dtype = params.dtype.element_ty
+    """-log P of the pixels of n images, [n, pixels], and its gradient to source, the params [n, P, pixels]; any strides.
+
+    A parameter named params would be lost: what Triton binds the arguments of a launch with has a local of that name.
+    """
+    dtype = source.dtype.element_ty
     q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = q < n.to(tl.int64) * pixels
     image, pixel = q // pixels, q % pixels
-    start = image * params_n + pixel * params_s
+    there = image < n
+    start = image * source_n + pixel * source_s
     to = image * gradient_n + pixel * gradient_s
     inside = there[:, None] & (tl.arange(0, KP) < K)[None, :]
     last = tl.zeros([1], dtype) + last_level
     log_width = tl.log(2 / last)[:, None]
 
-    logits = tl.load(params + row_of(start, 0, K, KP, params_p), mask=inside, other=float("-inf"))
+    logits = tl.load(source + row_of(start, 0, K, KP, source_p), mask=inside, other=float("-inf"))
     logits -= tl.where(there, tl.max(logits, axis=1), 0.0)[:, None]
     weight = tl.exp(logits)
-    mean_0 = tl.load(params + row_of(start, 1, K, KP, params_p), mask=inside, other=0.0)
-    log_s_0 = tl.load(params + row_of(start, 2, K, KP, params_p), mask=inside, other=0.0)
+    mean_0 = tl.load(source + row_of(start, 1, K, KP, source_p), mask=inside, other=0.0)
+    log_s_0 = tl.load(source + row_of(start, 2, K, KP, source_p), mask=inside, other=0.0)
     at = x + image * x_n + pixel * x_s
     x_0 = level_of(tl.load(at, mask=there, other=0.0), last)[:, None]
     last = last[:, None]
@@ -117,14 +120,14 @@ def logistic_mixture_kernel(
         x_1 = level_of(tl.load(at + x_c, mask=there, other=0.0)[:, None], last)
         x_2 = level_of(tl.load(at + 2 * x_c, mask=there, other=0.0)[:, None], last)
         y_1 = x_1 / last
-        t_0, slope_0 = tanh(tl.load(params + row_of(start, 3, K, KP, params_p), mask=inside, other=0.0), TERMS)
-        t_1, slope_1 = tanh(tl.load(params + row_of(start, 6, K, KP, params_p), mask=inside, other=0.0), TERMS)
-        t_2, slope_2 = tanh(tl.load(params + row_of(start, 9, K, KP, params_p), mask=inside, other=0.0), TERMS)
-        mean_1 = tl.load(params + row_of(start, 4, K, KP, params_p), mask=inside, other=0.0) + t_0 * y_0
-        log_s_1 = tl.load(params + row_of(start, 5, K, KP, params_p), mask=inside, other=0.0)
+        t_0, slope_0 = tanh(tl.load(source + row_of(start, 3, K, KP, source_p), mask=inside, other=0.0), TERMS)
+        t_1, slope_1 = tanh(tl.load(source + row_of(start, 6, K, KP, source_p), mask=inside, other=0.0), TERMS)
+        t_2, slope_2 = tanh(tl.load(source + row_of(start, 9, K, KP, source_p), mask=inside, other=0.0), TERMS)
+        mean_1 = tl.load(source + row_of(start, 4, K, KP, source_p), mask=inside, other=0.0) + t_0 * y_0
+        log_s_1 = tl.load(source + row_of(start, 5, K, KP, source_p), mask=inside, other=0.0)
         down_1, factor_1, to_mean_1, to_log_s_1 = bin_of(x_1, mean_1, log_s_1, last, log_width, TERMS)
-        mean_2 = tl.load(params + row_of(start, 7, K, KP, params_p), mask=inside, other=0.0) + (t_1 * y_0 + t_2 * y_1)
-        log_s_2 = tl.load(params + row_of(start, 8, K, KP, params_p), mask=inside, other=0.0)
+        mean_2 = tl.load(source + row_of(start, 7, K, KP, source_p), mask=inside, other=0.0) + (t_1 * y_0 + t_2 * y_1)
+        log_s_2 = tl.load(source + row_of(start, 8, K, KP, source_p), mask=inside, other=0.0)
         down_2, factor_2, to_mean_2, to_log_s_2 = bin_of(x_2, mean_2, log_s_2, last, log_width, TERMS)
         down += down_1 + down_2
         factor *= factor_1 * factor_2

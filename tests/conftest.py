@@ -70,19 +70,40 @@ def gpu_kernels_without_a_gpu() -> None:
         )
 
 
+@pytest.fixture(autouse=True)
+def device_of_the_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test with a parameter "cuda" or "triton" has its numbers there; every other one has them on the CPU."""
+    from tests import oracle
+
+    values = getattr(request.node, "callspec", None)
+    names = [value for value in values.params.values() if isinstance(value, str)] if values else []
+    monkeypatch.setattr(oracle, "device", max(map(oracle.device_of, names), default="cpu"))  # "cuda" > "cpu"
+
+
 def compile_ahead(module: str, kernel: str, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Registers, stack and local memory of `module.kernel`, one dict for each case and each of `ARCHITECTURES`.
 
     Args:
         cases: the parameters by name: a Triton type ("*fp32", "i64") or [value] for a constexpr; and if wanted
             "num_warps" and "num_stages".
-
-    In a process of its own, because in this one the kernels may be the interpreter's.
     """
+    return _for_gpus([module, kernel], json.dumps(cases))
+
+
+def launch_ahead(code: str) -> list[dict[str, Any]]:
+    """As `compile_ahead`, with its name as "kernel", for every Triton kernel that `code` launches on CPU tensors.
+
+    The launches compile what they would on each of `ARCHITECTURES`, with these very arguments, and run nothing.
+    """
+    return _for_gpus([], code)
+
+
+def _for_gpus(arguments: list[str], given: str) -> list[dict[str, Any]]:
+    """In a process of its own, because in this one the kernels may be the interpreter's."""
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.conftest", module, kernel],
-            input=json.dumps(cases),
+            [sys.executable, "-m", "tests.conftest", *arguments],
+            input=given,
             env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
             capture_output=True,
             text=True,
@@ -91,7 +112,7 @@ def compile_ahead(module: str, kernel: str, cases: list[dict[str, Any]]) -> list
     return json.loads(done.stdout)
 
 
-def _resources(kernel: Any, case: dict[str, Any], architecture: int) -> dict[str, int]:
+def _compile(kernel: Any, case: dict[str, Any], architecture: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,7 +124,38 @@ def _resources(kernel: Any, case: dict[str, Any], architecture: int) -> dict[str
         (k,): [["tt.divisibility", 16]] for k, t in enumerate(signature.values()) if t[0] == "*"
     }  # as torch's are
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return _resources(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options), architecture)
+
+
+def _launch(code: str) -> list[dict[str, Any]]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found, run = [], JITFunction.run
+
+    class NoGpu:
+        """As much of a driver as a launch asks for before it has compiled; the devices' numbers are architectures."""
+
+        def __init__(self, architecture: int) -> None:
+            self.get_current_device = lambda: architecture
+            self.get_current_stream = lambda device: 0
+            self.get_current_target = lambda: GPUTarget("cuda", architecture, 32)
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        found.append(_resources(compiled, compiled.metadata.target.arch) | {"kernel": kernel.fn.__name__})
+
+    JITFunction.run = compile_only
+    for architecture in ARCHITECTURES:
+        driver.set_active(NoGpu(architecture))
+        exec(code, {})
+    return found
+
+
+def _resources(compiled: Any, architecture: int) -> dict[str, Any]:
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -118,5 +170,10 @@ def _resources(kernel: Any, case: dict[str, Any], architecture: int) -> dict[str
 if __name__ == "__main__":
     import importlib
 
-    target = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
-    print(json.dumps([_resources(target, dict(case), sm) for case in json.load(sys.stdin) for sm in ARCHITECTURES]))
+    given = sys.stdin.read()
+    if len(sys.argv) == 1:
+        found = _launch(given)
+    else:
+        target = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
+        found = [_compile(target, dict(case), sm) for case in json.loads(given) for sm in ARCHITECTURES]
+    print(json.dumps(found))

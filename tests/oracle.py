@@ -28,16 +28,17 @@ from infovae_fast.radial import IMQ, RBF, Kernel, RationalQuadratic
 EXACT = 1e-12
 
 
-device = "cpu"  # of the numbers that `normal` makes
+device = "cpu"  # of the numbers that `normal` makes; tests/conftest.py sets it to that of a test's backend
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=backends.NAMES, scope="session")
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend's name, and its device for `normal`; the test asks `require` whether it runs here."""
-    global device
-    device = "cuda" if request.param in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-    yield request.param
-    device = "cpu"
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend's name; the test asks `require` whether it runs here."""
+    return request.param
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from infovae_fast.logistic_mixture import (
     split_params,
 )
 from tests import oracle
-from tests.conftest import ARCHITECTURES, compile_ahead
+from tests.conftest import ARCHITECTURES, launch_ahead
 from tests.oracle import EXACT, check, require, require_compile
 
 backend, one_thread = oracle.backend, oracle.one_thread
@@ -170,6 +170,7 @@ def test_it_meets_the_rule(backend):
 
 def test_several_programs(monkeypatch):
     """Triton's blocks as they are on a GPU; the interpreter's are large."""
+    monkeypatch.setattr(oracle, "device", oracle.device_of("triton"))
     can_run("triton")
     monkeypatch.setattr(kernels, "BYTES", SETTING)
     sweep("triton", [(10, 3, 256, (2, 3, 7))], [torch.float32])
@@ -218,7 +219,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 def test_pixels_are_summed_in_float64(backend):
     can_run(backend)
-    if backend in ("reference", "triton") and not torch.cuda.is_available():
+    if backend == "reference" or (backend == "triton" and not torch.cuda.is_available()):
         pytest.skip("the reference sums in its own dtype, and the interpreter would take long")
     params, x = problem(1, 1, 256, (1,))
     one, _ = results(params, x, 256, backend)
@@ -231,7 +232,7 @@ def test_hostile_layouts(backend):
     can_run(backend)
     params, x = problem(2, 3, 16, (3, 4, 5))
     wanted = results(params, x, 16, backend)
-    wide = torch.full((6, 20, 9, 5), torch.nan)
+    wide = torch.full((6, 20, 9, 5), torch.nan, device=oracle.device)
     wide[::2, :, 1::2] = params
     turned = params.transpose(2, 3).contiguous().transpose(2, 3)
     for p, v in ((wide[::2, :, 1::2], x), (turned, channels_last(x)), (channels_last(params), x)):
@@ -250,9 +251,9 @@ def test_upstream_gradients_reach_the_params_alone(backend):
     _, gradient = results(params, x, 16, backend)
     params, x = params.requires_grad_(), x.requires_grad_()
     nll = discretized_logistic_mixture_nll(params, x, levels=16, backend=backend)
-    for upstream in (torch.tensor([2.0, 0.0, -1.0]), torch.tensor(3.0).expand(3)):
+    for upstream in (torch.tensor(numbers, device=oracle.device).expand(3) for numbers in ([2.0, 0.0, -1.0], 3.0)):
         to_params, to_x = torch.autograd.grad(nll, (params, x), upstream, retain_graph=True)
-        torch.testing.assert_close(to_params, upstream[:, None, None] * gradient, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(to_params.cpu(), upstream.cpu()[:, None, None] * gradient, rtol=1e-6, atol=1e-6)
         assert torch.equal(to_x, torch.zeros_like(x))
     nll = discretized_logistic_mixture_nll(params.detach(), x, levels=16, backend=backend)
     assert torch.equal(torch.autograd.grad(nll.sum(), x)[0], torch.zeros_like(x))
@@ -268,7 +269,8 @@ def test_saturated_coefficients_keep_their_slope(backend):
     a = torch.tensor([-30.0, -12.0, -3.0, -0.5, -1e-3, 0.0, 1e-3, 0.3, 0.7, 3.0, 12.0, 30.0])
     params = torch.zeros(len(a), 10)
     params[:, [3, 6, 9]] = a[:, None]
-    _, gradient = results(params, torch.tensor([[1.0, 0.2, 0.6]]).expand(len(a), -1), 256, backend)
+    x = torch.tensor([[1.0, 0.2, 0.6]], device=oracle.device).expand(len(a), -1)
+    _, gradient = results(params.to(oracle.device), x, 256, backend)
     slope = torch.cosh(a.double()).square().reciprocal()
     for coefficient, mean, y in ((3, 4, 1.0), (6, 7, 1.0), (9, 7, -0.6)):
         assert torch.allclose(gradient[:, coefficient].double(), gradient[:, mean] * y * slope, rtol=1e-5, atol=0)
@@ -300,7 +302,8 @@ def test_extreme_params_stay_finite(backend):
     can_run(backend)
     mu, log_s = torch.tensor([-1000.0, -1.0, 0.0, 1 / 255, 50.0]), torch.tensor([-60.0, -20.0, 0.0, 30.0, 80.0, 100.0])
     grid = torch.cartesian_prod(torch.tensor([0.0, 5e3]), mu, log_s, torch.tensor([0.0, 1 / 255, 0.5, 1.0]))
-    nll, gradient = results(grid[:, :3].contiguous(), grid[:, 3:], 256, backend)
+    there = grid.to(oracle.device)
+    nll, gradient = results(there[:, :3].contiguous(), there[:, 3:], 256, backend)
     assert (nll.isfinite() & gradient.isfinite().all(1))[grid[:, 2] < 88].all()  # e^-100 is 0 in float32
     assert nll.isfinite().all() or backend == "reference"
 
@@ -325,8 +328,8 @@ def test_half_precision_is_computed_in_float32(backend):
     params = params.bfloat16().requires_grad_()
     nll = discretized_logistic_mixture_nll(params, x.bfloat16(), backend=backend)
     exact, gradient = results(params.detach().float(), x, 256, backend)
-    assert torch.equal(nll, exact) and nll.dtype == torch.float32
-    assert torch.equal(torch.autograd.grad(nll.sum(), params)[0], gradient.bfloat16())
+    assert torch.equal(nll.cpu(), exact) and nll.dtype == torch.float32
+    assert torch.equal(torch.autograd.grad(nll.sum(), params)[0].cpu(), gradient.bfloat16())
 
 
 def test_nothing_in_it(backend):
@@ -391,7 +394,7 @@ def test_it_compiles_as_one_graph_with_its_gradient(backend):
     nll = compiled(params.requires_grad_(), x)
     got = nll.detach(), torch.autograd.grad(nll.sum(), params)[0]
     for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("leaf", ["native", "triton"])
@@ -422,21 +425,20 @@ def test_refusals():
 
 
 def test_it_compiles_for_gpus_without_spilling():
+    """What is launched: in both layouts, and with sizes of 1, which Triton compiles into the kernel."""
     can_run("triton")
-    cases = []
-    for dtype, k, last in ((torch.float32, 10, "p"), (torch.float64, 5, "s")):
-        pointers = dict.fromkeys(["params", "x", "nll", "gradient"], {4: "*fp32", 8: "*fp64"}[dtype.itemsize])
-        sizes = [f"{t}_{axis}" for t, axes in (("params", "nps"), ("x", "ncs"), ("gradient", "nps")) for axis in axes]
-        adjacent = {f"params_{last}": [1], f"gradient_{last}": [1], ("x_s" if last == "s" else "x_c"): [1]}
-        kp = kernels.triton.next_power_of_2(k)
-        constants = {
-            "K": k, "KP": kp, "CHANNELS": 3, "GRADIENT": True, "TERMS": kernels.terms(dtype),
-            "BLOCK": max(1, SETTING // dtype.itemsize // kp),
-        }  # fmt: skip
-        numbers = dict.fromkeys(["n", "pixels", *sizes, "last_level"], "i32") | adjacent
-        cases.append(
-            pointers | numbers | {name: [value] for name, value in constants.items()} | {"num_warps": kernels.WARPS}
-        )
-    found = compile_ahead("infovae_fast.kernels.logistic_mixture", "logistic_mixture_kernel", cases)
-    for case, resources in zip((case for case in cases for _ in ARCHITECTURES), found, strict=True):
-        assert resources["stack"] == resources["local"] == 0, (case, resources)
+    found = launch_ahead("""from tests.test_logistic_mixture import *
+for k, channels, levels, shape, dtype, gradient in (
+    (10, 3, 256, (3, 7, 16), torch.float32, True),
+    (10, 3, 256, (3, 7, 16), torch.float32, False),
+    (5, 3, 256, (3, 7, 5), torch.float64, True),
+    (5, 1, 256, (3, 7, 5), torch.float32, True),
+    (10, 3, 256, (1, 4, 8), torch.float32, True),
+    (1, 1, 2, (1,), torch.float64, True),
+):
+    params, x = (t.to(dtype) for t in problem(k, channels, levels, shape))
+    kernels.logistic_mixture(params, x, levels, gradient)
+    kernels.logistic_mixture(channels_last(params), channels_last(x), levels, gradient)""")
+    assert {resources["sm"] for resources in found} == set(ARCHITECTURES)
+    for resources in found:
+        assert resources["stack"] == resources["local"] == 0, resources
