@@ -248,7 +248,7 @@ def test_a_hundred_random_cases(seed):
 def test_importance_weights(backend, book, estimator):
     """Weights of whole numbers are points that occur several times; only their ratios count."""
     x, y = samples(5, 4)
-    a, b = torch.tensor([1.0, 2.0, 1.0, 3.0, 0.0]).double(), torch.tensor([2.0, 1.0, 1.0, 1.0]).double()
+    a, b = (torch.tensor(numbers).to(x) for numbers in ([1.0, 2.0, 1.0, 3.0, 0.0], [2.0, 1.0, 1.0, 1.0]))
     kernel = book.build()
     require_pairwise(backend, x, y, kernel=kernel)
     value = mmd(x, y, kernel, estimator, x_weights=5 * a, y_weights=b / 3, backend=backend)
@@ -268,7 +268,7 @@ def test_importance_weights(backend, book, estimator):
 def test_equal_weights_are_none_and_gradients_reach_the_weights(backend, estimator):
     x, y = samples(9, 7)
     require_pairwise(backend, x, y, kernel=RBF())
-    a, b = torch.full((9,), 2.0).double().requires_grad_(), torch.ones(7).double()
+    a, b = torch.full_like(x[:, 0], 2.0).requires_grad_(), torch.ones_like(y[:, 0])
     value = mmd(x, y, None, estimator, x_weights=a, backend=backend)
     near(value, mmd(x, y, None, estimator, backend=backend))
     near(mmd(x, y, None, estimator, y_weights=b, backend=backend), value)
@@ -289,7 +289,7 @@ def test_progress(backend, estimator, monkeypatch):
     (slope,) = torch.autograd.grad(mmd(x, y, None, estimator, backend=backend), x)
     near(torch.autograd.grad(value, leaf)[0], slope)
     with pytest.raises(ValueError, match="progress is for estimator='biased' or 'unbiased' without weights"):
-        mmd(x, y, x_weights=torch.ones(11), progress=print)
+        mmd(x, y, x_weights=torch.ones_like(x[:, 0]), progress=print)
     with pytest.raises(ValueError, match="progress is for"):
         mmd(x[:7], y, estimator="linear", progress=print)
 
@@ -324,12 +324,13 @@ def test_one_point_each_with_the_biased_estimator(backend):
 @each_kernel
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_coinciding_points(backend, book, estimator):
-    x, y = torch.ones(6, 3, requires_grad=True), torch.ones(6, 3)
+    x, y = torch.ones(2, 6, 3, device=oracle.device)
+    x.requires_grad_()
     require_pairwise(backend, x, y, kernel=book.build())
     value = mmd(x, y, book.build(), estimator, backend=backend)
     (slope,) = torch.autograd.grad(value, x)
     assert abs(value) <= torch.finfo(torch.float32).eps * 4 * book.phi(0.0)  # four terms that cancel
-    assert torch.equal(slope, torch.zeros(6, 3))
+    assert torch.equal(slope, torch.zeros_like(x))
 
 
 @given(
@@ -383,16 +384,17 @@ def test_float32_accuracy(backend, dim, name):
     if backend == "triton" and not torch.cuda.is_available():
         pytest.skip("triton: its interpreter would take minutes for these clouds of 1,000 points")
     kernel = BAR_KERNELS[name](dim).at(dim)
-    require_pairwise(backend, torch.zeros(1, dim), torch.zeros(1, dim), kernel=kernel)
+    require_pairwise(backend, *torch.zeros(2, 1, dim, device=oracle.device), kernel=kernel)
     truths, errors = [], []
     for seed, shift in BAR_CASES:
         x, y, biased, unbiased, slope = bar_truth(name, dim, seed, shift)
+        x, y = x.to(oracle.device), y.to(oracle.device)
         leaf = x.clone().requires_grad_(slope is not None)
         value = mmd(leaf, y, kernel, "biased", backend=backend)
         assert value.dtype == torch.float32
         assert abs(value.item() - biased) / biased < 1e-5
         if slope is not None:
-            error = (torch.autograd.grad(value, leaf)[0].double() - slope).abs().max() / slope.abs().max()
+            error = (torch.autograd.grad(value, leaf)[0].cpu().double() - slope).abs().max() / slope.abs().max()
             assert error.item() < 3e-6
         truths.append(unbiased)
         errors.append(abs(mmd(x, y, kernel, backend=backend).item() - unbiased))
@@ -429,7 +431,7 @@ def test_autocast_changes_nothing(backend, estimator):
         return value, *torch.autograd.grad(value, leaf), stein_direction(x, kernel=RBF(1.0), backend=backend)
 
     plain = both()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(oracle.device, torch.bfloat16):
         under = both()
     for a, b in zip(plain, under, strict=True):
         assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
@@ -439,7 +441,7 @@ def test_autocast_changes_nothing(backend, estimator):
 def test_layouts(backend, estimator):
     x, y = samples(8, 8, 4, torch.float32)
     require_pairwise(backend, x, y, kernel=RBF(1.0))
-    gaps = torch.full((16, 8), math.nan)
+    gaps = torch.full((16, 8), math.nan, device=y.device)
     gaps[::2, 1::2] = y
     for a, b in [(x.T.contiguous().T, gaps[::2, 1::2]), (x, y[:1].expand(8, 4)), (x, x), (x[:6], x[2:])]:
         value = mmd(a, b, RBF(1.0), estimator, backend=backend)

@@ -374,15 +374,15 @@ def test_one_point_alone_feels_nothing(backend):
     x = normal(1, 3)
     require_pairwise(backend, x, kernel=RBF(1.0))
     assert energy(x, kernel=RBF(1.0), backend=backend) == 0
-    assert torch.equal(force(x, v=x, kernel=RBF(1.0), backend=backend), torch.zeros(1, 3, dtype=torch.float64))
+    assert torch.equal(force(x, v=x, kernel=RBF(1.0), backend=backend), torch.zeros_like(x))
 
 
 def test_coinciding_points_are_finite(backend):
-    x = torch.ones(7, 3, requires_grad=True)
+    x = torch.ones(7, 3, device=oracle.device, requires_grad=True)
     require_pairwise(backend, x, x, kernel=IMQ(1.0))
     E = energy(x, x.detach(), kernel=IMQ(1.0), backend=backend)
     assert E == 14 * 13
-    assert torch.equal(torch.autograd.grad(E, x)[0], torch.zeros(7, 3))
+    assert torch.equal(torch.autograd.grad(E, x)[0], torch.zeros_like(x))
 
 
 def test_a_batch_of_clouds_is_each_cloud(backend):
@@ -401,13 +401,13 @@ def test_an_expanded_upstream_gradient(backend):
     x, y = normal(3, 6, 2, seed=1).requires_grad_(), normal(3, 4, 2, seed=2)
     require_pairwise(backend, x, y, kernel=RBF(1.0))
     E = energy(x, y, kernel=RBF(1.0), backend=backend)
-    (g,) = torch.autograd.grad(E, x, torch.full((1,), 2.0, dtype=E.dtype).expand(3))
+    (g,) = torch.autograd.grad(E, x, torch.full_like(E[:1], 2.0).expand(3))
     near(g, 4 * force(x.detach(), y, kernel=RBF(1.0), backend=backend))
 
 
 def layouts(t):
     """The same numbers among NaNs, by columns, and behind an offset."""
-    wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"), dtype=t.dtype)
+    wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"), dtype=t.dtype, device=t.device)
     wide[::2, ::3] = t
     return wide[::2, ::3], t.T.contiguous().T, torch.cat([torch.full_like(t[:1], float("nan")), t])[1:]
 
@@ -467,9 +467,9 @@ def test_any_small_cloud_is_its_double_loop(backend, n, m, dim, book, dtype, spr
     loop = torch.from_numpy(force_loop(x.double(), None if y is None else y.double(), None, book, WEIGHTS))
     scale_E, scale_F = oracle.pairwise_scales(x, y, None, kernel, WEIGHTS)
     allowed, tiny = max(2 * torch.finfo(F.dtype).eps, oracle.EXACT), torch.finfo(F.dtype).tiny
-    underflow = tiny * (n + m) ** 2 * (1 + x.double().norm(dim=1).max())
+    underflow = tiny * (n + m) ** 2 * (1 + x.double().norm(dim=1).max().item())
     assert abs(E.item() - truth) <= allowed * scale_E + underflow
-    assert ((F.double() - loop).abs() <= allowed * scale_F + underflow).all()
+    assert ((F.double().cpu() - loop).abs() <= allowed * scale_F + underflow).all()
 
 
 # What the inputs must be
