@@ -183,7 +183,7 @@ def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
 
 def cuda_limits(x: Tensor, *inputs: Any) -> str | None:
     """What csrc/cuda/masked_conv.cu has no room for."""
-    count, side = max((len(mask.taps) for mask in inputs if isinstance(mask, Mask)), default=1), max(x.shape[2:])
+    count, side = max([1, *[len(mask.taps) for mask in inputs if isinstance(mask, Mask)]]), max(x.shape[2:])
     if count > MOST_TAPS or side > MOST_SIDE:
         return f"got {count} taps and {side} pixels a side, accepted: at most {MOST_TAPS} and {MOST_SIDE}"
     return None
@@ -296,8 +296,8 @@ def _run(
     """(out, f); f only counts if it is to be kept."""
     inputs = (*_checked(mask, x, weight, bias, condition, link), mask, keep_f)
     run = choose("masked_conv", BACKENDS, backend, *inputs)
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    device = x.device.type  # torch.compile of older releases does not trace torch.amp.is_autocast_available
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         return run(*inputs)
 
 
