@@ -91,7 +91,7 @@ def logistic_mixture_kernel(
     gradient_s, last_level, K: tl.constexpr, KP: tl.constexpr, CHANNELS: tl.constexpr, GRADIENT: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """-log P of the pixels of n images, [n, pixels], and its gradient to source, the params [n, P, pixels]; any strides.
+    """-log P of the pixels of n images, [n, pixels], and its gradient to source [n, P, pixels], with any strides.
 
     A parameter named params would be lost: what Triton binds the arguments of a launch with has a local of that name.
     """

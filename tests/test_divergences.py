@@ -101,7 +101,8 @@ def test_stein_accuracy(backend):
     kernel = RBF().at(20)
     require_pairwise(backend, z, v=z, kernel=kernel, energy=False)
     truth = stein_direction(z.double(), scores.double(), backend="reference")
-    scale = oracle.pairwise_scales(z, None, scores, kernel, (1.0, 0.0, 0.0))[1] + scores.norm(dim=-1, keepdim=True).cpu()
+    scale = oracle.pairwise_scales(z, None, scores, kernel, (1.0, 0.0, 0.0))[1]
+    scale = scale + scores.norm(dim=-1, keepdim=True).cpu()
     yardstick = stein_direction(z, scores, backend="reference")
     check(stein_direction(z, scores, backend=backend), truth, yardstick, scale / 300)
 
