@@ -26,10 +26,10 @@ namespace infovae_fast {
 namespace {
 
 constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
-constexpr int kStages = 3;  // steps of a product in shared memory
+constexpr int kStepBytes = 80 << 10;  // of the steps of a product in shared memory, wanted
 constexpr int kMaxTaps = 512;
-constexpr int kBlocksPerProcessor = 4;  // of the gradient to weight, wanted
-constexpr int kGateRows = 128, kGateColumns = 32;
+constexpr int kBlocksPerProcessor = 2;  // of the gradient to weight, wanted
+constexpr int kGateRows = 128, kGateColumns = 64;
 constexpr int kNoRow = -(1 << 20);  // where no tap leads back into the image
 
 #ifdef __CUDACC__
@@ -58,22 +58,61 @@ __device__ __forceinline__ T rounded(SumOf<T> x) {
     }
 }
 
-// sigmoid(b) and its derivative, both with all their digits.
-template <typename S>
-__device__ __forceinline__ S sigmoid(S b, S& slope) {
-    const S e = exp(b < 0 ? b : -b);
-    slope = e / ((1 + e) * (1 + e));
-    return (b < 0 ? e : S(1)) / (1 + e);
+// V numbers side by side, which are read and written at once.
+template <typename T, int V>
+struct __align__(V * sizeof(T)) Vector {
+    T x[V];
+};
+template <typename S, int V>
+__device__ __forceinline__ void operator+=(Vector<S, V>& to, const Vector<S, V>& more) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) to.x[e] += more.x[e];
 }
-template <typename S>
-__device__ __forceinline__ S slope_of_tanh(S a) {
-    const S e = exp(a < 0 ? 2 * a : -2 * a);
-    return 4 * e / ((1 + e) * (1 + e));
+template <int V, typename T>
+__device__ __forceinline__ Vector<SumOf<T>, V> read(const T* from) {
+    const Vector<T, V> some = *reinterpret_cast<const Vector<T, V>*>(from);
+    Vector<SumOf<T>, V> to;
+#pragma unroll
+    for (int e = 0; e < V; ++e) to.x[e] = widened(some.x[e]);
+    return to;
 }
+template <typename T, int V>
+__device__ __forceinline__ void write(T* to, const Vector<SumOf<T>, V>& numbers) {
+    Vector<T, V> some;
+#pragma unroll
+    for (int e = 0; e < V; ++e) some.x[e] = rounded<T>(numbers.x[e]);
+    *reinterpret_cast<Vector<T, V>*>(to) = some;
+}
+
+// A function of the gate and its derivative, with all digits of S; of 16 bit numbers with those of T and some more.
 template <typename S>
-__device__ __forceinline__ S gated(Gate gate, S a, S b) {
-    S slope;
-    return (gate == Gate::tanh ? tanh(a) : a) * sigmoid(b, slope);
+struct Curve {
+    S value, slope;
+};
+template <typename T, typename S>
+__device__ __forceinline__ S exp_minus(S x) {
+    if constexpr (sizeof(T) == 2) return __expf(-x);
+    return exp(-x);
+}
+template <typename T, typename S>
+__device__ __forceinline__ S quotient(S x, S y) {
+    if constexpr (sizeof(T) == 2) return __fdividef(x, y);
+    return x / y;
+}
+template <typename T, typename S>
+__device__ __forceinline__ Curve<S> sigmoid(S b) {
+    const S e = exp_minus<T>(b < 0 ? -b : b);
+    return {quotient<T>(b < 0 ? e : S(1), 1 + e), quotient<T>(quotient<T>(e, 1 + e), 1 + e)};
+}
+template <typename T, typename S>
+__device__ __forceinline__ Curve<S> of_a(Gate gate, S a) {
+    if (gate != Gate::tanh) return {a, S(1)};
+    const S e = exp_minus<T>(2 * (a < 0 ? -a : a)), slope = quotient<T>(quotient<T>(4 * e, 1 + e), 1 + e);
+    if constexpr (sizeof(T) == 2) {  // next to 0 by its series, where 1 - e loses digits
+        const S large = quotient<T>(1 - e, 1 + e), square = a * a;
+        return {square < S(0.01) ? a * (1 + square * (S(-1.0 / 3) + S(2.0 / 15) * square)) : a < 0 ? -large : large, slope};
+    }
+    return {tanh(a), slope};
 }
 
 struct ShortTap {
@@ -91,7 +130,7 @@ struct Work {
     int h, w, in, out_channels, links, taps;
     int groups, grouped;  // `grouped` channels of the source are grouped together, or of f in the gradient to weight
     bool interleaved, own, spatial, exact;
-    bool wide_source, wide_weight;  // rows may be read in vectors
+    bool wide_source, wide_weight, wide_out;  // rows may be read and written in vectors
     Gate gate;
     ShortTap tap[kMaxTaps];
 
@@ -100,56 +139,83 @@ struct Work {
     }
 };
 
-// Number k of the sum over (tap, channel, link): where it lies from a pixel on, or nowhere.
-template <typename T>
+// Number k of the sum over (tap, channel).
 struct Column {
-    const T* base = nullptr;  // at a first pixel
-    int dy = 0, dx = 0, stride = 0, tap = 0, channel = 0;
+    int tap, channel;
+
+    template <typename T>
+    __device__ Column(const Work<T>& w, int k) : tap(k / w.in), channel(k % w.in) {}
+    template <typename T>
+    __device__ __forceinline__ void advance(const Work<T>& w, int by) {
+        for (channel += by; channel >= w.in; ++tap) channel -= w.in;
+    }
+    // `group` of the outputs; negative: whatever it is.
+    template <bool MIRRORED, typename T>
+    __device__ __forceinline__ bool seen(const Work<T>& w, int group) const {
+        if (w.groups == 1 || tap < w.taps - 1 || group < 0) return tap < w.taps;
+        const int other = w.group_of(channel, w.grouped);
+        return tap < w.taps && (MIRRORED ? group < other + w.own : other < group + w.own);
+    }
 };
 
-// `group` of the outputs; negative: whatever it is.
-template <typename T, bool MIRRORED>
-__device__ __forceinline__ Column<T> column_of(const Work<T>& w, int k, int group, int64_t first) {
-    Column<T> c;
-    const int own = w.taps * w.in;
-    if (k >= own) {
-        if (k >= own + w.links) return c;
-        c.channel = k - own, c.stride = w.links, c.base = w.link + first * c.stride + c.channel;
-        return c;
-    }
-    c.tap = k / w.in, c.channel = k % w.in, c.stride = w.in;
-    if (w.groups > 1 && c.tap == w.taps - 1 && group >= 0) {
-        const int other = w.group_of(c.channel, w.grouped);
-        if (MIRRORED ? group >= other + w.own : other >= group + w.own) return c;
-    }
-    c.dy = MIRRORED ? -w.tap[c.tap].dy : w.tap[c.tap].dy;
-    c.dx = MIRRORED ? -w.tap[c.tap].dx : w.tap[c.tap].dx;
-    c.base = w.source + first * c.stride + c.channel;
-    return c;
+// Where its number for a pixel lies: at base[(pixel - first) stride], if (dy, dx) leads into the image.
+template <typename T>
+struct Place {
+    const T* base;
+    int dy, dx, stride;
+};
+template <bool MIRRORED, typename T>
+__device__ __forceinline__ Place<T> place_of(const Work<T>& w, const Column& c, int group, int64_t first) {
+    if (!c.seen<MIRRORED>(w, group)) return {w.source, kNoRow, 0, 0};
+    const int dy = MIRRORED ? -w.tap[c.tap].dy : w.tap[c.tap].dy, dx = MIRRORED ? -w.tap[c.tap].dx : w.tap[c.tap].dx;
+    return {w.source + (first + dy * w.w + dx) * w.in + c.channel, dy, dx, w.in};
+}
+
+// Is y, x of an image? kNoRow is not.
+template <typename T>
+__device__ __forceinline__ bool inside(const Work<T>& w, int y, int x) {
+    return unsigned(y) < unsigned(w.h) && unsigned(x) < unsigned(w.w);
 }
 
 // V numbers to shared memory, or as many zeros. More than one come later, when the pipeline says so.
 template <int V, typename T>
-__device__ __forceinline__ void bring(T* to, const T* from) {
+__device__ __forceinline__ void bring(T* to, const T* from, bool there) {
     if constexpr (V == 1) {
-        *to = from != nullptr ? *from : rounded<T>(0);
-    } else if (from != nullptr) {
+        *to = there ? *from : rounded<T>(0);
+    } else if (there) {
         __pipeline_memcpy_async(to, from, V * sizeof(T));
     } else {
         *reinterpret_cast<int4*>(to) = int4{0, 0, 0, 0};
     }
 }
 
-// Calls visit(row, place) for rows of `size` numbers in vectors of V; a thread's place in the row is always the same.
-template <int V, typename Start, typename Visit>
-__device__ __forceinline__ void each_vector(int rows, int size, Start start, Visit visit) {
-    const int across = size / V, place = int(threadIdx.x) % across * V;
-    const auto column = start(place);
-#pragma unroll 1
-    for (int row = int(threadIdx.x) / across; row < rows; row += kThreads / across) visit(row, place, column);
+// A thread has one place in all rows of `size` numbers that are read in vectors of `vector`.
+__device__ __forceinline__ int place_in(int size, int vector) { return int(threadIdx.x) % (size / vector) * vector; }
+
+// Rows of SIZE numbers to shared memory, in vectors of V; from: the thread's place in row 0, there(row): is row to be read?
+template <int V, int SIZE, int ROWS, typename T, typename There>
+__device__ __forceinline__ void bring_rows(T* to, int pitch, const T* from, int stride, There there) {
+    constexpr int across = SIZE / V, lines = kThreads / across;
+    static_assert(kThreads % across == 0 && ROWS % lines == 0);
+    const int line = int(threadIdx.x) / across;
+    to += line * pitch + place_in(SIZE, V), from += int64_t(line) * stride;
+#pragma unroll(V == 1 ? 1 : ROWS / lines)
+    for (int k = 0; k < ROWS / lines; ++k, to += lines * pitch, from += lines * stride) {
+        bring<V>(to, from, there(line + k * lines));
+    }
 }
 
-// Shared memory: the steps of a product, or afterwards the tile; then y and x of the rows.
+// run(V) for the width of vectors.
+template <typename T, typename F>
+__device__ __forceinline__ void by_vector(bool wide, F run) {
+    if (wide) {
+        run(std::integral_constant<int, kVector<T>>{});
+    } else {
+        run(std::integral_constant<int, 1>{});
+    }
+}
+
+// Shared memory: the steps of a product, or afterwards the tile; then y, x and image of the rows.
 template <typename T, int NB>
 struct Room {
     static constexpr int rows = Product<T>::rows, depth = Product<T>::depth;
@@ -161,39 +227,42 @@ struct Room {
     static constexpr int right = depth * wide, mirrored = NB * narrow;
     static constexpr int left = by_pixels > by_channels ? by_pixels : by_channels;
     static constexpr int step = left + (right > mirrored ? right : mirrored);
-    static constexpr size_t steps = kStages * step * sizeof(T);
+    static constexpr int wanted = kStepBytes / int(step * sizeof(T)), stages = wanted < 2 ? 2 : wanted < 4 ? wanted : 4;
+    static constexpr size_t steps = stages * step * sizeof(T);
     static constexpr size_t tile = rows * Tile<T, NB>::pitch * sizeof(SumOf<T>);
-    static constexpr size_t all = (steps > tile ? steps : tile) + 2 * rows * sizeof(int);
-    static_assert(left * sizeof(T) % 16 == 0 && step * sizeof(T) % 16 == 0);
+    static constexpr size_t most = steps > tile ? steps : tile, all = most + rows * sizeof(int4);
+    static_assert(left * sizeof(T) % 16 == 0 && step * sizeof(T) % 16 == 0 && most % 16 == 0);
 };
 
 // load(step, slot) for all steps, some ahead of compute(slot).
-template <typename Load, typename Compute>
+template <int STAGES, typename Load, typename Compute>
 __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) {
-    for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) load(s, s);
+#pragma unroll 1
+    for (int next = 0; next < steps + STAGES - 1; ++next) {
+        const int s = next - (STAGES - 1);
+        if (s >= 0) {
+            __pipeline_wait_prior(STAGES - 2);
+            __syncthreads();  // what all have brought is there, and all are done with the slot that comes next
+        }
+        if (next < steps) load(next, next % STAGES);
         __pipeline_commit();
-    }
-    for (int s = 0; s < steps; ++s) {
-        __pipeline_wait_prior(kStages - 2);
-        __syncthreads();  // what all have brought is there, and all are done with the slot that comes next
-        const int next = s + kStages - 1;
-        if (next < steps) load(next, next % kStages);
-        __pipeline_commit();
-        compute(s % kStages);
+        if (s >= 0) compute(s % STAGES);
     }
     __pipeline_wait_prior(0);
     __syncthreads();
 }
 
+template <typename T, int NB, bool MIRRORED>
+constexpr int kBlocks = sizeof(T) == 2 && NB == 64 && MIRRORED ? 3 : 2;  // of a processor, at a time
+
 // A tile of pixels x channels of one group, with a gate in both halves: the convolution, or its gradient to x.
 template <typename T, int NB, bool MIRRORED>
-__global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant__ Work<T> w) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, NB, MIRRORED>)
+    conv_kernel(const __grid_constant__ Work<T> w) {
     using P = Product<T>;
     using R = Room<T, NB>;
     T* const memory = shared_memory<T>();
-    int* const row_y = reinterpret_cast<int*>(shared_memory<unsigned char>() + R::all) - 2 * P::rows;
-    int* const row_x = row_y + P::rows;
+    int4* const rows = reinterpret_cast<int4*>(shared_memory<unsigned char>() + R::most);  // y, x, image
     const int halves = w.gate == Gate::none ? 1 : 2, columns = NB / halves, width = halves * w.out_channels;
     const int part = w.out_channels / w.groups, tiles = (part + columns - 1) / columns;
     const int group = int(blockIdx.y) / tiles, first_column = int(blockIdx.y) % tiles * columns;
@@ -201,58 +270,53 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
     const auto place = [&](int j) { return w.groups > 1 && w.interleaved ? j * w.groups + group : group * part + j; };
 
     for (int row = int(threadIdx.x); row < P::rows; row += kThreads) {
-        const int local = int((first + row) % (int64_t(w.h) * w.w));
-        row_y[row] = first + row < w.pixels ? local / w.w : kNoRow;
-        row_x[row] = local % w.w;
+        const int64_t size = int64_t(w.h) * w.w, image = (first + row) / size;
+        const int local = int(first + row - image * size);
+        rows[row] = int4{first + row < w.pixels ? local / w.w : kNoRow, local % w.w, int(image), 0};
     }
     __syncthreads();
 
-    const int own = w.taps * w.in, steps = (own + w.links + P::depth - 1) / P::depth;
+    // What each thread loads: a column of the source, of its mirrored weights too, or the weights to one output.
+    Column column(w, place_in(P::depth, w.wide_source ? kVector<T> : 1));
+    const int c = place_in(NB, w.wide_weight ? kVector<T> : 1), j = first_column + (c < columns ? c : c - columns);
+    const int output = j < part ? place(j) + (c < columns ? 0 : w.out_channels) : -1;
+
+    const int own = w.taps * w.in, own_steps = (own + P::depth - 1) / P::depth;
     const auto load = [&](int step, int slot) {
         T* const left = memory + slot * R::step;
         T* const right = left + R::left;
-        const auto column = [&](int k) { return column_of<T, MIRRORED>(w, step * P::depth + k, group, first); };
-        const auto pixels = [&](auto vector) {
+        const bool linked = step >= own_steps;
+        const int k = (linked ? step - own_steps : step) * P::depth, end = linked ? w.links : own;
+        by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            each_vector<V>(P::rows, P::depth, column, [&](int row, int k, const Column<T>& c) {
-                const int y = row_y[row] + c.dy, x = row_x[row] + c.dx;
-                const bool inside = c.base != nullptr && y >= 0 && y < w.h && x >= 0 && x < w.w;
-                bring<V>(left + row * R::narrow + k,
-                         inside ? c.base + (int64_t(c.dy) * w.w + c.dx + row) * c.stride : nullptr);
+            const int channel = k + place_in(P::depth, V);
+            const Place<T> p = !linked ? place_of<MIRRORED>(w, column, group, first)
+                                       : Place<T>{w.link + first * w.links + channel, channel < end ? 0 : kNoRow, 0, w.links};
+            bring_rows<V, P::depth, P::rows>(left, R::narrow, p.base, p.stride, [&](int row) {
+                return inside(w, rows[row].x + p.dy, rows[row].y + p.dx);
             });
-        };
-        const auto weights = [&](auto vector) {
+        });
+        by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
             if constexpr (MIRRORED) {
-                each_vector<V>(NB, P::depth, column, [&](int row, int k, const Column<T>& c) {
-                    const int j = first_column + row;
-                    const bool known = c.base != nullptr && j < part;
-                    bring<V>(right + row * R::narrow + k,
-                             known ? w.weight + (int64_t(c.tap) * w.out_channels + place(j)) * w.in + c.channel : nullptr);
-                });
+                const int last = column.seen<true>(w, group) ? part - first_column : 0;
+                const T* const from =
+                    w.weight + (int64_t(column.tap) * w.out_channels + place(first_column)) * w.in + column.channel;
+                bring_rows<V, P::depth, NB>(right, R::narrow, from, (place(1) - place(0)) * w.in,
+                                            [&](int row) { return row < last; });
             } else {
-                const auto output = [&](int c) {
-                    const int j = first_column + c % columns;
-                    return j < part ? place(j) + c / columns * w.out_channels : -1;
-                };
-                each_vector<V>(P::depth, NB, output, [&](int row, int c, int channel) {
-                    const int k = step * P::depth + row;
-                    bool known = channel >= 0 && k < own + w.links;
-                    if (w.groups > 1 && k >= own - w.in && k < own) {
-                        known = known && w.group_of(k - (own - w.in), w.grouped) < group + w.own;
-                    }
-                    const T* const matrix = k < own ? w.weight + int64_t(k) * width : w.link_weight + int64_t(k - own) * width;
-                    bring<V>(right + row * R::wide + c, known ? matrix + channel : nullptr);
+                const int last = output >= 0 ? end - k : 0, coloured = linked || w.groups == 1 ? end : own - w.in;
+                const T* const from = (linked ? w.link_weight : w.weight) + int64_t(k) * width + output;
+                bring_rows<V, NB, P::depth>(right, R::wide, from, width, [&](int row) {
+                    return row < last && (k + row < coloured ||
+                                          w.group_of(k + row - coloured, w.grouped) < group + w.own);
                 });
             }
-        };
-        using One = std::integral_constant<int, 1>;
-        using Many = std::integral_constant<int, kVector<T>>;
-        w.wide_source ? pixels(Many{}) : pixels(One{});
-        w.wide_weight ? weights(Many{}) : weights(One{});
+        });
+        column.advance(w, P::depth);
     };
     Tile<T, NB> tile;
-    pipeline(steps, load, [&](int slot) {
+    pipeline<R::stages>(own_steps + (w.links + P::depth - 1) / P::depth, load, [&](int slot) {
         const T* const left = memory + slot * R::step;
         tile.template multiply<true, !MIRRORED>(left, R::narrow, left + R::left, MIRRORED ? R::narrow : R::wide, w.exact);
     });
@@ -260,26 +324,37 @@ __global__ void __launch_bounds__(kThreads, 2) conv_kernel(const __grid_constant
     tile.store(sums);
     __syncthreads();
 
-    const int64_t image_size = int64_t(w.h) * w.w;
-    for (int e = int(threadIdx.x); e < P::rows * columns; e += kThreads) {
-        const int row = e / columns, c = e % columns, j = first_column + c;
-        const int64_t pixel = first + row;
-        if (pixel >= w.pixels || j >= part) continue;
-        const int channel = place(j);
-        SumOf<T> value[2];
+    by_vector<T>(w.wide_out, [&](auto vector) {
+        constexpr int V = decltype(vector)::value;
+        using Numbers = Vector<SumOf<T>, V>;
+        const int across = columns / V, c = int(threadIdx.x) % across * V, channel = place(first_column + c);
+        if (first_column + c >= part) return;
+        Numbers bias[2] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (half >= halves) continue;
-            const int at = channel + half * w.out_channels;
-            value[half] = sums[row * Tile<T, NB>::pitch + c + half * columns];
-            if (w.bias != nullptr) value[half] += widened(w.bias[at]);
-            const int64_t row_of_condition = w.spatial ? pixel : pixel / image_size;
-            if (w.condition != nullptr) value[half] += widened(w.condition[row_of_condition * width + at]);
-            if (w.f != nullptr) w.f[pixel * width + at] = rounded<T>(value[half]);
+            if (half < halves && w.bias != nullptr) bias[half] = read<V>(w.bias + channel + half * w.out_channels);
         }
-        w.out[pixel * w.out_channels + channel] =
-            rounded<T>(halves == 1 ? value[0] : gated(w.gate, value[0], value[1]));
-    }
+        for (int row = int(threadIdx.x) / across; row < P::rows && first + row < w.pixels; row += kThreads / across) {
+            const int64_t pixel = first + row, row_of_condition = w.spatial ? pixel : rows[row].z;
+            Numbers value[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if (half >= halves) continue;
+                const int at = channel + half * w.out_channels;
+                value[half] = read<V>(sums + row * Tile<T, NB>::pitch + c + half * columns);
+                value[half] += bias[half];
+                if (w.condition != nullptr) value[half] += read<V>(w.condition + row_of_condition * width + at);
+                if (w.f != nullptr) write(w.f + pixel * width + at, value[half]);
+            }
+            if (halves == 2) {
+#pragma unroll
+                for (int e = 0; e < V; ++e) {
+                    value[0].x[e] = of_a<T>(w.gate, value[0].x[e]).value * sigmoid<T>(value[1].x[e]).value;
+                }
+            }
+            write(w.out + pixel * w.out_channels + channel, value[0]);
+        }
+    });
 }
 
 // The gradient to rows (tap, input channel) x NB columns of weight, from a segment of the pixels.
@@ -291,58 +366,54 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     const int first_row = int(blockIdx.x) * P::rows, first_column = int(blockIdx.y) * NB, rows = w.taps * w.in;
     const int64_t begin = int64_t(blockIdx.z) * w.segment;
     const int pixels = int(begin + w.segment < w.pixels ? w.segment : w.pixels - begin);
-    const unsigned start_y = unsigned(begin % (int64_t(w.h) * w.w)) / unsigned(w.w), start_x = unsigned(begin % w.w);
+
+    // What each thread loads: a column of x and one of the gradient, at pixels that are `lines` apart.
+    const int vector = w.wide_source ? kVector<T> : 1, lines = kThreads / (P::rows / vector);
+    const int k = first_row + place_in(P::rows, vector), channel = first_column + place_in(NB, w.wide_weight ? kVector<T> : 1);
+    Place<T> p = place_of<false>(w, Column(w, k), -1, begin);
+    const T* gradient = w.gradient + begin * w.out_channels + channel;
+    int known = channel < w.out_channels ? pixels : 0;
+    const int64_t start = begin + int(threadIdx.x) / (P::rows / vector);
+    int y = int(start / w.w % w.h), x = int(start % w.w);  // of the next one
+    const int rows_apart = lines / w.w % w.h, columns_apart = lines % w.w;
 
     const auto load = [&](int step, int slot) {
         T* const left = memory + slot * R::step;
         T* const right = left + R::left;
-        const auto columns = [&](auto vector) {
+        const int last = pixels - step * P::depth;
+        by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            const auto column = [&](int k) {
-                return first_row + k < rows ? column_of<T, false>(w, first_row + k, -1, begin) : Column<T>{};
-            };
-            each_vector<V>(P::depth, P::rows, column, [&](int row, int k, const Column<T>& c) {
-                const int pixel = step * P::depth + row;
-                const unsigned along = start_x + unsigned(pixel);
-                const int y = int((start_y + along / unsigned(w.w)) % unsigned(w.h)) + c.dy;
-                const int x = int(along % unsigned(w.w)) + c.dx;
-                const bool inside = c.base != nullptr && pixel < pixels && y >= 0 && y < w.h && x >= 0 && x < w.w;
-                bring<V>(left + row * R::tall + k,
-                         inside ? c.base + (int64_t(c.dy) * w.w + c.dx + pixel) * c.stride : nullptr);
+            bring_rows<V, P::rows, P::depth>(left, R::tall, p.base, p.stride, [&](int row) {
+                const bool there = row < last && inside(w, y + p.dy, x + p.dx);
+                x += columns_apart, y += rows_apart;
+                if (x >= w.w) x -= w.w, ++y;
+                if (y >= w.h) y -= w.h;
+                return there;
             });
-        };
-        const auto gradients = [&](auto vector) {
+        });
+        by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            const auto column = [&](int c) {
-                const int channel = first_column + c;
-                return channel < w.out_channels ? w.gradient + begin * w.out_channels + channel : nullptr;
-            };
-            each_vector<V>(P::depth, NB, column, [&](int row, int c, const T* base) {
-                const int pixel = step * P::depth + row;
-                const bool there = pixel < pixels && base != nullptr;
-                bring<V>(right + row * R::wide + c, there ? base + int64_t(pixel) * w.out_channels : nullptr);
-            });
-        };
-        using One = std::integral_constant<int, 1>;
-        using Many = std::integral_constant<int, kVector<T>>;
-        w.wide_source ? columns(Many{}) : columns(One{});
-        w.wide_weight ? gradients(Many{}) : gradients(One{});
+            bring_rows<V, NB, P::depth>(right, R::wide, gradient, w.out_channels, [&](int row) { return row < known; });
+        });
+        p.base += p.stride * P::depth, gradient += w.out_channels * P::depth, known -= P::depth;
     };
     Tile<T, NB> tile;
-    pipeline((pixels + P::depth - 1) / P::depth, load, [&](int slot) {
+    pipeline<R::stages>((pixels + P::depth - 1) / P::depth, load, [&](int slot) {
         const T* const left = memory + slot * R::step;
         tile.template multiply<false, true>(left, R::tall, left + R::left, R::wide, w.exact);
     });
     SumOf<T>* const sums = shared_memory<SumOf<T>>();
     tile.store(sums);
     __syncthreads();
+    const int column = first_column + int(threadIdx.x) % NB;
+    if (column >= w.out_channels) return;
+    SumOf<T>* const parts = w.parts + int64_t(blockIdx.z) * rows * w.out_channels + column;
     for (int e = int(threadIdx.x); e < P::rows * NB; e += kThreads) {
-        const int row = first_row + e / NB, column = first_column + e % NB;
-        if (row >= rows || column >= w.out_channels) continue;
-        const bool last = row / w.in == w.taps - 1;
-        const bool hidden = w.groups > 1 && last && w.group_of(row % w.in, w.in) >= w.group_of(column, w.grouped) + w.own;
-        w.parts[(int64_t(blockIdx.z) * rows + row) * w.out_channels + column] =
-            hidden ? SumOf<T>(0) : sums[e / NB * Tile<T, NB>::pitch + e % NB];
+        const int row = first_row + e / NB, hidden_from = (w.taps - 1) * w.in;
+        if (row >= rows) return;
+        const bool hidden = w.groups > 1 && row >= hidden_from &&
+                            w.group_of(row - hidden_from, w.in) >= w.group_of(column, w.grouped) + w.own;
+        parts[int64_t(row) * w.out_channels] = hidden ? SumOf<T>(0) : sums[e / NB * Tile<T, NB>::pitch + e % NB];
     }
 }
 
@@ -353,55 +424,69 @@ struct GateWork {
     T* f_gradient;                  // null without a gate
     SumOf<T>* parts;                // [n, blocks, width] or null
     int size, half, blocks;         // pixels of an image, channels of out
+    bool wide;
     Gate gate;
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ GateWork<T> w) {
-    using S = SumOf<T>;
-    constexpr int kLines = kThreads / kGateColumns;
-    __shared__ S lines[2][kLines][kGateColumns];
-    const int64_t image = int64_t(blockIdx.x) / w.blocks;
-    const int block = int(int64_t(blockIdx.x) % w.blocks), halves = w.gate == Gate::none ? 1 : 2;
-    const int lane = int(threadIdx.x) % kGateColumns, line = int(threadIdx.x) / kGateColumns;
-    const int column = int(blockIdx.y) * kGateColumns + lane;
-    S sum[2] = {S(0), S(0)};
-    for (int row = line; row < kGateRows && column < w.half; row += kLines) {
-        const int local = block * kGateRows + row;
-        if (local >= w.size) break;
-        const int64_t pixel = image * w.size + local, at = pixel * halves * w.half + column;
-        const S g = widened(w.gradient[pixel * w.half + column]);
-        S to[2] = {g, S(0)};
-        if (w.gate != Gate::none) {
-            const S a = widened(w.f[at]), b = widened(w.f[at + w.half]);
-            S slope;
-            const S s = sigmoid(b, slope);
-            to[0] = w.gate == Gate::tanh ? g * s * slope_of_tanh(a) : g * s;
-            to[1] = g * (w.gate == Gate::tanh ? tanh(a) : a) * slope;
-            for (int half = 0; half < 2; ++half) {
-                if (w.extra != nullptr) to[half] += widened(w.extra[at + half * w.half]);
-                w.f_gradient[at + half * w.half] = rounded<T>(to[half]);
+    by_vector<T>(w.wide, [&](auto vector) {
+        using S = SumOf<T>;
+        constexpr int V = decltype(vector)::value, across = kGateColumns / V, lines = kThreads / across;
+        __shared__ Vector<S, V> sums[lines][2][across];
+        const int64_t image = blockIdx.x / unsigned(w.blocks);
+        const int block = int(blockIdx.x % unsigned(w.blocks)), halves = w.gate == Gate::none ? 1 : 2;
+        const int rows = (w.size + w.blocks - 1) / w.blocks, end = min(w.size, (block + 1) * rows);
+        const int lane = int(threadIdx.x) % across, line = int(threadIdx.x) / across;
+        const int column = int(blockIdx.y) * kGateColumns + lane * V;
+        Vector<S, V> sum[2] = {};
+#pragma unroll 2
+        for (int row = block * rows + line; row < end && column < w.half; row += lines) {
+            const int64_t pixel = image * w.size + row, at = pixel * halves * w.half + column;
+            Vector<S, V> to[2] = {read<V>(w.gradient + pixel * w.half + column), {}};
+            if (halves == 2) {
+                const Vector<S, V> a = read<V>(w.f + at), b = read<V>(w.f + at + w.half);
+#pragma unroll
+                for (int e = 0; e < V; ++e) {
+                    const S g = to[0].x[e];
+                    const Curve<S> by_a = of_a<T>(w.gate, a.x[e]), by_b = sigmoid<T>(b.x[e]);
+                    to[0].x[e] = g * by_b.value * by_a.slope, to[1].x[e] = g * by_a.value * by_b.slope;
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (w.extra != nullptr) to[half] += read<V>(w.extra + at + half * w.half);
+                    write(w.f_gradient + at + half * w.half, to[half]);
+                }
             }
+            sum[0] += to[0], sum[1] += to[1];
         }
-        sum[0] += to[0], sum[1] += to[1];
-    }
-    if (w.parts == nullptr) return;
-    for (int half = 0; half < 2; ++half) lines[half][line][lane] = sum[half];
-    __syncthreads();
-    if (line >= halves || column >= w.half) return;
-    S total = 0;
-    for (int k = 0; k < kLines; ++k) total += lines[line][k][lane];
-    w.parts[int64_t(blockIdx.x) * halves * w.half + line * w.half + column] = total;
+        if (w.parts == nullptr) return;
+        sums[line][0][lane] = sum[0], sums[line][1][lane] = sum[1];
+        __syncthreads();
+        if (line >= halves || column >= w.half) return;
+        Vector<S, V> total = sums[0][line][lane];
+        for (int k = 1; k < lines; ++k) total += sums[k][line][lane];
+        *reinterpret_cast<Vector<S, V>*>(w.parts + int64_t(blockIdx.x) * halves * w.half + line * w.half + column) = total;
+    });
 }
 
-// out[outer, e] = sum over count of parts[outer, count, e], in order.
+// out[outer, e] = sum over count of parts[outer, count, e], each warp of a block some of them, in an order of its own.
 template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads) add_kernel(const S* parts, int64_t outer, int64_t count, int64_t size, T* out) {
-    const int64_t at = int64_t(blockIdx.x) * kThreads + int(threadIdx.x);
-    if (at >= outer * size) return;
-    const S* from = parts + at / size * count * size + at % size;
+    constexpr int lines = kThreads / 32;
+    __shared__ S sums[lines][32];
+    const int lane = int(threadIdx.x) % 32, line = int(threadIdx.x) / 32;
+    const int64_t at = int64_t(blockIdx.x) * 32 + lane;
     S total = 0;
-    for (int64_t k = 0; k < count; ++k) total += from[k * size];
+    if (at < outer * size) {
+        const S* from = parts + at / size * count * size + at % size;
+#pragma unroll 8
+        for (int64_t k = line; k < count; k += lines) total += from[k * size];
+    }
+    sums[line][lane] = total;
+    __syncthreads();
+    if (line > 0 || at >= outer * size) return;
+    for (int k = 1; k < lines; ++k) total += sums[k][lane];
     if constexpr (std::is_same_v<T, S>) {
         out[at] = total;
     } else {
@@ -449,6 +534,7 @@ public:
         w.in = w.grouped = int(q.cin), w.out_channels = half_;
         w.wide_source = whole(w.in) && whole(w.links) && together(w.in) && aligned(x) && aligned(link.values);
         w.wide_weight = whole(half_) && together(half_) && aligned(weight) && aligned(link.weight);
+        w.wide_out = whole(half_) && together(half_) && aligned(out) && aligned(f) && aligned(bias) && aligned(condition);
         return by_width<false>(w, gate == Gate::none ? 1 : 2);
     }
 
@@ -456,8 +542,9 @@ public:
         Work<T> w = work_;
         w.source = f_gradient, w.weight = weight, w.out = out, w.gate = Gate::none;
         w.in = int(q.cout), w.grouped = half_, w.out_channels = int(q.cin);
-        const bool wide = whole(w.in) && whole(half_) && together(half_);
-        w.wide_source = wide && aligned(f_gradient), w.wide_weight = wide && aligned(weight);
+        w.wide_source = w.wide_weight =
+            whole(w.in) && whole(half_) && together(half_) && aligned(f_gradient) && aligned(weight);
+        w.wide_out = whole(w.out_channels) && together(w.out_channels) && aligned(out);
         return by_width<true>(w, 1);
     }
 
@@ -484,14 +571,15 @@ public:
 
     template <typename To>
     cudaError_t add(const SumOf<T>* parts, int64_t outer, int64_t count, int64_t size, To* out) const {
-        const dim3 grid(unsigned(parts_of(outer * size, kThreads)));
+        const dim3 grid(unsigned(parts_of(outer * size, 32)));
         return launch(add_kernel<To, SumOf<T>>, grid, 0, stream_, parts, outer, count, size, out);
     }
 
     int64_t blocks() const { return parts_of(q.h * q.w, kGateRows); }  // of an image, for sums
 
     cudaError_t to_f(const T* f, const T* gradient, const T* extra, T* f_gradient, SumOf<T>* parts, Gate gate) const {
-        const GateWork<T> w{f, gradient, extra, f_gradient, parts, int(q.h * q.w), half_, int(blocks()), gate};
+        const bool wide = whole(half_) && aligned(f) && aligned(gradient) && aligned(extra) && aligned(f_gradient);
+        const GateWork<T> w{f, gradient, extra, f_gradient, parts, int(q.h * q.w), half_, int(blocks()), wide, gate};
         const dim3 grid(unsigned(q.n * blocks()), unsigned(parts_of(half_, kGateColumns)));
         return launch(gate_kernel<T>, grid, 0, stream_, w);
     }
@@ -528,7 +616,7 @@ private:
         const int64_t columns = wide(q.cout) ? kMostColumns : 64;
         const int64_t tiles = parts_of(work_.taps * q.cin, Product<T>::rows) * parts_of(q.cout, columns);
         const int64_t wanted = parts_of(int64_t(processors) * kBlocksPerProcessor, tiles);
-        const int64_t segment = parts_of(parts_of(work_.pixels, wanted), 4 * Product<T>::depth) * 4 * Product<T>::depth;
+        const int64_t segment = parts_of(parts_of(work_.pixels, wanted), Product<T>::depth) * Product<T>::depth;
         return parts_of(work_.pixels, segment);
     }
 };

@@ -63,7 +63,7 @@ __device__ __forceinline__ unsigned to_tf32(float x) {
 template <typename T>
 struct Product {  // of 16 bit numbers
     using Sum = float;
-    static constexpr int m = 16, n = 16, k = 16, rows = 128, depth = 32;
+    static constexpr int m = 16, n = 16, k = 16, rows = 128, depth = 64;
     struct Left {
         unsigned r[4];
     };
@@ -194,7 +194,7 @@ template <typename T, int NB>
 struct Tile {
     using P = Product<T>;
     static constexpr int kRows = P::rows / kWarpRows / P::m, kColumns = NB / kWarpColumns / P::n;
-    static constexpr int pitch = NB + 16 / int(sizeof(SumOf<T>));
+    static constexpr int pitch = NB + 8;  // rows start in other banks
     typename P::Sums sum[kRows][kColumns] = {};
     int row, column;  // of this warp
 
@@ -259,6 +259,9 @@ struct Tile {
         }
     }
 
+    struct __align__(2 * sizeof(SumOf<T>)) Two {
+        SumOf<T> x[2];
+    };
     // To [rows, pitch].
     __device__ __forceinline__ void store(SumOf<T>* to) const {
 #pragma unroll
@@ -267,7 +270,7 @@ struct Tile {
             for (int j = 0; j < kColumns; ++j) {
                 P::each(sum[i][j], [&](int r, int c, const SumOf<T>* two) {
                     SumOf<T>* const at = to + (row + i * P::m + r) * pitch + column + j * P::n + c;
-                    at[0] = two[0], at[1] = two[1];
+                    *reinterpret_cast<Two*>(at) = {two[0], two[1]};
                 });
             }
         }
