@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -35,7 +36,7 @@ struct Settings {
     at::ArrayRef<double> weight;
     double alpha;
     at::ArrayRef<double> w;
-    std::optional<double> constant = {};  // where inputs are `usual`: to be added to the energy
+    std::optional<double> constant = {};  // where inputs are `usual`: half the energy and this are wanted, in x's dtype
 };
 
 template <typename Op>
@@ -54,20 +55,28 @@ Five by_dispatcher(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe&
                    potentials);
 }
 
-// The same for `usual` inputs, without what a dispatcher would look at. The energy with its constant comes in x's dtype.
+// The same for `usual` inputs, without what a dispatcher would look at.
 template <typename T>
 Five usual_pairwise(const Tensor& x, const Tensor& y, const Settings& s, bool x_force, bool y_force) {
     const auto like = [](const Tensor& t, bool wanted) {
-        return wanted ? Tensor(at::detail::empty_cpu(t.sizes(), t.scalar_type())) : Tensor();
+        return !wanted ? Tensor() : t.is_cuda() ? at::empty(t.sizes(), t.options())
+                                                : Tensor(at::detail::empty_cpu(t.sizes(), t.scalar_type()));
     };
     const Tensor xs = x.contiguous(), ys = y.contiguous(), fx = like(x, x_force), fy = like(y, y_force);
     const auto result = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
-    double energy = 0;
-    pairwise<T>({xs.const_data_ptr<T>(), ys.const_data_ptr<T>(), nullptr, nullptr, nullptr, x.size(0), y.size(0), x.size(1),
-                 {s.rbf, s.bandwidth.vec(), s.weight.vec(), s.alpha}, s.w[0], s.w[1], s.w[2], &energy, result(fx),
-                 result(fy), nullptr, nullptr});
+    PairwiseProblem<T> problem{xs.const_data_ptr<T>(), ys.const_data_ptr<T>(), nullptr, nullptr, nullptr, x.size(0), y.size(0),
+                               x.size(1), {s.rbf, s.bandwidth.vec(), s.weight.vec(), s.alpha}, s.w[0], s.w[1], s.w[2], nullptr,
+                               result(fx), result(fy), nullptr, nullptr};
+    if (x.is_cuda()) {
+        const Tensor value = at::empty({}, x.options());
+        pairwise_on_gpu<T>(problem, 1, x, {}, {value.mutable_data_ptr<T>(), 0.5, *s.constant});
+        return {value, fx, fy, {}, {}};
+    }
     const Tensor value = at::detail::empty_cpu({}, x.scalar_type());
-    *value.mutable_data_ptr<T>() = T(energy + *s.constant);
+    double energy = 0;
+    problem.energy = &energy;
+    pairwise<T>(problem);
+    *value.mutable_data_ptr<T>() = T(0.5 * energy + *s.constant);
     return {value, fx, fy, {}, {}};
 }
 
@@ -89,6 +98,7 @@ struct Once : torch::autograd::Function<Once> {
     }
 };
 
+// The energy, whose derivative is twice the force; or, of `usual` inputs, half of it.
 struct Energy : torch::autograd::Function<Energy> {
     static constexpr bool is_traceable = true;
 
@@ -102,12 +112,14 @@ struct Energy : torch::autograd::Function<Energy> {
         context->save_for_backward({only(need[0], x_force), only(need[1], y_force), only(need[2], x_potential),
                                     only(need[3], y_potential), x, y.value_or(Tensor()), a.value_or(Tensor()),
                                     b.value_or(Tensor())});
+        context->saved_data["half"] = settings.constant.has_value();
         return energy;
     }
 
     static variable_list backward(AutogradContext* context, const variable_list& gradients) {
         const variable_list saved = context->get_saved_variables();
-        const Tensor twice = gradients[0].mul(2);  // [...]
+        const bool half_wanted = context->saved_data["half"].toBool();
+        const Tensor twice = half_wanted ? gradients[0] : gradients[0].mul(2);  // [...]
         variable_list out(5);
         for (int k = 0; k < 4; ++k) {
             const Tensor& half = saved[k];  // [..., N, D] or [..., N]
@@ -236,8 +248,13 @@ using c10::DispatchKey;
 const Tensor* usual(pybind11::handle object) {
     if (!THPVariable_CheckExact(object.ptr())) return nullptr;
     const Tensor& x = THPVariable_Unpack(object.ptr());
-    const c10::DispatchKeySet known(
-        {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
+    const c10::DispatchKeySet known = c10::DispatchKeySet(
+        {DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU}) |
+#ifdef WITH_CUDA
+        c10::DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
+#else
+        c10::DispatchKeySet();
+#endif
     const bool plain = (x.key_set() | known) == known && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0 &&
                        (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) && !x._fw_grad(0).defined();
     return plain ? &x : nullptr;
@@ -247,9 +264,9 @@ bool is(pybind11::handle text, const char* value) {
     return PyUnicode_Check(text.ptr()) && PyUnicode_CompareWithASCIIString(text.ptr(), value) == 0;
 }
 
-bool usual_circumstances(pybind11::handle backend) {
+bool usual_circumstances(pybind11::handle backend, const Tensor& x) {
     const auto included = c10::impl::tls_is_dispatch_key_included;
-    return (is(backend, "auto") || is(backend, "cpp")) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+    return (is(backend, "auto") || is(backend, x.is_cuda() ? "cuda" : "cpp")) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
            !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
 }
 
@@ -277,6 +294,11 @@ std::optional<UsualKernel> usual_kernel(pybind11::handle kernel, int64_t d) {
     return found;
 }
 
+bool fits_gpu(const Tensor& x, const UsualKernel& kernel) {  // csrc/cuda
+    return x.size(1) <= (x.scalar_type() == at::kFloat ? kCudaMaxProductsDim : kCudaMaxDim) &&
+           kernel.weight.size() <= size_t(kCudaMaxScales);
+}
+
 // The direction of z with the scores s, or -z where they are null; undefined if it is not finite.
 template <typename T>
 Tensor stein_direction(const Tensor& z, const Tensor* s, const UsualKernel& kernel) {
@@ -300,16 +322,16 @@ Tensor stein_direction(const Tensor& z, const Tensor* s, const UsualKernel& kern
 pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object, pybind11::handle kernel_object,
                            pybind11::handle estimator, pybind11::handle backend) {
     const bool biased = is(estimator, "biased");
-    if ((!biased && !is(estimator, "unbiased")) || !usual_circumstances(backend)) return pybind11::none();
     const Tensor *x = usual(x_object), *y = usual(y_object);
     if (x == nullptr || y == nullptr || y->scalar_type() != x->scalar_type() || y->size(1) != x->size(1) ||
-        std::min(x->size(0), y->size(0)) < 2) {
+        y->device() != x->device() || std::min(x->size(0), y->size(0)) < 2 ||
+        (!biased && !is(estimator, "unbiased")) || !usual_circumstances(backend, *x)) {
         return pybind11::none();
     }
     const std::optional<UsualKernel> kernel = usual_kernel(kernel_object, x->size(1));
-    if (!kernel) return pybind11::none();
+    if (!kernel || (x->is_cuda() && !fits_gpu(*x, *kernel))) return pybind11::none();
     const double n = double(x->size(0)), m = double(y->size(0)), less = biased ? 0 : 1;
-    const double w[] = {1 / (n * (n - less)), -1 / (n * m), 1 / (m * (m - less))};
+    const double w[] = {2 / (n * (n - less)), -2 / (n * m), 2 / (m * (m - less))};  // half of the energy is wanted
     const double constant = biased ? kernel->phi0() * (1 / n + 1 / m) : 0;
     Tensor value;
     {
@@ -317,14 +339,14 @@ pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object,
         value = energy_of(*x, *y, {}, {}, {kernel->rbf, kernel->bandwidth, {}, kernel->weight, kernel->alpha, w, constant});
     }
     const bool is_float = value.scalar_type() == at::kFloat;
-    if (!std::isfinite(is_float ? *value.const_data_ptr<float>() : *value.const_data_ptr<double>())) return pybind11::none();
+    if (!value.is_cuda() && !std::isfinite(is_float ? *value.const_data_ptr<float>() : *value.const_data_ptr<double>())) return pybind11::none();
     return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(value));
 }
 
 pybind11::object usual_stein(pybind11::handle z_object, pybind11::handle score, pybind11::handle kernel_object,
                              pybind11::handle backend) {
     const Tensor *z = usual(z_object), *s = score.is_none() ? nullptr : usual(score);
-    if (z == nullptr || !usual_circumstances(backend)) return pybind11::none();
+    if (z == nullptr || z->is_cuda() || !usual_circumstances(backend, *z)) return pybind11::none();
     if (!score.is_none() && (s == nullptr || s->sizes() != z->sizes() || s->scalar_type() != z->scalar_type())) {
         return pybind11::none();
     }

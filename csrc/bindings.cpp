@@ -31,6 +31,30 @@
 #include "radial.h"
 
 namespace infovae_fast {
+
+template <typename T>
+void pairwise_on_gpu([[maybe_unused]] const PairwiseProblem<T>& problem, [[maybe_unused]] int64_t clouds, const at::Tensor& x,
+                     [[maybe_unused]] const std::optional<at::Tensor>& lengths, [[maybe_unused]] const Affine<T>& affine) {
+#ifdef WITH_CUDA
+    const c10::cuda::CUDAGuard guard(x.device());
+    int processors = 1;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
+    const at::Tensor table = lengths.has_value() ? lengths->to(x.device(), at::kDouble).contiguous() : at::Tensor();
+    const at::Tensor workspace =
+        at::empty({int64_t(pairwise_cuda_workspace(problem, clouds, processors))}, x.options().dtype(at::kByte));
+    const char* error =
+        pairwise_cuda(problem, clouds, table.defined() ? table.const_data_ptr<double>() : nullptr,
+                      workspace.mutable_data_ptr(), processors, c10::cuda::getCurrentCUDAStream().stream(), affine);
+    TORCH_CHECK(error == nullptr, "pairwise on ", x.device(), ": ", error);
+#else
+    TORCH_CHECK(false, "this build has no CUDA kernels for ", x.device());
+#endif
+}
+template void pairwise_on_gpu(const PairwiseProblem<float>&, int64_t, const at::Tensor&, const std::optional<at::Tensor>&,
+                              const Affine<float>&);
+template void pairwise_on_gpu(const PairwiseProblem<double>&, int64_t, const at::Tensor&, const std::optional<at::Tensor>&,
+                              const Affine<double>&);
+
 namespace {
 
 using at::Tensor;
@@ -104,21 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_empty(
 template <typename T>
 void run(const PairwiseProblem<T>& first, int64_t clouds, const Tensor& x, const std::optional<Tensor>& lengths) {
     PairwiseProblem<T> problem = first;
-#ifdef WITH_CUDA
-    if (x.is_cuda()) {
-        const c10::cuda::CUDAGuard guard(x.device());
-        int processors = 1;
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
-        const Tensor table = lengths.has_value() ? lengths->to(x.device(), at::kDouble).contiguous() : Tensor();
-        const Tensor workspace =
-            at::empty({int64_t(pairwise_cuda_workspace(problem, clouds, processors))}, x.options().dtype(at::kByte));
-        const char* error =
-            pairwise_cuda(problem, clouds, table.defined() ? table.const_data_ptr<double>() : nullptr,
-                          workspace.mutable_data_ptr(), processors, c10::cuda::getCurrentCUDAStream().stream());
-        TORCH_CHECK(error == nullptr, "pairwise on ", x.device(), ": ", error);
-        return;
-    }
-#endif
+    if (x.is_cuda()) return pairwise_on_gpu(problem, clouds, x, lengths, {});
     if (lengths.has_value()) problem.radial.bandwidth = as_vector<double>(*lengths);
     const auto forward = [](auto*& pointer, int64_t step) { pointer += pointer == nullptr ? 0 : step; };
     for (int64_t k = 0; k < clouds; ++k) {

@@ -37,11 +37,18 @@ const char* vector_unit();
 // On a GPU, for `clouds` problems at once whose arrays follow one another; everything is queued on the stream, nothing
 // waits. `lengths`: the bandwidths in the memory of the GPU, or null: those of the problem. `processors`: of the GPU,
 // to divide the work. Returns what went wrong, or null. The bits do not depend on the order of the blocks.
-constexpr int64_t kCudaMaxDim = 18;  // coordinates that fit the registers
+constexpr int64_t kCudaMaxDim = 18;           // coordinates that fit the registers
+constexpr int64_t kCudaMaxProductsDim = 128;  // of float; with v for one RBF scale alone
+constexpr int kCudaMaxScales = 32;
+template <typename T>
+struct Affine {  // *value = factor energy + constant, in T, where it is not null; the energy must be wanted
+    T* value = nullptr;
+    double factor = 1, constant = 0;
+};
 template <typename T>
 size_t pairwise_cuda_workspace(const PairwiseProblem<T>& problem, int64_t clouds, int processors);  // bytes
 template <typename T>
 const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, const double* lengths, void* workspace,
-                          int processors, void* stream);
+                          int processors, void* stream, const Affine<T>& affine = {});
 
 }  // namespace infovae_fast

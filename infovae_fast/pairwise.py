@@ -35,7 +35,7 @@ from infovae_fast.radial import IMQ, RBF, Kernel, RationalQuadratic
 
 TILE_PAIRS = 2**24
 LEAF_KERNELS = (RBF, IMQ, RationalQuadratic)  # not their subclasses, which may have a phi of their own
-CUDA_MOST_DIM, CUDA_MOST_SCALES, CUDA_MOST_CLOUDS = 18, 32, 65535
+CUDA_MOST_DIM, CUDA_MOST_PRODUCTS_DIM, CUDA_MOST_SCALES, CUDA_MOST_CLOUDS = 18, 128, 32, 65535
 
 Weights = tuple[float, float, float]  # w_xx, w_xy, w_yy
 
@@ -200,14 +200,20 @@ def _triton_reason(x: Tensor, *inputs: Any) -> str | None:
     return triton_missing() or _leaf_reason(x, *inputs)
 
 
-def cuda_limits(x: Tensor, *inputs: Any) -> str | None:
-    """What the CUDA kernels have no room for (csrc/cuda/pairwise.cu)."""
-    if x.shape[-1] > CUDA_MOST_DIM:
-        return f"a point must fit in registers: got D={x.shape[-1]}, accepted: at most {CUDA_MOST_DIM}"
-    if len(inputs) > 2 and (scales := len(inputs[2].at(x.shape[-1]).scales())) > CUDA_MOST_SCALES:
+def cuda_limits(
+    x: Tensor, y: Tensor | None = None, v: Tensor | None = None, kernel: Kernel | None = None, *inputs: Any
+) -> str | None:
+    """What the CUDA kernels have no room for (csrc/cuda/pairwise*.cu)."""
+    d = x.shape[-1]
+    scales = 1 if kernel is None else len(kernel.at(d).scales())
+    if scales > CUDA_MOST_SCALES:
         return f"got {scales} scales, accepted: at most {CUDA_MOST_SCALES}"
-    if x.shape[:-2].numel() > CUDA_MOST_CLOUDS:
-        return f"got a batch of {x.shape[:-2].numel()} clouds, accepted: at most {CUDA_MOST_CLOUDS}"
+    if (clouds := x.shape[:-2].numel()) > CUDA_MOST_CLOUDS:
+        return f"got a batch of {clouds} clouds, accepted: at most {CUDA_MOST_CLOUDS}"
+    several = v is not None and kernel is not None and not (scales == 1 and isinstance(kernel, RBF))
+    most = CUDA_MOST_DIM if x.dtype == torch.float64 or several else CUDA_MOST_PRODUCTS_DIM
+    if d > most:
+        return f"a point must fit in registers: got D={d}, accepted: at most {most} here"
     return None
 
 

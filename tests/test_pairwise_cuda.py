@@ -10,7 +10,7 @@ import torch
 
 from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
 from infovae_fast.backends import native_missing
-from infovae_fast.pairwise import leaf_scales, pairwise_reference
+from infovae_fast.pairwise import cuda_limits, force, leaf_scales, pairwise_reference
 from tests.oracle import check, near, pairwise_scales
 from tests.simt import ROOT
 from tests.simt.pairwise import SOURCES, leaf
@@ -43,12 +43,15 @@ def run(
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
-@pytest.mark.parametrize("d", [1, 2, 5, 10, 11, 18])
+@pytest.mark.parametrize("d", [1, 2, 5, 10, 11, 18, 33, 80, 128])
 def test_it_meets_the_rule(d, kernel):
+    """From 11 coordinates on float32 goes to the tensor cores, with v where there is one RBF scale."""
     for n, m in ((1, 1), (31, 129), (140, 40)):
         for dtype in (torch.float32, torch.float64):
             x, y, v = clouds(n, m, d, dtype)
             for other, velocity in ((y, None), (None, v), (y, v)):
+                if cuda_limits(x, other, velocity, kernel):
+                    continue
                 E, F, *_ = run(x, other, velocity, kernel=kernel)
                 inputs = [None if t is None else t.double() for t in (x, other, velocity)]
                 truth = pairwise_reference(*inputs, kernel, WEIGHTS, True, True)
@@ -85,6 +88,42 @@ def test_every_combination_of_outputs_and_weights(kernel):
             assert out.shape == truth.shape
 
 
+@pytest.mark.parametrize("kernel", KERNELS[:3], ids=range(3))
+def test_every_combination_on_tensor_cores(kernel):
+    x, y, _ = clouds(150, 260, 20)
+    kernel = type(kernel)([3 * b for b in kernel.bandwidth], weights=kernel.weights)
+    a, b = torch.rand(150), torch.rand(260) - 0.3
+    for energy, fx, fy, p, weighted in itertools.product([True, False], repeat=5):
+        inputs = (x, y, None, a, b) if weighted else (x, y)
+        for out, truth in zip(
+            *both_ways(*inputs, kernel=kernel, energy=energy, force=(fx, fy), potentials=p), strict=True
+        ):
+            assert out.shape == truth.shape
+            assert not out.numel() or (out - truth).abs().max() < 3e-6 * truth.abs().max()
+
+
+def test_tensor_cores_hold_the_rule_far_from_the_bandwidth():
+    """Where 16 bits alone would not: a far point, an offset, g of any size, and a target with one near source."""
+    x, y, v = clouds(100, 150, 20)
+    far = x.clone()
+    far[7] += 1e4
+    near_twin = torch.cat([x[:1] + 1e-3, y])
+    for points, other, length in ((far, y, 5.0), (x + 1e4, y + 1e4, 5.0), (x, y, 0.6), (x, near_twin, 1.0)):
+        kernel = RBF(length)
+        for velocity in (None, v):
+            E, F, *_ = run(points, other, velocity, kernel=kernel)
+            truth = pairwise_reference(
+                points.double(), other.double(), None if velocity is None else v.double(), kernel, WEIGHTS, True, True
+            )
+            yardstick = pairwise_reference(points, other, velocity, kernel, WEIGHTS, True, True)
+            scale = pairwise_scales(points, other, velocity, kernel, WEIGHTS)
+            check(E, truth[0], yardstick[0], scale[0], torch.float32)
+            check(F, truth[1], yardstick[1], scale[1])
+            rows = [k for k in range(100) if k != 7]
+            if points is far:
+                check(F[rows], truth[1][rows], yardstick[1][rows], scale[1][rows])
+
+
 def test_many_targets_a_lane():
     """From 8,192 points on; a part of them is compared."""
     for kernel in (RBF(1.3), IMQ(1.0)):
@@ -95,8 +134,9 @@ def test_many_targets_a_lane():
             assert (one - other).abs().max() < 3e-6 * other.abs().max()
 
 
-def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(monkeypatch):
-    x, y, v = clouds(300, 200, 5)
+@pytest.mark.parametrize("d", [5, 20])
+def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(monkeypatch, d):
+    x, y, v = clouds(300, 200, d)
     results = []
     for order in ("forward", "reverse", "shuffle:1", "shuffle:2"):
         monkeypatch.setenv("SIMT_ORDER", order)
@@ -117,8 +157,9 @@ def test_any_division_of_the_work_gives_the_same():
             near(one, other)
 
 
-def test_a_batch_is_each_cloud():
-    x, y, v = clouds(40, 30, 4, torch.float64, batch=(2, 3))
+@pytest.mark.parametrize(("d", "dtype"), [(4, torch.float64), (20, torch.float32)])
+def test_a_batch_is_each_cloud(d, dtype):
+    x, y, v = clouds(40, 30, d, dtype, batch=(2, 3))
     E, F, *_ = run(x, y, v)
     for i, j in itertools.product(range(2), range(3)):
         one = run(x[i, j], y[i, j], v[i, j])
@@ -136,8 +177,8 @@ def test_bandwidths_in_memory_are_the_same_bits():
 
 
 def test_nan_stays_visible():
-    for kernel in KERNELS:
-        x, y, _ = clouds(150, 40, 3)
+    for kernel, d in itertools.product(KERNELS, (3, 20)):
+        x, y, _ = clouds(150, 40, d)
         x[7, 1] = torch.nan
         E, F, *_ = run(x, y, kernel=kernel)
         assert E.isnan() and F.isnan().all()
@@ -145,36 +186,35 @@ def test_nan_stays_visible():
 
 def test_what_has_no_room_is_said():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with pytest.raises(RuntimeError, match="a point must fit in registers: got D=19, accepted: at most 18"):
-        mmd(*torch.randn(2, 9, 19, device=device), backend="cuda")
+    too_many = "a point must fit in registers: got D={}, accepted: at most {} here"
+    four = [torch.randn(9, d, device=device) for d in (19, 129)]
+    for x, v, kernel, most in (
+        (four[0].double(), None, RBF(), 18),
+        (four[0], four[0], RBF([1.0, 2.0]), 18),
+        (four[0], four[0], IMQ(1.0), 18),
+        (four[1], None, RBF(), 128),
+    ):
+        with pytest.raises(RuntimeError, match=too_many.format(x.shape[1], most)):
+            force(x, None, v, kernel=kernel, backend="cuda")
     with pytest.raises(RuntimeError, match="got 33 scales, accepted: at most 32"):
         mmd(*torch.randn(2, 9, 3, device=device), RBF([1.0 + k for k in range(33)]), backend="cuda")
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="at most 18 coordinates, 32 scales and 65535 clouds"):
-            run(torch.randn(4, 19))
-        with pytest.raises(RuntimeError, match="at most 18 coordinates, 32 scales and 65535 clouds"):
+        with pytest.raises(RuntimeError, match="18 coordinates .*, 32 scales and 65535 clouds"):
+            run(torch.randn(4, 19).double())
+        with pytest.raises(RuntimeError, match="18 coordinates .*, 32 scales and 65535 clouds"):
             run(torch.randn(4, 3), kernel=RBF([1.0 + k for k in range(400)]))
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
-def test_it_compiles_without_spilling(architecture, tmp_path):
+@pytest.mark.parametrize(("source", "count"), [(SOURCES[0], 30), (SOURCES[1], 43)])
+def test_it_compiles_without_spilling(source, count, architecture, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
-    target = f"arch=compute_{architecture},code=sm_{architecture}"
-    done = subprocess.run(
-        [
-            *["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode"],
-            target,
-            SOURCES[0],
-            "-o",
-            tmp_path / "pairwise.o",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode"]
+    command += [f"arch=compute_{architecture},code=sm_{architecture}", source, "-o", str(tmp_path / "pairwise.o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(kernels) == 30 and set(kernels) == {("0", "0", "0")}, done.stderr
+    assert len(kernels) == count and set(kernels) == {("0", "0", "0")}, done.stderr
     assert max(int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)) <= 255

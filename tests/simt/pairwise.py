@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests import simt
 
-SOURCES = ("csrc/cuda/pairwise.cu", "tests/simt/pairwise.cpp")
+SOURCES = ("csrc/cuda/pairwise.cu", "csrc/cuda/pairwise_products.cu", "tests/simt/pairwise.cpp")
 
 
 def leaf(

@@ -1,0 +1,213 @@
+// What the kernels of `pairwise` share: the problem and its division among blocks, the centre, the radial functions.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "pairwise.h"
+
+namespace infovae_fast {
+namespace {
+
+constexpr int kSample = 64;  // points whose mean is the centre; any point near the cloud would do
+
+#ifdef __CUDACC__
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+    extern __shared__ __align__(16) unsigned char bytes[];
+    return reinterpret_cast<T*>(bytes);
+}
+#endif
+
+// 2^t, relative error 2^-22.5 in float.
+__device__ __forceinline__ float power_of_2(float t) {
+#ifdef __CUDA_ARCH__
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+    return e;
+#else
+    return exp2f(t);
+#endif
+}
+__device__ __forceinline__ double power_of_2(double t) { return exp2(t); }
+
+__device__ __forceinline__ float reciprocal(float x) {  // of a normal number; a division would call a subroutine
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y + y * (1.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
+}
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+
+// log2(1 + u), u > -1/2: 1 + u = 2^e m with m in [sqrt(1/2), sqrt(2)); log2 m = s Q(s^2), s = (m - 1) / (m + 1).
+__device__ __forceinline__ float log2_1p(float u) {
+    const float x = 1.0f + u, lost = u - (x - 1.0f);
+    const int bits = __float_as_int(x), e = (bits - 0x3f3504f3) >> 23;
+    const float m = __int_as_float(bits - (e << 23)), s = (m - 1.0f) * reciprocal(m + 1.0f), q = s * s;
+    const float Q = 2.88539007978892671f + q * (0.961798847641742934f + q * (0.576714383962467901f + q * 0.431735879207038553f));
+    return float(e) + (s * Q + 1.44269504f * lost * reciprocal(x)) + (x - x);  // NaN and infinity become NaN
+}
+__device__ __forceinline__ double log2_1p(double u) { return 1.4426950408889634074 * log1p(u); }
+
+template <typename T>
+struct Mixture {  // in units of the first scale
+    T rate[kCudaMaxScales], rate_by_alpha[kCudaMaxScales], weight[kCudaMaxScales], weighted_rate[kCudaMaxScales];
+};
+
+template <typename T>
+struct Work {
+    // The problem; [2] is x and y. Of several clouds the arrays follow one another.
+    const T *z[2], *v, *a[2];
+    int64_t n[2];
+    int d;
+    bool rbf;
+    int scales;
+    double bandwidth[kCudaMaxScales], weight[kCudaMaxScales], alpha;
+    const double* lengths;       // bandwidths in the memory of the GPU, or null
+    double within[2], between;   // w_xx and w_yy, w_xy
+    T *force[2], *potential[2];
+    double* energy;
+    Affine<T> affine;            // of one cloud
+    bool wants_energy;
+    // The division of the work.
+    bool full[2];                // rows need forces or potentials: all sources, else each pair of the cloud once
+    bool sees_other[2];          // the sources of the other cloud too
+    double share_of_other;       // how often such a pair counts in the energy
+    int64_t tiles[2], row_blocks[2], segments[2], tiles_a_segment[2], blocks;
+    double* energies;            // [clouds, blocks]
+    T* partials;                 // [clouds, blocks, rows of a block, D + 1]: of each row its force and its potential
+
+    __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
+        return double(z[k][(cloud * n[k] + at) * d + c]);
+    }
+    // Coordinate c of the mean of a sample of both clouds, the same in all blocks; by a warp.
+    __device__ double centre(int64_t cloud, int c, int lane) const {
+        const int64_t points = n[0] + n[1], sample = points < kSample ? points : kSample;
+        const auto number = [&](int64_t k) {
+            const int64_t at = points < kSample ? k : k * points / kSample;
+            if (c >= d || k >= sample) return 0.0;
+            return at < n[0] ? coordinate(0, cloud, at, c) : coordinate(1, cloud, at - n[0], c);
+        };
+        static_assert(kSample == 64);
+        double sum = number(lane) + number(lane + 32);
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        return sum / double(sample);
+    }
+    __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
+    __device__ void fill(Mixture<T>& mixture) const {
+        for (int s = int(threadIdx.x); s < scales; s += int(blockDim.x)) {
+            const double ratio = length(0) / length(s), r = ratio * ratio;
+            mixture.rate[s] = T(r);
+            mixture.rate_by_alpha[s] = T(r / alpha);
+            mixture.weight[s] = T(weight[s]);
+            mixture.weighted_rate[s] = T(weight[s] * r);
+        }
+    }
+    __device__ void put_energy(int64_t cloud, double sum) const {
+        if (energy != nullptr) energy[cloud] = sum;
+        if (affine.value != nullptr) affine.value[cloud] = T(affine.factor * sum + affine.constant);
+    }
+    // u = coordinate_scale (z - centre)
+    __device__ double coordinate_scale() const { return (rbf ? sqrt(1.4426950408889634074) : 1.0) / length(0); }
+};
+
+// What block `index` has to do: targets of a cloud, and a segment of its tiles of sources, first those of its own cloud.
+struct Share {
+    int own;
+    int64_t row_block, segment, begin, end, own_tiles;
+
+    template <typename T>
+    __device__ Share(const Work<T>& work, unsigned index) {
+        const int64_t first = work.row_blocks[0] * work.segments[0];
+        own = int64_t(index) < first ? 0 : 1;
+        const unsigned block = index - (own == 0 ? 0u : unsigned(first)), segments = unsigned(work.segments[own]);
+        row_block = block / segments, segment = block % segments, own_tiles = work.tiles[own];
+        const int64_t all = own_tiles + (work.sees_other[own] ? work.tiles[1 - own] : 0);
+        begin = segment * work.tiles_a_segment[own];
+        end = begin + work.tiles_a_segment[own] < all ? begin + work.tiles_a_segment[own] : all;
+    }
+};
+
+// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each.
+template <typename T>
+Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64_t tile, int64_t wanted_blocks,
+                int64_t least, const Affine<T>& affine) {
+    Work<T> w{};
+    w.z[0] = q.x, w.z[1] = q.y, w.v = q.v, w.a[0] = q.a, w.a[1] = q.b;
+    w.n[0] = q.n, w.n[1] = q.y == nullptr ? 0 : q.m, w.d = int(q.d);
+    w.rbf = q.radial.rbf, w.scales = int(q.radial.weight.size()), w.alpha = q.radial.alpha;
+    const auto copy = [](const std::vector<double>& from, double* to) {  // more than fit are refused before the launch
+        std::copy_n(from.begin(), std::min<size_t>(from.size(), kCudaMaxScales), to);
+    };
+    copy(q.radial.bandwidth, w.bandwidth), copy(q.radial.weight, w.weight);
+    w.within[0] = q.w_xx, w.within[1] = q.w_yy, w.between = q.w_xy;
+    w.force[0] = q.x_force, w.force[1] = q.y_force, w.potential[0] = q.x_potential, w.potential[1] = q.y_potential;
+    w.energy = q.energy, w.affine = affine, w.wants_energy = q.energy != nullptr || affine.value != nullptr;
+
+    const bool energy = w.wants_energy, both = w.n[1] > 0;
+    for (int k = 0; k < 2; ++k) {
+        w.full[k] = w.force[k] != nullptr || w.potential[k] != nullptr;
+        w.tiles[k] = (w.n[k] + tile - 1) / tile;
+    }
+    w.sees_other[0] = both && (w.full[0] || (energy && !w.full[1]));
+    w.sees_other[1] = both && w.full[1];
+    w.share_of_other = w.sees_other[0] && w.sees_other[1] ? 1 : 2;
+    int64_t all_tiles[2], work_tiles = 0;
+    for (int k = 0; k < 2; ++k) {
+        const bool wanted = w.n[k] > 0 && (w.full[k] || energy);
+        w.row_blocks[k] = wanted ? (w.n[k] + rows - 1) / rows : 0;
+        all_tiles[k] = wanted ? w.tiles[k] + (w.sees_other[k] ? w.tiles[1 - k] : 0) : 0;
+        work_tiles += w.row_blocks[k] * all_tiles[k] * clouds;
+    }
+    const int64_t some = std::max(least, (work_tiles + wanted_blocks - 1) / wanted_blocks);
+    for (int k = 0; k < 2; ++k) {
+        w.segments[k] = (all_tiles[k] + some - 1) / some;
+        w.tiles_a_segment[k] = w.segments[k] > 0 ? (all_tiles[k] + w.segments[k] - 1) / w.segments[k] : 0;
+        w.blocks += w.row_blocks[k] * w.segments[k];
+    }
+    return w;
+}
+
+inline size_t round_up(int64_t bytes) { return size_t(bytes + 255) / 256 * 256; }
+
+template <typename T>
+size_t partial_bytes(const Work<T>& w, int64_t clouds, int64_t rows) {
+    const bool parts = (w.full[0] && w.segments[0] > 1) || (w.full[1] && w.segments[1] > 1);
+    return parts ? round_up(clouds * w.blocks * rows * (w.d + 1) * int64_t(sizeof(T))) : 0;
+}
+
+// phi and g of the exponent. ONE: a single RBF scale, whose weight is applied later; g is phi.
+template <typename T, bool ONE>
+__device__ __forceinline__ void radial_of(T t, const Work<T>& work, const Mixture<T>& mixture, T& phi, T& g) {
+    if constexpr (ONE) {
+        phi = g = power_of_2(t);
+    } else {
+        phi = g = T(0);
+        for (int s = 0; s < work.scales; ++s) {
+            T p, slope;
+            if (work.rbf) {
+                p = slope = power_of_2(t * mixture.rate[s]);
+            } else {
+                const T u = -t * mixture.rate_by_alpha[s], inverse = reciprocal(T(1) + u);
+                p = work.alpha == 1 ? inverse : power_of_2(T(-work.alpha) * log2_1p(u));
+                slope = p * inverse;
+            }
+            phi += p * mixture.weight[s];
+            g += slope * mixture.weighted_rate[s];
+        }
+    }
+}
+
+}  // namespace
+
+// As `pairwise_cuda`, on tensor cores (pairwise_products.cu).
+size_t pairwise_products_workspace(const PairwiseProblem<float>& problem, int64_t clouds, int processors);
+const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clouds, const double* lengths,
+                              void* workspace, int processors, void* stream, const Affine<float>& affine);
+
+}  // namespace infovae_fast
