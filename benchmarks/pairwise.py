@@ -118,12 +118,13 @@ def graphed(run: Callable[[Case, Tensor, Tensor], Result]) -> Callable[[Case, Te
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
+                leaf = x.detach().requires_grad_(x.requires_grad)  # autograd waits for the stream where a leaf was used
                 for _ in range(3):
-                    run(case, x, y)
+                    run(case, leaf, y)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = run(case, x, y)
+            with torch.cuda.graph(graph, stream=stream):
+                out = run(case, leaf, y)
             captured[case] = graph, out, (x, y)
         captured[case][0].replay()
         return captured[case][1]
