@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_check --out OUT [--steps build,test,sanitize,bound,bench]
 
     build      the extension with CUDA (nvcc), in place
-    test       the tests of the kernels, on the GPU, with every backend; --tests for others
+    test       the tests of the kernels, on the GPU, with every backend; --tests for others. With pytest-xdist, in
+               several processes: most of their time goes to compilers
     sanitize   compute-sanitizer memcheck and racecheck over the CUDA kernels
     bound      the ceilings of this GPU, and what ours reaches of the bound
     bench      `benchmarks.run` and `benchmarks.masked_conv` on the GPU
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +49,12 @@ SANITIZED = (  # some of each file with CUDA kernels
 def commands(out: Path, tests: str) -> dict[str, list[str]]:
     python, rows = shlex.quote(sys.executable), shlex.quote(str(out / "rows.jsonl"))
     sanitizer = f"compute-sanitizer --error-exitcode 9 --tool {{}} {python} -m pytest -x {{}}"
+    workers = f" -n {min(8, os.cpu_count() or 1)}" if find_spec("xdist") else ""  # they share the GPU
     missing = "import sys; from infovae_fast.backends import native_missing; sys.exit(native_missing('cuda'))"
     built = f"{python} -c {shlex.quote(missing)}"  # without it the tests of CUDA kernels would run them as C++
     return {
         "build": [f"INFOVAE_FAST_BUILD=cuda {python} setup.py build_ext --inplace", f"{python} -m infovae_fast"],
-        "test": [built, f"{python} -m pytest --maxfail 30 -rs {tests}"],
+        "test": [built, f"{python} -m pytest{workers} --maxfail 30 -rs {tests}"],
         "sanitize": [
             built,
             *(sanitizer.format(tool, some) for some in SANITIZED for tool in ("memcheck", "racecheck")),
