@@ -5,18 +5,21 @@ The cloud is centred, u = z - centre, and with squares h = |u|^2 a tile of targe
     d2_ij = h_i + h_j - 2 u_i.u_j     A_i = sum_j a_j phi_ij     G_i = sum_j a_j phi'_ij     S_i = sum_j a_j phi'_ij u_j
 
 two matrix products around the radial functions, of which energy = sum_i w a_i A_i, potential = w A_i and
-force = 2 w a_i (G_i u_i - S_i) + sum_j phi_ij v_j are made. The products run on tensor cores: as three TF32 products,
-which keep float32's digits, unless PyTorch's matmul precision permits one ("high", "medium"). Where points have at most
-`DIRECT_MOST` dimensions, d2 is summed from their differences instead.
+force = 2 w a_i (G_i u_i - S_i) + sum_j phi_ij v_j are made. In float32, from `PRODUCTS_LEAST` dimensions on, cuBLAS
+multiplies (`pairwise_products`); what follows here is for fewer, for float64 and for PyTorch before 2.8.
+
+The products run on tensor cores: as three TF32 products, which keep float32's digits, unless PyTorch's matmul precision
+permits one ("high", "medium"). Where points have at most `DIRECT_MOST` dimensions, d2 is summed from their differences
+instead.
 
 Sums over `GROUP` sources are in the dtype of the samples, those over groups in float64. Each program owns its rows of
 the result for a segment of the sources; there are no atomics, and the bits do not change from run to run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,9 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from infovae_fast.backends import tf32_allowed
+from infovae_fast.kernels import pairwise_products as products
+from infovae_fast.kernels.pairwise_products import table
 from infovae_fast.kernels.radial import radial
 
 DIRECT_MOST = 4
+PRODUCTS_LEAST = 33  # dimensions: below, what a tile reads and writes for cuBLAS takes longer than the products here
 PADDING = 64  # of both clouds, so that no tile is ragged
 GROUP = 256  # sources whose sums go to float64 together
 DEPTH = 16  # of a step of the product u_i.u_j; the dimension is padded to a multiple of it
@@ -161,32 +167,51 @@ def segment_count(m, segment):
 class Cloud:
     """A cloud as the kernels take it, padded."""
 
-    def __init__(self, z: Tensor, weights: Tensor | None, v: Tensor | None, centre: Tensor, dp: int) -> None:
-        clouds, n, d = z.shape
-        self.n, self.padded = n, triton.cdiv(n, PADDING) * PADDING
-        self.u = z.new_empty(clouds, self.padded, dp)
-        self.h, self.a = z.new_empty(clouds, self.padded), z.new_empty(clouds, self.padded)
+    def __init__(self, centre: Tensor, z: Tensor, weights: Tensor | None, v: Tensor | None) -> None:
+        clouds, self.n, self.d = z.shape
+        dp = triton.cdiv(self.d, DEPTH) * DEPTH
+        padded = triton.cdiv(self.n, PADDING) * PADDING
+        self.weights = weights
+        self.u = z.new_empty(clouds, padded, dp)
+        self.h, self.a = z.new_empty(clouds, padded), z.new_empty(clouds, padded)
         self.v = None if v is None else torch.empty_like(self.u)
         columns = triton.next_power_of_2(dp)
         block = max(1, min(PADDING, 4096 // columns))
-        prepare[(self.padded // block, clouds)](
-            z.contiguous(), _pointer(weights, z), _pointer(v, z), centre, self.u, self.h, self.a,
-            _pointer(self.v, z), n, self.padded, d, dp, columns, block, weights is not None, v is not None,
+        prepare[(padded // block, clouds)](
+            z, z if weights is None else weights, z if v is None else v, centre, self.u, self.h, self.a,
+            self.u if v is None else self.v, self.n, padded, self.d, dp, columns, block, weights is not None,
+            v is not None,
         )  # fmt: skip
 
 
-def _pointer(t: Tensor | None, other: Tensor) -> Tensor:
-    return other if t is None else t.contiguous()
+def sums(
+    scales: tuple[Tensor, Tensor], kind: str, alpha: float, own: Cloud, jobs: Sequence[Cloud], w: Sequence[float],
+    upper: bool, force: bool,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+    """For each cloud of sources, A [clouds, n] of own's points in float64; and own's force [clouds, n, D].
+
+    Args:
+        jobs: the clouds of sources, own first; w: their weights, which the force has and A has not.
+        upper: of its own cloud, a point has the sources after it alone.
+    """
+    found: list[Tensor] = []
+    F: Tensor | float = 0.0
+    for sources, factor in zip(jobs, w, strict=True):
+        A, G, S, V = _tiles(scales, kind, alpha, own, sources, upper and sources is own, force)
+        found.append(A[:, : own.n])
+        if force:
+            pull = own.a[..., None] * (G[..., None] * own.u - S)
+            F = F + 2 * factor * pull + (0 if sources.v is None else V)
+    return found, F[:, : own.n, : own.d] if isinstance(F, Tensor) else None
 
 
-def _sums(
-    targets: Cloud, sources: Cloud, scales: tuple[Tensor, Tensor], kind: str, alpha: float, d: int, upper: bool,
-    force: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+def _tiles(
+    scales: tuple[Tensor, Tensor], kind: str, alpha: float, targets: Cloud, sources: Cloud, upper: bool, force: bool
+) -> tuple[Tensor, ...]:
     """A [clouds, n], G [clouds, n], S and sum phi v [clouds, n, DP] in float64; the last three for forces."""
     clouds, n, dp = targets.u.shape
-    m, with_v = sources.padded, force and sources.v is not None
-    direct = d if d <= DIRECT_MOST else 0
+    m, with_v = sources.u.shape[1], force and sources.v is not None
+    direct = targets.d if targets.d <= DIRECT_MOST else 0
     bm, bn, dc, warps, stages = tile(dp, targets.u.itemsize, with_v)
     chunks = triton.cdiv(dp, dc) if force else 1
     programs = n // bm * clouds * chunks
@@ -201,17 +226,11 @@ def _sums(
     precision = "ieee" if exact else "tf32" if tf32_allowed() else "tf32x3"
     grid = (n // bm, clouds * segments, chunks)
     pairwise_kernel[grid](
-        targets.u, targets.h, sources.u, sources.h, sources.a, _pointer(sources.v, sources.u), *scales,
+        targets.u, targets.h, sources.u, sources.h, sources.a, sources.v if with_v else sources.u, *scales,
         A, G, S, V, n, m, segment, dp, dc, DEPTH, bm, bn, GROUP, len(scales[0]), kind, alpha, precision,
         direct, targets is sources, upper, force, with_v, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    A, G, S, V = (t.sum(1)[:, : targets.n] for t in (A, G, S, V))
-    return A, G if force else None, S if force else None, V if with_v else None
-
-
-@cache
-def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return tuple(t.sum(1) for t in (A, G, S, V))
 
 
 @torch.library.custom_op("infovae_fast::pairwise_triton", mutates_args=())
@@ -222,19 +241,18 @@ def pairwise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op infovae_fast::pairwise of csrc/bindings.cpp."""
     d, batch = x.shape[-1], x.shape[:-2]
-    flat = [None if t is None else t.reshape(-1, *t.shape[len(batch) :]) for t in (x, y, v, a, b)]
+    flat = [None if t is None else t.reshape(-1, *t.shape[len(batch) :]).contiguous() for t in (x, y, v, a, b)]
     x_, y_, v_, a_, b_ = flat
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         total = x_.sum(1, dtype=torch.float64) + (0 if y_ is None else y_.sum(1, dtype=torch.float64))
         centre = total / (x_.shape[1] + (0 if y_ is None else y_.shape[1]))  # [clouds, D]
-        dp = triton.cdiv(d, DEPTH) * DEPTH
-        clouds = [Cloud(x_, a_, v_, centre, dp)] + ([] if y_ is None else [Cloud(y_, b_, None, centre, dp)])
-        scales = (
-            _table(tuple(bandwidth), x.device) if lengths is None else lengths.to(x.device),
-            _table(tuple(weight), x.device),
-        )
-        kind = "rbf" if rbf else "rq"
-        results = _assemble(clouds, scales, kind, alpha, d, w, energy, (x_force, y_force), potentials)
+        by_cublas = products.AVAILABLE and x.dtype == torch.float32 and d >= PRODUCTS_LEAST
+        cloud = products.Cloud if by_cublas else partial(Cloud, centre)
+        clouds = [cloud(x_, a_, v_)] + ([] if y_ is None else [cloud(y_, b_, None)])
+        lengths = table(tuple(bandwidth), x.device) if lengths is None else lengths.to(x.device)
+        settings = ((lengths, table(tuple(weight), x.device)), "rbf" if rbf else "rq", alpha)
+        run = partial(products.sums, centre, *settings) if by_cublas else partial(sums, *settings)
+        results = _assemble(clouds, run, w, energy, (x_force, y_force), potentials)
     shapes = (
         batch,
         x.shape,
@@ -250,35 +268,26 @@ def pairwise(
 
 
 def _assemble(
-    clouds: list[Cloud], scales: tuple[Tensor, Tensor], kind: str, alpha: float, d: int, w: Sequence[float],
-    energy: bool, forces: tuple[bool, bool], potentials: bool,
+    clouds: list[Any], sums: Callable[..., tuple[list[Tensor], Tensor | None]], w: Sequence[float], energy: bool,
+    forces: tuple[bool, bool], potentials: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     E: Tensor | float = 0.0
     F: list[Tensor | None] = [None, None]
     P: list[Tensor | None] = [None, None]
-    wanted = [(force, potentials) for force in forces[: len(clouds)]]
-    full = [any(pair) for pair in wanted]
-    both = len(clouds) == 2
+    full = [force or potentials for force in forces[: len(clouds)]]
     for k, own in enumerate(clouds):
-        # Pairs of both clouds are visited by those whose rows are wanted; if none are, by x.
-        sees_other = both and (full[k] or (energy and k == 0 and not any(full)))
         if not full[k] and not energy:
             continue
         jobs = [(own, w[0] if k == 0 else w[2], 1.0 if full[k] else 2.0)]
-        if sees_other:
+        # Pairs of both clouds are visited by those whose rows are wanted; if none are, by x.
+        if len(clouds) == 2 and (full[k] or (k == 0 and not any(full))):
             jobs.append((clouds[1 - k], w[1], 1.0 if all(full) else 2.0))
-        for sources, factor, share in jobs:
-            upper = sources is own and not full[k]
-            A, G, S, V = _sums(own, sources, scales, kind, alpha, d, upper, forces[k])
-            own_a = own.a[:, : own.n].double()
-            E = E + share * factor * (own_a * A).sum(1)
-            if potentials:
-                P[k] = factor * A + (0 if P[k] is None else P[k])
-            if forces[k]:
-                u = own.u[:, : own.n, :d].double()
-                F_here = 2 * factor * own_a[..., None] * (G[..., None] * u - S[..., :d])
-                F_here = F_here if V is None else F_here + V[..., :d]
-                F[k] = F_here if F[k] is None else F[k] + F_here
+        sources, factors, shares = zip(*jobs, strict=True)
+        A, F[k] = sums(own, sources, factors, not full[k], forces[k])
+        for one, factor, share in zip(A, factors, shares, strict=True):
+            E = E + share * factor * (one if own.weights is None else own.weights * one).sum(1)
+        if potentials:
+            P[k] = sum(factor * one for one, factor in zip(A, factors, strict=True))
     return [E if energy else None, *F, *P]
 
 

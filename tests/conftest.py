@@ -43,12 +43,14 @@ def gpu_kernels_without_a_gpu() -> None:
             from infovae_fast.kernels import logistic_mixture as mixture_kernels
             from infovae_fast.kernels import masked_conv as conv_kernels
             from infovae_fast.kernels import pairwise as kernels
+            from infovae_fast.kernels import pairwise_products
 
             # The interpreter's time is the number of its operations: few and large tiles.
             kernels.tile, kernels.DEPTH = (
                 lambda dp, *_: kernels.Tile(64, 64, kernels.triton.next_power_of_2(dp), 4, 1),
                 64,
             )
+            pairwise_products.ROWS = pairwise_products.PADDING
             block, tile = conv_kernels.block, conv_kernels.Tile
             conv_kernels.tile = lambda columns, depth, *_: tile(256, block(columns), block(depth), 4, 1)
             conv_kernels.weight_tile = lambda rows, columns, *_: tile(block(rows), block(columns), 256, 4, 1)
