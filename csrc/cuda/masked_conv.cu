@@ -68,13 +68,16 @@ __device__ __forceinline__ void operator+=(Vector<S, V>& to, const Vector<S, V>&
 #pragma unroll
     for (int e = 0; e < V; ++e) to.x[e] += more.x[e];
 }
-template <int V, typename T>
-__device__ __forceinline__ Vector<SumOf<T>, V> read(const T* from) {
-    const Vector<T, V> some = *reinterpret_cast<const Vector<T, V>*>(from);
+template <typename T, int V>
+__device__ __forceinline__ Vector<SumOf<T>, V> widened(const Vector<T, V>& some) {
     Vector<SumOf<T>, V> to;
 #pragma unroll
     for (int e = 0; e < V; ++e) to.x[e] = widened(some.x[e]);
     return to;
+}
+template <int V, typename T>
+__device__ __forceinline__ Vector<T, V> vector_at(const T* from) {
+    return *reinterpret_cast<const Vector<T, V>*>(from);
 }
 template <typename T, int V>
 __device__ __forceinline__ void write(T* to, const Vector<SumOf<T>, V>& numbers) {
@@ -134,8 +137,9 @@ struct Work {
     Gate gate;
     ShortTap tap[kMaxTaps];
 
-    __device__ int group_of(int channel, int channels) const {
-        return interleaved ? channel % groups : channel % channels / (channels / groups);
+    __device__ int group_of(int channel, int channels) const {  // of one half or two
+        if (channel >= channels) channel -= channels;
+        return interleaved ? channel % groups : channel * groups / channels;
     }
 };
 
@@ -149,12 +153,11 @@ struct Column {
     __device__ __forceinline__ void advance(const Work<T>& w, int by) {
         for (channel += by; channel >= w.in; ++tap) channel -= w.in;
     }
-    // `group` of the outputs; negative: whatever it is.
     template <bool MIRRORED, typename T>
     __device__ __forceinline__ bool seen(const Work<T>& w, int group) const {
-        if (w.groups == 1 || tap < w.taps - 1 || group < 0) return tap < w.taps;
+        if (w.groups == 1 || tap != w.taps - 1) return tap < w.taps;
         const int other = w.group_of(channel, w.grouped);
-        return tap < w.taps && (MIRRORED ? group < other + w.own : other < group + w.own);
+        return MIRRORED ? group < other + w.own : other < group + w.own;
     }
 };
 
@@ -165,8 +168,8 @@ struct Place {
     int dy, dx, stride;
 };
 template <bool MIRRORED, typename T>
-__device__ __forceinline__ Place<T> place_of(const Work<T>& w, const Column& c, int group, int64_t first) {
-    if (!c.seen<MIRRORED>(w, group)) return {w.source, kNoRow, 0, 0};
+__device__ __forceinline__ Place<T> place_of(const Work<T>& w, const Column& c, bool seen, int64_t first) {
+    if (!seen) return {w.source, kNoRow, 0, 0};
     const int dy = MIRRORED ? -w.tap[c.tap].dy : w.tap[c.tap].dy, dx = MIRRORED ? -w.tap[c.tap].dx : w.tap[c.tap].dx;
     return {w.source + (first + dy * w.w + dx) * w.in + c.channel, dy, dx, w.in};
 }
@@ -252,18 +255,18 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) 
     __syncthreads();
 }
 
-template <typename T, int NB, bool MIRRORED>
-constexpr int kBlocks = sizeof(T) == 2 && NB == 64 && MIRRORED ? 3 : 2;  // of a processor, at a time
+template <typename T, int NB>
+constexpr int kBlocks = sizeof(T) == 2 && NB == 64 ? 3 : 2;  // of a processor, at a time
 
 // A tile of pixels x channels of one group, with a gate in both halves: the convolution, or its gradient to x.
 template <typename T, int NB, bool MIRRORED>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, NB, MIRRORED>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
     conv_kernel(const __grid_constant__ Work<T> w) {
     using P = Product<T>;
     using R = Room<T, NB>;
     T* const memory = shared_memory<T>();
     int4* const rows = reinterpret_cast<int4*>(shared_memory<unsigned char>() + R::most);  // y, x, image
-    const int halves = w.gate == Gate::none ? 1 : 2, columns = NB / halves, width = halves * w.out_channels;
+    const int halves = MIRRORED || w.gate == Gate::none ? 1 : 2, columns = NB / halves, width = halves * w.out_channels;
     const int part = w.out_channels / w.groups, tiles = (part + columns - 1) / columns;
     const int group = int(blockIdx.y) / tiles, first_column = int(blockIdx.y) % tiles * columns;
     const int64_t first = int64_t(blockIdx.x) * P::rows;
@@ -277,7 +280,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB, MIRRORED>)
     __syncthreads();
 
     // What each thread loads: a column of the source, of its mirrored weights too, or the weights to one output.
-    Column column(w, place_in(P::depth, w.wide_source ? kVector<T> : 1));
+    const int along = place_in(P::depth, w.wide_source ? kVector<T> : 1);
+    Column column(w, along);
     const int c = place_in(NB, w.wide_weight ? kVector<T> : 1), j = first_column + (c < columns ? c : c - columns);
     const int output = j < part ? place(j) + (c < columns ? 0 : w.out_channels) : -1;
 
@@ -285,13 +289,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB, MIRRORED>)
     const auto load = [&](int step, int slot) {
         T* const left = memory + slot * R::step;
         T* const right = left + R::left;
-        const bool linked = step >= own_steps;
+        const bool linked = !MIRRORED && step >= own_steps;
         const int k = (linked ? step - own_steps : step) * P::depth, end = linked ? w.links : own;
+        const Place<T> p = linked ? Place<T>{w.link + first * w.links + k + along, k + along < end ? 0 : kNoRow, 0, w.links}
+                                  : place_of<MIRRORED>(w, column, column.seen<MIRRORED>(w, group), first);
         by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            const int channel = k + place_in(P::depth, V);
-            const Place<T> p = !linked ? place_of<MIRRORED>(w, column, group, first)
-                                       : Place<T>{w.link + first * w.links + channel, channel < end ? 0 : kNoRow, 0, w.links};
             bring_rows<V, P::depth, P::rows>(left, R::narrow, p.base, p.stride, [&](int row) {
                 return inside(w, rows[row].x + p.dy, rows[row].y + p.dx);
             });
@@ -299,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB, MIRRORED>)
         by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
             if constexpr (MIRRORED) {
-                const int last = column.seen<true>(w, group) ? part - first_column : 0;
+                const int last = p.dy != kNoRow ? part - first_column : 0;
                 const T* const from =
                     w.weight + (int64_t(column.tap) * w.out_channels + place(first_column)) * w.in + column.channel;
                 bring_rows<V, P::depth, NB>(right, R::narrow, from, (place(1) - place(0)) * w.in,
@@ -326,25 +329,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB, MIRRORED>)
 
     by_vector<T>(w.wide_out, [&](auto vector) {
         constexpr int V = decltype(vector)::value;
-        using Numbers = Vector<SumOf<T>, V>;
-        const int across = columns / V, c = int(threadIdx.x) % across * V, channel = place(first_column + c);
+        const int across = columns / V, lines = kThreads / across, c = int(threadIdx.x) % across * V;
+        const int channel = place(first_column + c), end = int(min(int64_t(P::rows), w.pixels - first));
         if (first_column + c >= part) return;
-        Numbers bias[2] = {};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (half < halves && w.bias != nullptr) bias[half] = read<V>(w.bias + channel + half * w.out_channels);
-        }
-        for (int row = int(threadIdx.x) / across; row < P::rows && first + row < w.pixels; row += kThreads / across) {
-            const int64_t pixel = first + row, row_of_condition = w.spatial ? pixel : rows[row].z;
-            Numbers value[2];
+        Vector<T, V> bias[2] = {}, next[2] = {};  // the condition, a row ahead
+        const auto read = [&](const T* from, Vector<T, V>(&to)[2]) {
+            to[0] = vector_at<V>(from);
+            if (halves == 2) to[1] = vector_at<V>(from + w.out_channels);
+        };
+        const auto read_condition = [&](int row) {
+            if (MIRRORED || w.condition == nullptr || row >= end) return;
+            read(w.condition + (w.spatial ? first + row : rows[row].z) * width + channel, next);
+        };
+        if (!MIRRORED && w.bias != nullptr) read(w.bias + channel, bias);
+        int row = int(threadIdx.x) / across;
+        read_condition(row);
+        for (; row < end; row += lines) {
+            const int64_t pixel = first + row;
+            const Vector<T, V> condition[2] = {next[0], next[1]};
+            read_condition(row + lines);
+            Vector<SumOf<T>, V> value[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (half >= halves) continue;
-                const int at = channel + half * w.out_channels;
-                value[half] = read<V>(sums + row * Tile<T, NB>::pitch + c + half * columns);
-                value[half] += bias[half];
-                if (w.condition != nullptr) value[half] += read<V>(w.condition + row_of_condition * width + at);
-                if (w.f != nullptr) write(w.f + pixel * width + at, value[half]);
+                value[half] = vector_at<V>(sums + row * Tile<T, NB>::pitch + c + half * columns);
+                value[half] += widened(bias[half]), value[half] += widened(condition[half]);
+                if (!MIRRORED && w.f != nullptr) write(w.f + pixel * width + channel + half * w.out_channels, value[half]);
             }
             if (halves == 2) {
 #pragma unroll
@@ -370,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     // What each thread loads: a column of x and one of the gradient, at pixels that are `lines` apart.
     const int vector = w.wide_source ? kVector<T> : 1, lines = kThreads / (P::rows / vector);
     const int k = first_row + place_in(P::rows, vector), channel = first_column + place_in(NB, w.wide_weight ? kVector<T> : 1);
-    Place<T> p = place_of<false>(w, Column(w, k), -1, begin);
+    Place<T> p = place_of<false>(w, Column(w, k), k < rows, begin);
     const T* gradient = w.gradient + begin * w.out_channels + channel;
     int known = channel < w.out_channels ? pixels : 0;
     const int64_t start = begin + int(threadIdx.x) / (P::rows / vector);
@@ -433,7 +443,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
     by_vector<T>(w.wide, [&](auto vector) {
         using S = SumOf<T>;
         constexpr int V = decltype(vector)::value, across = kGateColumns / V, lines = kThreads / across;
-        __shared__ Vector<S, V> sums[lines][2][across];
+        __shared__ __align__(16) S sums[lines][2 * kGateColumns];
         const int64_t image = blockIdx.x / unsigned(w.blocks);
         const int block = int(blockIdx.x % unsigned(w.blocks)), halves = w.gate == Gate::none ? 1 : 2;
         const int rows = (w.size + w.blocks - 1) / w.blocks, end = min(w.size, (block + 1) * rows);
@@ -443,30 +453,39 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
 #pragma unroll 2
         for (int row = block * rows + line; row < end && column < w.half; row += lines) {
             const int64_t pixel = image * w.size + row, at = pixel * halves * w.half + column;
-            Vector<S, V> to[2] = {read<V>(w.gradient + pixel * w.half + column), {}};
+            Vector<S, V> to[2] = {widened(vector_at<V>(w.gradient + pixel * w.half + column)), {}};
             if (halves == 2) {
-                const Vector<S, V> a = read<V>(w.f + at), b = read<V>(w.f + at + w.half);
+                Vector<T, V> f[2], extra[2] = {};
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    f[half] = vector_at<V>(w.f + at + half * w.half);
+                    if (w.extra != nullptr) extra[half] = vector_at<V>(w.extra + at + half * w.half);
+                }
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
                     const S g = to[0].x[e];
-                    const Curve<S> by_a = of_a<T>(w.gate, a.x[e]), by_b = sigmoid<T>(b.x[e]);
+                    const Curve<S> by_a = of_a<T>(w.gate, widened(f[0].x[e])), by_b = sigmoid<T>(widened(f[1].x[e]));
                     to[0].x[e] = g * by_b.value * by_a.slope, to[1].x[e] = g * by_a.value * by_b.slope;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    if (w.extra != nullptr) to[half] += read<V>(w.extra + at + half * w.half);
+                    to[half] += widened(extra[half]);
                     write(w.f_gradient + at + half * w.half, to[half]);
                 }
             }
             sum[0] += to[0], sum[1] += to[1];
         }
         if (w.parts == nullptr) return;
-        sums[line][0][lane] = sum[0], sums[line][1][lane] = sum[1];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) write(&sums[line][half * kGateColumns + lane * V], sum[half]);
         __syncthreads();
-        if (line >= halves || column >= w.half) return;
-        Vector<S, V> total = sums[0][line][lane];
-        for (int k = 1; k < lines; ++k) total += sums[k][line][lane];
-        *reinterpret_cast<Vector<S, V>*>(w.parts + int64_t(blockIdx.x) * halves * w.half + line * w.half + column) = total;
+        for (int e = int(threadIdx.x); e < halves * kGateColumns; e += kThreads) {
+            const int half = e / kGateColumns, channel = int(blockIdx.y) * kGateColumns + e % kGateColumns;
+            if (channel >= w.half) continue;
+            S total = sums[0][e];
+            for (int k = 1; k < lines; ++k) total += sums[k][e];
+            w.parts[(int64_t(blockIdx.x) * halves + half) * w.half + channel] = total;
+        }
     });
 }
 
