@@ -7,10 +7,11 @@ import torch
 
 from infovae_fast import IMQ, RBF, RationalQuadratic
 from infovae_fast.pairwise import leaf_scales, pairwise_reference
-from tests.conftest import ARCHITECTURES, compile_ahead
+from tests.conftest import ARCHITECTURES, compile_ahead, launch_ahead
 from tests.oracle import check, near, pairwise_scales
 
 kernels = pytest.importorskip("infovae_fast.kernels.pairwise")
+products = kernels.products
 SETTINGS = kernels.tile, kernels.DEPTH  # before the other tests' larger ones
 
 
@@ -35,24 +36,109 @@ def run(x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force
     return kernels.pairwise(x, y, v, a, b, *settings, energy, *force, potentials)
 
 
+def meets_the_rule(x, y, v, kernel):
+    E, F, *_ = run(x, y, v, kernel=kernel)
+    truth = pairwise_reference(x.double(), y.double(), None if v is None else v.double(), kernel, WEIGHTS, True, True)
+    if x.dtype == torch.float64:
+        near(E.cpu(), truth[0].cpu())
+        near(F.cpu(), truth[1].cpu())
+        return
+    yardstick = pairwise_reference(x, y, v, kernel, WEIGHTS, True, True)
+    scale = pairwise_scales(x, y, v, kernel, WEIGHTS)
+    check(E, truth[0], yardstick[0], scale[0], torch.float32)
+    check(F, truth[1], yardstick[1], scale[1])
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
 @pytest.mark.parametrize("d", [1, 4, 5, 17, 80, 150])
 def test_it_meets_the_rule(d, kernel):
     for n, m in ((1, 1), (66, 31)):
         for dtype in (torch.float32, torch.float64) if d in (4, 17) else (torch.float32,):
             x, y, v = clouds(n, m, d, dtype)
-            for other, velocity in ((y, None), (y, v)):
-                E, F, *_ = run(x, other, velocity, kernel=kernel)
-                truth = pairwise_reference(x.double(), y.double(), None if velocity is None else v.double(), kernel,
-                                           WEIGHTS, True, True)  # fmt: skip
-                if dtype == torch.float64:
-                    near(E.cpu(), truth[0].cpu())
-                    near(F.cpu(), truth[1].cpu())
-                    continue
-                yardstick = pairwise_reference(x, other, velocity, kernel, WEIGHTS, True, True)
-                scale = pairwise_scales(x, other, velocity, kernel, WEIGHTS)
-                check(E, truth[0], yardstick[0], scale[0], dtype)
-                check(F, truth[1], yardstick[1], scale[1])
+            for velocity in (None, v):
+                meets_the_rule(x, y, velocity, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
+def test_it_meets_the_rule_without_cublas(kernel, monkeypatch):
+    monkeypatch.setattr(products, "AVAILABLE", False)
+    x, y, v = clouds(66, 31, 80)
+    meets_the_rule(x, y, v, kernel)
+
+
+def small_tiles(monkeypatch):
+    """Several of everything: targets, sources split at once, tiles of them, clouds at once."""
+    monkeypatch.setattr(products, "TARGETS", 128)
+    monkeypatch.setattr(products, "SOURCES", 64)
+
+
+HARD = {  # what is done to the first cloud, and the bandwidth
+    "far from the origin": (lambda x: x + 100, 20.0),
+    "very far from the origin": (lambda x: x + 1e4, 20.0),
+    "one point far away": (lambda x: torch.cat([x[:1] + 1e4 * 20, x[1:]]), 20.0),
+    "one point, one coordinate": (lambda x: x * torch.eye(len(x), 1).to(x) * 1e4 + x, 20.0),
+    "exp(-50) at most": (lambda x: x, 1.2),
+    "coordinates of all sizes": (lambda x: x * torch.logspace(-12, 1, x.shape[1]).to(x), 2.0),
+    "points of all sizes": (lambda x: x * torch.logspace(-12, 1, len(x)).to(x)[:, None], 20.0),
+    "equal points": (lambda x: x[:1].expand_as(x).contiguous(), 20.0),
+    "tiny": (lambda x: x * 1e-15, 20e-15),
+    "large": (lambda x: x * 1e12, 20e12),
+}
+
+
+@pytest.mark.parametrize("kernel", [RBF, IMQ])
+@pytest.mark.parametrize("how", HARD)
+def test_products_meet_the_rule(how, kernel, monkeypatch):
+    small_tiles(monkeypatch)
+    change, bandwidth = HARD[how]
+    x, y, v = clouds(130, 70, 130)
+    x, y = change(torch.cat([x, y])).split([130, 70])
+    meets_the_rule(x.contiguous(), y.contiguous(), v, kernel(bandwidth))
+    meets_the_rule(x.contiguous(), y.contiguous(), None, kernel([bandwidth / 3, bandwidth]))
+
+
+def test_products_of_hundreds_of_coordinates():
+    x, y, v = clouds(70, 40, 600)
+    meets_the_rule(x, y, v, RBF())
+    meets_the_rule(x, y, None, RationalQuadratic([10.0, 30.0], alpha=2.5))
+
+
+def test_a_power_of_two_grows_with_g(monkeypatch):
+    """The nearest sources come last, and are e^60 times what came before."""
+    small_tiles(monkeypatch)
+    x, y, v = clouds(70, 200, 40)
+    y = x[:1] + (y - 3) * torch.linspace(1.6, 0.1, 200).to(x)[:, None]
+    x = x[:1] + (x - 3) * torch.linspace(1.6, 0.1, 70).to(x)[:, None]
+    for velocity in (None, v):
+        meets_the_rule(x, y, velocity, RBF(0.8))
+
+
+def test_products_in_many_tiles_are_one(monkeypatch):
+    x, y, v = clouds(150, 140, 40, batch=(3,))
+    a, b = torch.rand(3, 150).to(DEVICE), (torch.rand(3, 140) - 0.3).to(DEVICE)
+    cases = [
+        ((x, y, v, None, None), (True, True), False),
+        ((x, y, None, a, b), (False, True), True),
+        ((x, y, None, a, b), (False, False), False),
+    ]
+    whole = [run(*given, kernel=IMQ(), force=force, potentials=p) for given, force, p in cases]
+    small_tiles(monkeypatch)
+    monkeypatch.setattr(products, "TARGETS", 300)  # two clouds at once
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
+    parts = [run(*given, kernel=IMQ(), force=force, potentials=p) for given, force, p in cases]
+    torch.use_deterministic_algorithms(False)
+    for one, other in zip(itertools.chain(*whole), itertools.chain(*parts), strict=True):
+        assert one.shape == other.shape
+        assert not one.numel() or (one - other).abs().max() <= 1e-6 * one.abs().max()
+
+
+def test_where_tf32_is_allowed_one_product_will_do(monkeypatch):
+    x, y, v = clouds(70, 90, 130)
+    truth = pairwise_reference(x.double(), y.double(), v.double(), RBF(), WEIGHTS, True, True)
+    monkeypatch.setattr(products, "tf32_allowed", lambda: True)
+    for out, exact in zip(run(x, y, v), truth, strict=False):
+        error = ((out - exact).abs().max() / exact.abs().max()).item()
+        assert 1e-7 < error < 2**-10, error
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -98,8 +184,8 @@ def test_bandwidths_in_memory():
 
 
 def test_nan_stays_visible():
-    for kernel in KERNELS:
-        x, y, _ = clouds(66, 31, 5)
+    for kernel, d in itertools.product(KERNELS, (5, 130)):
+        x, y, _ = clouds(66, 31, d)
         x[7, 1] = torch.nan
         E, F, *_ = run(x, y, kernel=kernel)
         assert E.isnan() and F.isnan().all()
@@ -149,3 +235,22 @@ def test_the_preparation_compiles_without_spilling():
     case = {name: pointers[name] for name in order} | {"n": "i32", "padded_n": "i32"}
     found = compile_ahead("infovae_fast.kernels.pairwise", "prepare", [case | {k: [c] for k, c in constants.items()}])
     assert all(resources["stack"] == resources["local"] == 0 for resources in found), found
+
+
+def test_what_is_launched_for_products_compiles_without_spilling():
+    found = launch_ahead("""import torch
+from infovae_fast import IMQ, RBF, RationalQuadratic
+from infovae_fast.kernels.pairwise import pairwise
+from infovae_fast.pairwise import leaf_scales
+def launch(n, m, d, kernel, moved, *wanted):
+    x, y, a, b = torch.randn(n, d), torch.randn(m, d), torch.rand(n), torch.rand(m)
+    v, a, b = torch.randn(n, d) if moved else None, *([a, b] if wanted[-1] else [None, None])
+    pairwise(x, y, v, a, b, *leaf_scales(kernel.at(d)), [0.1, 0.2, 0.3], *wanted)
+launch(1100, 1100, 512, RBF(), False, True, True, False, False)
+launch(1100, 70, 512, RBF(), True, False, True, False, False)
+launch(1100, 1100, 128, RationalQuadratic([1.0, 2.0, 3.0], alpha=2.5), False, True, False, True, True)
+launch(1, 100, 80, IMQ([0.5] * 7), True, True, False, False, False)""")
+    assert {resources["sm"] for resources in found} == set(ARCHITECTURES)
+    assert {resources["kernel"] for resources in found} == {"split_kernel", "radial_kernel", "force_kernel"}
+    for resources in found:
+        assert resources["stack"] == resources["local"] == 0, resources
