@@ -489,27 +489,42 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
     });
 }
 
-// out[outer, e] = sum over count of parts[outer, count, e], each warp of a block some of them, in an order of its own.
-template <typename T, typename S>
-__global__ void __launch_bounds__(kThreads) add_kernel(const S* parts, int64_t outer, int64_t count, int64_t size, T* out) {
+// out[outer, e] = sum over count of parts[outer, count, e], rounded to T if `out` is to have it, else `sums`.
+template <typename T>
+struct Addition {
+    const SumOf<T>* parts;
+    int64_t outer, count, size;
+    T* out;
+    SumOf<T>* sums;
+};
+template <typename T>
+struct Additions {
+    Addition<T> each[3];
+    int number = 0;
+};
+
+// Each warp of a block adds some of the parts, in an order of its own.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ Additions<T> additions) {
     constexpr int lines = kThreads / 32;
-    __shared__ S sums[lines][32];
+    __shared__ SumOf<T> sums[lines][32];
+    const Addition<T>& w = additions.each[blockIdx.y];
     const int lane = int(threadIdx.x) % 32, line = int(threadIdx.x) / 32;
     const int64_t at = int64_t(blockIdx.x) * 32 + lane;
-    S total = 0;
-    if (at < outer * size) {
-        const S* from = parts + at / size * count * size + at % size;
+    SumOf<T> total = 0;
+    if (at < w.outer * w.size) {
+        const SumOf<T>* from = w.parts + at / w.size * w.count * w.size + at % w.size;
 #pragma unroll 8
-        for (int64_t k = line; k < count; k += lines) total += from[k * size];
+        for (int64_t k = line; k < w.count; k += lines) total += from[k * w.size];
     }
     sums[line][lane] = total;
     __syncthreads();
-    if (line > 0 || at >= outer * size) return;
+    if (line > 0 || at >= w.outer * w.size) return;
     for (int k = 1; k < lines; ++k) total += sums[k][lane];
-    if constexpr (std::is_same_v<T, S>) {
-        out[at] = total;
+    if (w.out != nullptr) {
+        w.out[at] = rounded<T>(total);
     } else {
-        out[at] = rounded<T>(total);
+        w.sums[at] = total;
     }
 }
 
@@ -570,7 +585,8 @@ public:
     // Elements of `parts` that to_weight needs.
     int64_t weight_parts(int processors) const { return segments(processors) * work_.taps * q.cin * q.cout; }
 
-    cudaError_t to_weight(const T* x, const T* f_gradient, T* out, SumOf<T>* parts, int processors) const {
+    cudaError_t to_weight(const T* x, const T* f_gradient, T* out, SumOf<T>* parts, int processors,
+                          Additions<T>& additions) const {
         Work<T> w = work_;
         w.source = x, w.gradient = f_gradient, w.parts = parts;
         w.in = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
@@ -582,16 +598,16 @@ public:
             const dim3 grid(unsigned(parts_of(rows, Product<T>::rows)), unsigned(parts_of(q.cout, NB)), unsigned(count));
             return launch(weight_kernel<T, NB>, grid, Room<T, NB>::all, stream_, w);
         };
-        Errors errors;
-        errors += wide(q.cout) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
-        errors += add(parts, 1, count, rows * q.cout, out);
-        return errors.first;
+        additions.each[additions.number++] = {parts, 1, count, rows * q.cout, out, nullptr};
+        return wide(q.cout) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
     }
 
-    template <typename To>
-    cudaError_t add(const SumOf<T>* parts, int64_t outer, int64_t count, int64_t size, To* out) const {
-        const dim3 grid(unsigned(parts_of(outer * size, 32)));
-        return launch(add_kernel<To, SumOf<T>>, grid, 0, stream_, parts, outer, count, size, out);
+    cudaError_t add(const Additions<T>& additions) const {
+        if (additions.number == 0) return cudaSuccess;
+        int64_t most = 0;
+        for (int k = 0; k < additions.number; ++k) most = std::max(most, additions.each[k].outer * additions.each[k].size);
+        const dim3 grid(unsigned(parts_of(most, 32)), unsigned(additions.number));
+        return launch(add_kernel<T>, grid, 0, stream_, additions);
     }
 
     int64_t blocks() const { return parts_of(q.h * q.w, kGateRows); }  // of an image, for sums
@@ -720,21 +736,28 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
         const auto parts = [&](size_t at) { return reinterpret_cast<SumOf<T>*>(room(at)); };
         const T* g = in(out_gradient);
         Errors errors;
+        Additions<T> additions;
         if (conv.gated || result.sums != nullptr) {
             T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
                                                      : reinterpret_cast<T*>(room(plan.f_gradient));
             SumOf<T>* const sums = result.sums != nullptr ? parts(plan.sums) : nullptr;
             errors += own.to_f(in(f), g, in(extra), f_gradient, sums, gate);
-            if (sums != nullptr) errors += own.add(sums, conv.n, own.blocks(), conv.cout, static_cast<SumOf<T>*>(result.sums));
+            if (sums != nullptr) {
+                additions.each[additions.number++] = {sums, conv.n, own.blocks(), conv.cout, nullptr,
+                                                      static_cast<SumOf<T>*>(result.sums)};
+            }
             if (conv.gated) g = f_gradient;
         }
         const auto products = [&](const Conv<T>& c, const void* source, const void* matrix, void* to_source, void* to_matrix,
                                   size_t at) {
             if (to_source != nullptr) errors += c.to_x(g, in(matrix), to(to_source));
-            if (to_matrix != nullptr) errors += c.to_weight(in(source), g, to(to_matrix), parts(at), processors);
+            if (to_matrix != nullptr) {
+                errors += c.to_weight(in(source), g, to(to_matrix), parts(at), processors, additions);
+            }
         };
         products(own, x, weight, result.x, result.weight, plan.weight);
         products(linked, link.values, link.weight, result.link, result.link_weight, plan.link_weight);
+        errors += own.add(additions);
         return text_of(errors.first);
     });
 }
