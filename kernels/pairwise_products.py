@@ -287,7 +287,7 @@ class Points:
         split_kernel[(triton.cdiv(rows, block), clouds)](
             z, z if weights is None else weights, z if centre is None else centre, self._left, self._right,
             self.numbers, first, n, rows, d, dp, parts, SOURCES, columns, block, target, left, right,
-            centre is not None, weights is not None,
+            centre is not None, weights is not None, num_warps=min(16, max(4, columns // 1024)),
         )  # fmt: skip
         self.left = _shaped(self._left, clouds, rows, parts * dp) if left else None  # of a product u u^T
         self.right = _shaped(self._right, clouds, rows * parts, dp) if right else None  # of g u, tile by tile
