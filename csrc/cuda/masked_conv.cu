@@ -113,7 +113,8 @@ __device__ __forceinline__ Curve<S> of_a(Gate gate, S a) {
     const S e = exp_minus<T>(2 * (a < 0 ? -a : a)), slope = quotient<T>(quotient<T>(4 * e, 1 + e), 1 + e);
     if constexpr (sizeof(T) == 2) {  // next to 0 by its series, where 1 - e loses digits
         const S large = quotient<T>(1 - e, 1 + e), square = a * a;
-        return {square < S(0.01) ? a * (1 + square * (S(-1.0 / 3) + S(2.0 / 15) * square)) : a < 0 ? -large : large, slope};
+        const S small = a * (1 + square * (S(-1.0 / 3) + S(2.0 / 15) * square));
+        return {square < S(0.01) ? small : a < 0 ? -large : large, slope};
     }
     return {tanh(a), slope};
 }
@@ -195,14 +196,15 @@ __device__ __forceinline__ void bring(T* to, const T* from, bool there) {
 // A thread has one place in all rows of `size` numbers that are read in vectors of `vector`.
 __device__ __forceinline__ int place_in(int size, int vector) { return int(threadIdx.x) % (size / vector) * vector; }
 
-// Rows of SIZE numbers to shared memory, in vectors of V; from: the thread's place in row 0, there(row): is row to be read?
-template <int V, int SIZE, int ROWS, typename T, typename There>
+// Rows of SIZE numbers to shared memory, in vectors of V, or zeros for a row that is not there(row). `from` is where the
+// thread's own place in row 0 comes from.
+template <int V, int SIZE, int ROWS, int UNROLL = V == 1 ? 2 : ROWS, typename T, typename There>
 __device__ __forceinline__ void bring_rows(T* to, int pitch, const T* from, int stride, There there) {
     constexpr int across = SIZE / V, lines = kThreads / across;
     static_assert(kThreads % across == 0 && ROWS % lines == 0);
     const int line = int(threadIdx.x) / across;
     to += line * pitch + place_in(SIZE, V), from += int64_t(line) * stride;
-#pragma unroll(V == 1 ? 1 : ROWS / lines)
+#pragma unroll UNROLL
     for (int k = 0; k < ROWS / lines; ++k, to += lines * pitch, from += lines * stride) {
         bring<V>(to, from, there(line + k * lines));
     }
@@ -280,8 +282,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
     __syncthreads();
 
     // What each thread loads: a column of the source, of its mirrored weights too, or the weights to one output.
-    const int along = place_in(P::depth, w.wide_source ? kVector<T> : 1);
-    Column column(w, along);
+    const auto along = [&] { return place_in(P::depth, w.wide_source ? kVector<T> : 1); };
+    Column column(w, along());
     const int c = place_in(NB, w.wide_weight ? kVector<T> : 1), j = first_column + (c < columns ? c : c - columns);
     const int output = j < part ? place(j) + (c < columns ? 0 : w.out_channels) : -1;
 
@@ -291,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         T* const right = left + R::left;
         const bool linked = !MIRRORED && step >= own_steps;
         const int k = (linked ? step - own_steps : step) * P::depth, end = linked ? w.links : own;
-        const Place<T> p = linked ? Place<T>{w.link + first * w.links + k + along, k + along < end ? 0 : kNoRow, 0, w.links}
+        const int channel = k + along();  // of the link
+        const Place<T> p = linked ? Place<T>{w.link + first * w.links + channel, channel < end ? 0 : kNoRow, 0, w.links}
                                   : place_of<MIRRORED>(w, column, column.seen<MIRRORED>(w, group), first);
         by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
@@ -308,12 +311,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
                 bring_rows<V, P::depth, NB>(right, R::narrow, from, (place(1) - place(0)) * w.in,
                                             [&](int row) { return row < last; });
             } else {
-                const int last = output >= 0 ? end - k : 0, coloured = linked || w.groups == 1 ? end : own - w.in;
+                const int last = output >= 0 ? end - k : 0, coloured = own - w.in - k;  // the first row of the last tap
                 const T* const from = (linked ? w.link_weight : w.weight) + int64_t(k) * width + output;
-                bring_rows<V, NB, P::depth>(right, R::wide, from, width, [&](int row) {
-                    return row < last && (k + row < coloured ||
-                                          w.group_of(k + row - coloured, w.grouped) < group + w.own);
-                });
+                if (linked || w.groups == 1 || coloured >= P::depth) {
+                    bring_rows<V, NB, P::depth>(right, R::wide, from, width, [&](int row) { return row < last; });
+                } else {
+                    bring_rows<V, NB, P::depth, 1>(right, R::wide, from, width, [&](int row) {
+                        const bool seen = row < coloured || w.group_of(row - coloured, w.grouped) < group + w.own;
+                        return seen && row < last;
+                    });
+                }
             }
         });
         column.advance(w, P::depth);
@@ -379,7 +386,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
 
     // What each thread loads: a column of x and one of the gradient, at pixels that are `lines` apart.
     const int vector = w.wide_source ? kVector<T> : 1, lines = kThreads / (P::rows / vector);
-    const int k = first_row + place_in(P::rows, vector), channel = first_column + place_in(NB, w.wide_weight ? kVector<T> : 1);
+    const int k = first_row + place_in(P::rows, vector);
+    const int channel = first_column + place_in(NB, w.wide_weight ? kVector<T> : 1);
     Place<T> p = place_of<false>(w, Column(w, k), k < rows, begin);
     const T* gradient = w.gradient + begin * w.out_channels + channel;
     int known = channel < w.out_channels ? pixels : 0;
@@ -443,7 +451,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
     by_vector<T>(w.wide, [&](auto vector) {
         using S = SumOf<T>;
         constexpr int V = decltype(vector)::value, across = kGateColumns / V, lines = kThreads / across;
-        __shared__ __align__(16) S sums[lines][2 * kGateColumns];
+        __shared__ __align__(sizeof(Vector<S, V>)) S sums[lines][2 * kGateColumns];
         const int64_t image = blockIdx.x / unsigned(w.blocks);
         const int block = int(blockIdx.x % unsigned(w.blocks)), halves = w.gate == Gate::none ? 1 : 2;
         const int rows = (w.size + w.blocks - 1) / w.blocks, end = min(w.size, (block + 1) * rows);
