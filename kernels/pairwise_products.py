@@ -16,8 +16,9 @@ brought to it. Where PyTorch's matmul precision permits TF32, high high is all: 
 numbers as multiplied, without low low, so that equal points have d2 = 0 but for the rounding of sums.
 
 **Sums.** Tensor cores cut sums off instead of rounding them, which adds up: a product of matrices sums `SOURCES`
-sources, small terms first, and cuBLAS adds it to S in float32, rounded. A and G are summed in float32 in a tile, in
-float64 over tiles. Each cloud of sources has an S of its own: their weights w cancel, and are applied in float64.
+sources, small terms first, and cuBLAS adds it to S in float32, rounded. A and G are summed in float64 from the first
+addition on: roundings of float32 were most of the error of an MMD and of its gradient. Each cloud of sources has an S of
+its own: their weights w cancel, and are applied in float64.
 
 **Memory.** At most `NUMBERS` coordinates of targets, and of sources, are split at once; T and g are those of a tile of
 `TARGETS` x `SOURCES`. Beyond the results, A and G, that is 200 MB (300 with v), whatever N. Every tile reuses it, and
@@ -210,10 +211,10 @@ def radial_kernel(
         phi = tl.where(keep, phi, 0.0)
         dphi = tl.where(keep, dphi, 0.0)
     A += (cloud * JOBS + JOB) * 2 * padded + first + row
-    tl.store(A, tl.load(A) + tl.sum(phi * a, axis=1).to(tl.float64))
+    tl.store(A, tl.load(A) + tl.sum((phi * a).to(tl.float64), axis=1))
     if FORCE:
         dphi *= a
-        tl.store(A + padded, tl.load(A + padded) + tl.sum(dphi, axis=1).to(tl.float64))
+        tl.store(A + padded, tl.load(A + padded) + tl.sum(dphi.to(tl.float64), axis=1))
         at, out = JOB * every + target, in_tile * (PARTS * width)
         put(dphi * units, sums_unit + at, sums + at * DP, g + out, column, width, DP, PARTS, COLUMNS)
         if WITH_V:
