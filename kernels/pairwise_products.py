@@ -16,9 +16,9 @@ brought to it. Where PyTorch's matmul precision permits TF32, high high is all: 
 numbers as multiplied, without low low, so that equal points have d2 = 0 but for the rounding of sums.
 
 **Sums.** Tensor cores cut sums off instead of rounding them, which adds up: a product of matrices sums `SOURCES`
-sources, small terms first, and cuBLAS adds it to S in float32, rounded. A and G are summed in float64 from the first
-addition on: roundings of float32 were most of the error of an MMD and of its gradient. Each cloud of sources has an S of
-its own: their weights w cancel, and are applied in float64.
+sources, small terms first, and cuBLAS adds it to S in float32, rounded. A and G are in float64 from the first addition
+on: roundings of float32 were most of the error of an MMD and of its gradient. Each cloud of sources has an S of its
+own: their weights w cancel, and are applied in float64.
 
 **Memory.** At most `NUMBERS` coordinates of targets, and of sources, are split at once; T and g are those of a tile of
 `TARGETS` x `SOURCES`. Beyond the results, A and G, that is 200 MB (300 with v), whatever N. Every tile reuses it, and
