@@ -304,7 +304,7 @@ def main() -> None:
         ours = rows[0]["median_s"]
         for row in rows:
             mode = "forward + gradients" if row["gradient"] else "forward"
-            time_taken = f"{row['median_s'] * 1e3:10.1f} ms  {row['median_s'] / ours:7.2f}x"
+            time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.2f}x"
             name = f"{row['what']:<17} N={row['n']:<4} {row['dtype']:<8} {mode:<20} {row['implementation']:<14}"
             error_found = f"  error {row['error']:.1e}" if "error" in row else ""
             print(f"{name} {time_taken}{error_found}", flush=True)

@@ -41,7 +41,7 @@ void pairwise_on_gpu([[maybe_unused]] const PairwiseProblem<T>& problem, [[maybe
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
     const at::Tensor table = lengths.has_value() ? lengths->to(x.device(), at::kDouble).contiguous() : at::Tensor();
     const at::Tensor workspace =
-        at::empty({int64_t(pairwise_cuda_workspace(problem, clouds, processors))}, x.options().dtype(at::kByte));
+        at::empty({int64_t(pairwise_cuda_workspace(problem, clouds, processors, affine))}, x.options().dtype(at::kByte));
     const char* error =
         pairwise_cuda(problem, clouds, table.defined() ? table.const_data_ptr<double>() : nullptr,
                       workspace.mutable_data_ptr(), processors, c10::cuda::getCurrentCUDAStream().stream(), affine);

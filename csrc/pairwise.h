@@ -46,7 +46,8 @@ struct Affine {  // *value = factor energy + constant, in T, where it is not nul
     double factor = 1, constant = 0;
 };
 template <typename T>
-size_t pairwise_cuda_workspace(const PairwiseProblem<T>& problem, int64_t clouds, int processors);  // bytes
+size_t pairwise_cuda_workspace(const PairwiseProblem<T>& problem, int64_t clouds, int processors,  // bytes
+                               const Affine<T>& affine = {});
 template <typename T>
 const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, const double* lengths, void* workspace,
                           int processors, void* stream, const Affine<T>& affine = {});

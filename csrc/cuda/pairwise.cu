@@ -8,7 +8,6 @@
 // last block of a row of segments adds them up in their order and the very last one the energies, so that the bits do
 // not depend on which block comes last.
 #include <algorithm>
-#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/pairwise_work.h"
@@ -19,7 +18,7 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kTile = kThreads;      // sources in shared memory at once: each thread brings one
 constexpr int kBlocksPerProcessor = 8;  // wanted, so that the last ones to run cost little
-constexpr int kProductsLeastDim = 11;  // from here on, tensor cores
+constexpr int kProductsLeastDim = 5, kProductsLeastPoints = 1024;  // for tensor cores
 constexpr int kManyTargets = 8192;   // from here on, four targets a lane: each source is read once for four
 constexpr int kManyMaxDim = 10;      // if the registers hold them
 
@@ -122,15 +121,16 @@ __global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(co
     T* v_tile = tile + kTile * stride;
 
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, d = work.d;
-    const Share share(work, blockIdx.x);
+    const Share share(work, blockIdx.x, rows, kTile);
     const int own = share.own, other = 1 - own;
-    const int64_t cloud = blockIdx.y, own_tiles = share.own_tiles, i0 = share.row_block * rows, n = work.n[own];
+    const int64_t cloud = blockIdx.y, i0 = share.row_block * rows, n = work.n[own];
     const int64_t clouds_block = cloud * work.blocks + blockIdx.x;
     const bool force = work.force[own] != nullptr, full = work.full[own];
 
 #pragma unroll
     for (int c = warp; c < DP; c += kWarps) {
-        const double mean = work.centre(cloud, c, lane);
+        double spread;
+        const double mean = work.centre(cloud, c, lane, spread);
         if (lane == 0) centre[c] = mean;
     }
     work.fill(mixture);
@@ -156,11 +156,10 @@ __global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(co
     for (int k = 0; k < R * sums; ++k) total[k * kThreads + thread] = 0;
     double energy = 0;
 
-    for (int64_t k = share.begin; k < share.end; ++k) {
-        const bool within = k < own_tiles;
-        const int64_t j0 = (within ? k : k - own_tiles) * kTile;
+    for (int k = 0; k < share.count; ++k) {
+        const bool within = k < share.own_count;
+        const int64_t j0 = int64_t(share.tile(k)) * kTile;
         const bool overlaps = within && j0 < i0 + rows && i0 < j0 + kTile;
-        if (within && !full && j0 + kTile <= i0) continue;  // these pairs are another block's
         __syncthreads();
         {
             T* at = tile + thread * stride;
@@ -279,7 +278,7 @@ struct Plan {
     size_t counter_bytes, energy_bytes, partial_bytes;
     size_t bytes() const { return counter_bytes + energy_bytes + partial_bytes; }
 
-    Plan(const PairwiseProblem<T>& q, int64_t clouds, int processors, const Affine<T>& affine = {}) : clouds(clouds) {
+    Plan(const PairwiseProblem<T>& q, int64_t clouds, int processors, const Affine<T>& affine) : clouds(clouds) {
         many = sizeof(T) == 4 && q.v == nullptr && q.d <= kManyMaxDim &&
                std::max(q.n, q.y == nullptr ? 0 : q.m) * clouds >= kManyTargets;
         const int64_t rows = !many ? 32 : q.radial.rbf && q.radial.weight.size() == 1 ? 128 : 64;
@@ -327,22 +326,22 @@ cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
     }
 }
 
-// Whether points have so many coordinates that tensor cores are faster, and they can do it.
+// Whether tensor cores can do it, and are faster: below, what prepares the points takes longer than it saves.
 template <typename T>
 bool by_products(const PairwiseProblem<T>& q) {
-    const char* from = getenv("INFOVAE_PRODUCTS_FROM");
-    if (sizeof(T) == 8 || q.d < (from ? atoi(from) : kProductsLeastDim) || q.d > kCudaMaxProductsDim) return false;
-    return q.v == nullptr || (q.radial.rbf && q.radial.weight.size() == 1);
+    if (sizeof(T) == 8 || q.d > kCudaMaxProductsDim) return false;
+    if (q.v != nullptr && (!q.radial.rbf || q.radial.weight.size() > 1)) return false;
+    return q.d > kCudaMaxDim || (q.d >= kProductsLeastDim && std::max(q.n, q.m) >= kProductsLeastPoints);
 }
 
 }  // namespace
 
 template <typename T>
-size_t pairwise_cuda_workspace(const PairwiseProblem<T>& problem, int64_t clouds, int processors) {
+size_t pairwise_cuda_workspace(const PairwiseProblem<T>& problem, int64_t clouds, int processors, const Affine<T>& affine) {
     if constexpr (sizeof(T) == 4) {
-        if (by_products(problem)) return pairwise_products_workspace(problem, clouds, processors);
+        if (by_products(problem)) return pairwise_products_workspace(problem, clouds, processors, affine);
     }
-    return Plan<T>(problem, clouds, processors).bytes();
+    return Plan<T>(problem, clouds, processors, affine).bytes();
 }
 
 template <typename T>
@@ -367,8 +366,8 @@ const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, con
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template size_t pairwise_cuda_workspace<float>(const PairwiseProblem<float>&, int64_t, int);
-template size_t pairwise_cuda_workspace<double>(const PairwiseProblem<double>&, int64_t, int);
+template size_t pairwise_cuda_workspace<float>(const PairwiseProblem<float>&, int64_t, int, const Affine<float>&);
+template size_t pairwise_cuda_workspace<double>(const PairwiseProblem<double>&, int64_t, int, const Affine<double>&);
 template const char* pairwise_cuda<float>(const PairwiseProblem<float>&, int64_t, const double*, void*, int, void*, const Affine<float>&);
 template const char* pairwise_cuda<double>(const PairwiseProblem<double>&, int64_t, const double*, void*, int, void*, const Affine<double>&);
 

@@ -5,14 +5,15 @@
 // number is a power of two times the sum of two of them, high + low, and a product is high high + high low + low high:
 // 22 bits, at twice the rate of TF32. Powers of two bring what is large into the range of 16 bits:
 //
-//     u   one for each tile of 64 points, from its largest coordinate; 2 h = high high + 2 high low, so that t_ii = 0
+//     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0
 //     g   one for each target, which changes when a larger g comes
 //
-// Tensor cores cut sums off, so that they sum a tile; the tiles are added up in float, and A = sum_j phi_ij a_j and G in
-// double. With v, the second product is of phi and w slope u_j + weight v_j instead.
+// The sums over two clouds nearly cancel, and tensor cores cut sums off, always towards zero. So they add up 16 sources, a
+// group is added up in float, and the groups in double, as A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j
+// instead.
 //
-// A block owns 64 MT targets, 16 MT for each of its four warps, and a segment of the sources. Nothing is shared between
-// blocks: what they have summed is added up in a launch of its own, in order.
+// A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
+// between blocks: what they have summed is added up in a launch of its own, in order.
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
 
@@ -28,15 +29,15 @@ namespace {
 
 using P = Product<__half>;
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kTile = 64;     // sources in shared memory at once
-constexpr int kPad = 128;     // both clouds are padded to a multiple: no tile of targets or sources is ragged
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;  // targets of a block
+constexpr int kUnit = 64;     // points that share a power of two; both clouds are padded to a multiple
+constexpr int kGroup = 128;   // sources that are added up in float
 constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastTiles = 4;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
 
-// Points as tensor cores take them; [clouds, padded, DP], [clouds, padded] and [clouds, padded / 64].
+// Points as tensor cores take them; [clouds, padded, DP], [clouds, padded] and [clouds, padded / kUnit].
 struct Points {
     const __half *high, *low;
     const __half *value_high, *value_low;  // what g is multiplied with, if it is not u
@@ -45,21 +46,25 @@ struct Points {
 };
 
 template <int DP>
-struct Shape {
-    static constexpr int MT = DP <= 16 ? 2 : 1;  // times 16 targets of a warp, as the registers allow,
-    static constexpr bool kept = DP <= 80;       // and whether they hold the targets
-    static constexpr int groups = DP <= 112 ? 2 : 1;  // of 16 sources, whose g they hold
-    static constexpr int rows = 16 * MT * kWarps;
-    static constexpr int pitch = DP + 8;  // in shared memory: eight rows lie in different banks
-    static constexpr int target = rows * pitch, source = kTile * pitch;
+struct Layout {
+    static constexpr int tile = DP <= 80 ? 64 : 32;  // sources in shared memory at once
+    static constexpr int pitch = DP + 8;             // there: eight rows lie in different banks
+    static constexpr int source = tile * pitch;
+    static constexpr size_t totals = kRows * DP * sizeof(double);  // and before there are any, the targets
+    static_assert(2 * kRows * pitch * sizeof(__half) <= totals && kUnit % tile == 0);
     static constexpr size_t bytes(bool values) {
-        return (2 * target + kStages * (values ? 4 : 2) * source) * sizeof(__half) + kStages * 2 * kTile * sizeof(float);
+        return totals + kStages * ((values ? 4 : 2) * source * sizeof(__half) + 2 * tile * sizeof(float));
     }
-    static constexpr int blocks = DP <= 32 ? 3 : 2;  // of a processor
 };
 
-template <int DP>
-constexpr int rows_of = Shape<DP>::rows;
+template <int DP, bool PLAIN, bool VALUES>
+struct Registers {
+    static constexpr bool usual = PLAIN && !VALUES;
+    static constexpr int groups = DP <= (usual ? 80 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
+    // High high apart from what is added to it, so that fewer products wait for others: of u u^T, of g u.
+    static constexpr bool apart = DP <= 96, apart_sums = DP <= 64;
+    static constexpr int blocks = DP == 16 ? 4 : DP == 32 && usual ? 3 : 2;  // of a processor
+};
 
 // ---- numbers ----
 
@@ -107,20 +112,22 @@ template <bool VALUES>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Work<float> work, int dp,
                                                                   const __grid_constant__ Prepared x,
                                                                   const __grid_constant__ Prepared y) {
-    constexpr int kParts = kPrepareThreads / kTile;  // threads of a point
+    constexpr int kParts = kPrepareThreads / kUnit;  // threads of a point
     double* const centre = shared_memory<double>();  // [dp]
     float* const u = reinterpret_cast<float*>(centre + dp);  // [64, dp + 1]
-    __shared__ float largest[2][kPrepareThreads / 32];
+    __shared__ float largest[2][kPrepareThreads / 32], of_sample[kPrepareThreads / 32];
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, d = work.d;
-    const int64_t cloud = blockIdx.y, tiles = x.padded / kTile;
-    const int own = int64_t(blockIdx.x) < tiles ? 0 : 1;
+    const int64_t cloud = blockIdx.y, units = x.padded / kUnit;
+    const int own = int64_t(blockIdx.x) < units ? 0 : 1;
     const Prepared& to = own == 0 ? x : y;
-    const int64_t tile = int64_t(blockIdx.x) - (own == 0 ? 0 : tiles), first = tile * kTile, n = work.n[own];
+    const int64_t index = int64_t(blockIdx.x) - (own == 0 ? 0 : units), first = index * kUnit, n = work.n[own];
 
 #pragma unroll 4
     for (int c = warp; c < dp; c += kPrepareThreads / 32) {
-        const double mean = work.centre(cloud, c, lane);
+        double spread;
+        const double mean = work.centre(cloud, c, lane, spread);
         if (lane == 0) centre[c] = mean;
+        if (lane == 0) of_sample[warp] = fmaxf(c == warp ? 0.0f : of_sample[warp], float(spread));
     }
     __syncthreads();
     const double scale = work.coordinate_scale(), outer = work.weight[0], b0 = work.length(0);
@@ -130,7 +137,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         return float(slope * double(of_u) + (moved ? outer * double(work.v[(cloud * n + first + row) * d + c]) : 0.0));
     };
     float most = 0, most_value = 0;
-    for (int k = thread; k < kTile * dp; k += kPrepareThreads) {
+    for (int k = thread; k < kUnit * dp; k += kPrepareThreads) {
         const int row = k / dp, c = k % dp;
         const float one = first + row < n && c < d ? float((work.coordinate(own, cloud, first + row, c) - centre[c]) * scale) : 0.0f;
         u[row * (dp + 1) + c] = one;
@@ -145,11 +152,14 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         for (int k = 0; k < kPrepareThreads / 32; ++k) x = fmaxf(x, of_warps[k]);
         return power_below(fminf(fmaxf(x, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
     };
-    const float unit = unit_of(most, largest[0]), inverse = inverse_power(unit);
+    float sample = 0;
+    for (int k = 0; k < kPrepareThreads / 32 && k < dp; ++k) sample = fmaxf(sample, of_sample[k]);
+    const float usual = power_below(fminf(fmaxf(float(4 * scale) * sample, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
+    const float unit = fmaxf(usual, unit_of(most, largest[0])), inverse = inverse_power(unit);
     const float value_unit = VALUES ? unit_of(most_value, largest[1]) : 1.0f;
     if (thread == 0) {
-        to.unit[cloud * (to.padded / kTile) + tile] = unit;
-        if (VALUES) to.value_unit[cloud * (to.padded / kTile) + tile] = value_unit;
+        to.unit[cloud * (to.padded / kUnit) + index] = unit;
+        if (VALUES) to.value_unit[cloud * (to.padded / kUnit) + index] = value_unit;
     }
     const int row = thread / kParts, part = thread % kParts;
     const int64_t point = cloud * to.padded + first + row;
@@ -187,16 +197,16 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
 
 template <int DP, bool VALUES>
 struct Source {  // a tile of sources in shared memory
-    using S = Shape<DP>;
+    using L = Layout<DP>;
     __half *high, *low, *value_high, *value_low;
     float *h, *a;
 
     __device__ Source(unsigned char* memory, int slot) {
         constexpr int arrays = VALUES ? 4 : 2;
-        high = reinterpret_cast<__half*>(memory) + slot * arrays * S::source, low = high + S::source;
-        value_high = VALUES ? low + S::source : high, value_low = VALUES ? value_high + S::source : low;
-        h = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * arrays * S::source) + slot * 2 * kTile;
-        a = h + kTile;
+        high = reinterpret_cast<__half*>(memory) + slot * arrays * L::source, low = high + L::source;
+        value_high = VALUES ? low + L::source : high, value_low = VALUES ? value_high + L::source : low;
+        h = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * arrays * L::source) + slot * 2 * L::tile;
+        a = h + L::tile;
     }
 };
 
@@ -204,42 +214,39 @@ template <int DP>
 __device__ __forceinline__ void bring_rows(__half* to, const __half* from, int rows) {  // [rows, DP], with a pitch
     constexpr int across = DP / 8;  // vectors of 16 bytes
     for (int k = int(threadIdx.x); k < rows * across; k += kThreads) {
-        __pipeline_memcpy_async(to + k / across * Shape<DP>::pitch + k % across * 8, from + int64_t(k) * 8, 16);
+        __pipeline_memcpy_async(to + k / across * Layout<DP>::pitch + k % across * 8, from + int64_t(k) * 8, 16);
     }
 }
 
 // PLAIN: one RBF scale and no weights of points. FORCE: also the sums of g u.
 template <int DP, bool PLAIN, bool FORCE, bool VALUES>
-__global__ void __launch_bounds__(kThreads, Shape<DP>::blocks) products_kernel(const __grid_constant__ Work<float> work,
-                                                                               const __grid_constant__ Points x,
-                                                                               const __grid_constant__ Points y) {
-    using S = Shape<DP>;
-    constexpr int MT = S::MT, kSteps = DP / 16, kGroups = S::groups;
+__global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks)
+    products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
+                    const __grid_constant__ Points y) {
+    using L = Layout<DP>;
+    using R = Registers<DP, PLAIN, VALUES>;
+    constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = L::tile;
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ Mixture<float> mixture;
-    __half* const target_high = shared_memory<__half>();
-    __half* const target_low = target_high + S::target;
-    unsigned char* const sources = reinterpret_cast<unsigned char*>(target_low + S::target);
+    double* const totals = shared_memory<double>() + threadIdx.x;  // [8 kSteps, threads]
+    __half* const targets = shared_memory<__half>();
+    unsigned char* const sources = shared_memory<unsigned char>() + L::totals;
 
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, d = work.d;
-    const Share share(work, blockIdx.x);
+    const Share share(work, blockIdx.x, kRows, kTile);
     const int own = share.own;
     const Points &mine = own == 0 ? x : y, &others = own == 0 ? y : x;
-    const int64_t cloud = blockIdx.y, i0 = share.row_block * S::rows, n = work.n[own];
+    const int64_t cloud = blockIdx.y, i0 = share.row_block * kRows, n = work.n[own];
     const int64_t clouds_block = cloud * work.blocks + blockIdx.x;
     const bool full = work.full[own];
-    const int row0 = warp * 16 * MT + lane / 4;  // the first of this lane's targets; the others: 8 rows on, each
+    const int row0 = warp * 16 + lane / 4;  // of this lane's targets; the other is 8 rows on
     const double b0 = work.length(0), outer = PLAIN ? work.weight[0] : 1.0;
     const double slope = outer / (b0 * b0 * work.coordinate_scale());
     if constexpr (!PLAIN) work.fill(mixture);
 
-    // Of those not wanted, the pairs before the diagonal are another block's.
-    const int own_tiles = int(share.own_tiles), end = int(share.end), skipped = full ? 0 : min(int(i0 / kTile), own_tiles);
-    const int begin = max(int(share.begin), skipped);
     const auto load = [&](int k, int slot) {
-        const bool within = k < own_tiles;
-        const Points& p = within ? mine : others;
-        const int64_t at = cloud * p.padded + int64_t(within ? k : k - own_tiles) * kTile;
+        const Points& p = k < share.own_count ? mine : others;
+        const int64_t at = cloud * p.padded + int64_t(share.tile(k)) * kTile;
         const Source<DP, VALUES> to(sources, slot);
         bring_rows<DP>(to.high, p.high + at * DP, kTile), bring_rows<DP>(to.low, p.low + at * DP, kTile);
         if constexpr (VALUES) {
@@ -250,169 +257,159 @@ __global__ void __launch_bounds__(kThreads, Shape<DP>::blocks) products_kernel(c
             __pipeline_memcpy_async(to.h + 4 * e, (e < kTile / 4 ? p.h : p.a - kTile) + at + 4 * e, 16);
         }
     };
-    bring_rows<DP>(target_high, mine.high + (cloud * mine.padded + i0) * DP, S::rows);
-    bring_rows<DP>(target_low, mine.low + (cloud * mine.padded + i0) * DP, S::rows);
-    if (begin < end) load(begin, 0);
+    bring_rows<DP>(targets, mine.high + (cloud * mine.padded + i0) * DP, kRows);
+    bring_rows<DP>(targets + kRows * L::pitch, mine.low + (cloud * mine.padded + i0) * DP, kRows);
     __pipeline_commit();
-
-    typename P::Left kept[S::kept ? kSteps : 1][2][MT];  // high and low
-    const auto target = [&](int s, typename P::Left (&high)[MT], typename P::Left (&low)[MT]) {
+    if (share.count > 0) load(0, 0);
+    __pipeline_commit();
+    __pipeline_wait_prior(1);
+    __syncthreads();
+    typename P::Left own_high[kSteps], own_low[kSteps];
 #pragma unroll
-        for (int i = 0; i < MT; ++i) {
-            const int at = (warp * MT + i) * 16 * S::pitch + 16 * s;
-            P::template load<true>(high[i], target_high + at, S::pitch);
-            P::template load<true>(low[i], target_low + at, S::pitch);
+    for (int s = 0; s < kSteps; ++s) {
+        const int at = warp * 16 * L::pitch + 16 * s;
+        P::template load<true>(own_high[s], targets + at, L::pitch);
+        P::template load<true>(own_low[s], targets + kRows * L::pitch + at, L::pitch);
+    }
+    __syncthreads();
+    if constexpr (FORCE) {
+        for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
+    }
+
+    float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};  // of g, for 16 bits
+    double A[2] = {}, G[2] = {}, energy = 0;
+    typename P::Sums sum[FORCE ? kSteps : 1] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) minus_h[half] = -mine.h[cloud * mine.padded + i0 + row0 + 8 * half];
+    const float own_unit = mine.unit[(cloud * mine.padded + i0) / kUnit];
+    double back = 0;  // what the sums are to be multiplied with
+    const auto flush = [&] {
+#pragma unroll
+        for (int e = 0; e < 8 * kSteps; ++e) {
+            float& part = sum[e / 8].x[e % 8 / 4][e % 4];
+            totals[e * kThreads] += back * double(part * inverse_power(factor[e % 4 / 2]));
+            part = 0;
         }
     };
-    float minus_h[MT][2], factor[MT][2];  // of g, for 16 bits
-    double A[MT][2] = {}, G[MT][2] = {}, energy = 0;
-    typename P::Sums total[FORCE ? MT : 1][FORCE ? kSteps : 1] = {};
-#pragma unroll
-    for (int e = 0; e < 2 * MT; ++e) {
-        minus_h[e / 2][e % 2] = -mine.h[cloud * mine.padded + i0 + row0 + 8 * e];
-        factor[e / 2][e % 2] = 0x1p126f;
-    }
-    const float own_unit = mine.unit[(cloud * mine.padded + i0 + warp * 16 * MT) / kTile];
 
-    for (int k = begin; k < end; ++k) {
-        const int slot = (k - begin) % kStages;
+    for (int k = 0; k < share.count; ++k) {
+        const int slot = k % kStages;
         __pipeline_wait_prior(0);
         __syncthreads();  // what all have brought is there, and all are done with the other slot
-        if (k + 1 < end) load(k + 1, 1 - slot);
+        if (k + 1 < share.count) load(k + 1, 1 - slot);
         __pipeline_commit();
 
-        if constexpr (S::kept) {
-            if (k == begin) {
-#pragma unroll
-                for (int s = 0; s < kSteps; ++s) target(s, kept[s][0], kept[s][1]);
-            }
-        }
         const Source<DP, VALUES> source(sources, slot);
-        const bool within = k < own_tiles;
-        const int tile = within ? k : k - own_tiles, ahead = tile * kTile - int(i0);  // of the first target, in a cloud
+        const bool within = k < share.own_count;
+        const int tile = share.tile(k), ahead = tile * kTile - int(i0);  // of the first target, in a cloud
         const Points& p = within ? mine : others;
-        const int64_t unit_at = cloud * (p.padded / kTile) + tile;
+        const int64_t unit_at = (cloud * p.padded + int64_t(tile) * kTile) / kUnit;
         const float units = own_unit * p.unit[unit_at];
         const double w = within ? work.within[own] : work.between, times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
-        const float back = FORCE ? (VALUES ? p.value_unit[unit_at] : float(w * slope) * p.unit[unit_at]) : 0.0f;
-        float A_tile[MT][2] = {}, G_tile[MT][2] = {};
-        typename P::Sums sum[FORCE ? MT : 1][FORCE ? kSteps : 1] = {};
-        const auto flush = [&] {  // tile by tile, and where factors change
-#pragma unroll
-            for (int i = 0; i < MT; ++i) {
-                const float by[2] = {inverse_power(factor[i][0]), inverse_power(factor[i][1])};
-#pragma unroll
-                for (int e = 0; e < 8 * kSteps; ++e) {
-                    float& part = sum[i][e / 8].x[e % 8 / 4][e % 4];
-                    total[i][e / 8].x[e % 8 / 4][e % 4] += part * by[e % 4 / 2] * back;
-                    part = 0;
-                }
-            }
-        };
+        float A_tile[2] = {}, G_tile[2] = {};
+        if constexpr (FORCE) {
+            const double now = VALUES ? double(p.value_unit[unit_at]) : w * slope * double(p.unit[unit_at]);
+            if (now != back || k % (kGroup / kTile) == 0) flush();
+            back = now;
+        }
         const auto add_sources = [&](int first, auto mask) {  // 16 kGroups of them
-            typename P::Sums t[MT][kGroups] = {};
+            typename P::Sums t[kGroups] = {}, more[kGroups] = {};
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) {
-                typename P::Left own[2][MT];
-                if constexpr (!S::kept) target(s, own[0], own[1]);
-                const auto& [high, low] = S::kept ? kept[S::kept ? s : 0] : own;
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
                     typename P::Right right_high, right_low;
-                    const int at = (first + 16 * g) * S::pitch + 16 * s;
-                    P::template load<false>(right_high, source.high + at, S::pitch);
-                    P::template load<false>(right_low, source.low + at, S::pitch);
-#pragma unroll
-                    for (int i = 0; i < MT; ++i) P::add(t[i][g], low[i], right_high);
-#pragma unroll
-                    for (int i = 0; i < MT; ++i) P::add(t[i][g], high[i], right_low);
-#pragma unroll
-                    for (int i = 0; i < MT; ++i) P::add(t[i][g], high[i], right_high);
+                    const int at = (first + 16 * g) * L::pitch + 16 * s;
+                    P::template load<false>(right_high, source.high + at, L::pitch);
+                    P::template load<false>(right_low, source.low + at, L::pitch);
+                    typename P::Sums& cross = R::apart ? more[g] : t[g];
+                    P::add(cross, own_low[s], right_high);
+                    P::add(t[g], own_high[s], right_high);
+                    P::add(cross, own_high[s], right_low);
                 }
             }
-            [[maybe_unused]] float top[MT][2] = {};
+            [[maybe_unused]] float top[2] = {};
 #pragma unroll
-            for (int e = 0; e < 8 * kGroups * MT; ++e) {  // in the order of the columns, so that h and a are read once
-                const int i = e / 2 % MT, half = e / 2 / MT % 2, eight = e / 4 / MT;  // of the four columns of eight
-                const int c = eight * 8 + lane % 4 * 2 + e % 2;
-                float& number = t[i][eight / 2].x[eight % 2][2 * half + e % 2];
+            for (int e = 0; e < 8 * kGroups; ++e) {
+                const int eight = e / 4, half = e % 4 / 2, c = eight * 8 + lane % 4 * 2 + e % 2;
+                float& number = t[eight / 2].x[eight % 2][e % 4];
+                if constexpr (R::apart) number += more[eight / 2].x[eight % 2][e % 4];
                 const float a = PLAIN ? 1.0f : source.a[first + c];
                 float phi, g;
                 radial_of<float, PLAIN>(
-                    minimum_or_nan(fmaf(number, units, minus_h[i][half]) - source.h[first + c], 0.0f), work, mixture, phi, g);
+                    minimum_or_nan(fmaf(number, units, minus_h[half]) - source.h[first + c], 0.0f), work, mixture, phi, g);
                 phi *= a, g *= a;
                 if constexpr (decltype(mask)::value) {
-                    const int own_row = row0 + 16 * i + 8 * half, other = ahead + first + c;
+                    const int own_row = row0 + 8 * half, other = ahead + first + c;
                     if (full ? other == own_row : other <= own_row) phi = g = 0.0f;
                 }
-                A_tile[i][half] += phi;
+                A_tile[half] += phi;
                 if constexpr (FORCE) {
-                    if constexpr (!PLAIN) G_tile[i][half] += g;
-                    top[i][half] = fmaxf(top[i][half], fabsf(g));
+                    if constexpr (!PLAIN) G_tile[half] += g;
+                    top[half] = fmaxf(top[half], fabsf(g));
                     number = g;
                 }
             }
             if constexpr (FORCE) {
                 bool over = false;
 #pragma unroll
-                for (int e = 0; e < 2 * MT; ++e) {
-                    float& most = top[e / 2][e % 2];
-                    most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
-                    most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-                    over = over || most * factor[e / 2][e % 2] > kLargest;
+                for (int half = 0; half < 2; ++half) {
+                    top[half] = fmaxf(top[half], __shfl_xor_sync(kAll, top[half], 1));
+                    top[half] = fmaxf(top[half], __shfl_xor_sync(kAll, top[half], 2));
+                    over = over || top[half] * factor[half] > kLargest;
                 }
                 if (__any_sync(kAll, over)) {
                     flush();
 #pragma unroll
-                    for (int e = 0; e < 2 * MT; ++e) {
-                        float& f = factor[e / 2][e % 2];
-                        const float most = top[e / 2][e % 2];
-                        if (most * f > kLargest) f = inverse_power(power_below(fminf(most, 0x1p126f)) * 0x1p-13f);
+                    for (int half = 0; half < 2; ++half) {
+                        if (top[half] * factor[half] <= kLargest) continue;
+                        factor[half] = inverse_power(power_below(fminf(top[half], 0x1p126f)) * 0x1p-13f);
                     }
                 }
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
-                    typename P::Left high[MT], low[MT];
+                    typename P::Left high, low;
 #pragma unroll
-                    for (int e = 0; e < 4 * MT; ++e) {
-                        const int i = e / 4, r = e % 4;  // (row, source) = (0, 0), (8, 0), (0, 8), (8, 8)
-                        const float* two = &t[i][g].x[r / 2][r % 2 * 2];
-                        const float f = factor[i][r % 2];
-                        split(two[0] * f, two[1] * f, high[i].r[r], low[i].r[r]);
+                    for (int r = 0; r < 4; ++r) {  // (row, source) = (0, 0), (8, 0), (0, 8), (8, 8)
+                        const float* two = &t[g].x[r / 2][r % 2 * 2];
+                        split(two[0] * factor[r % 2], two[1] * factor[r % 2], high.r[r], low.r[r]);
                     }
 #pragma unroll
                     for (int c = 0; c < kSteps; ++c) {
                         typename P::Right right_high, right_low;
-                        const int at = (first + 16 * g) * S::pitch + 16 * c;
-                        P::template load<true>(right_high, source.value_high + at, S::pitch);
-                        P::template load<true>(right_low, source.value_low + at, S::pitch);
+                        const int at = (first + 16 * g) * L::pitch + 16 * c;
+                        P::template load<true>(right_high, source.value_high + at, L::pitch);
+                        P::template load<true>(right_low, source.value_low + at, L::pitch);
+                        typename P::Sums part = {}, more = {};  // of 16 sources
+                        typename P::Sums& cross = R::apart_sums ? more : part;
+                        P::add(cross, low, right_high);
+                        P::add(part, high, right_high);
+                        P::add(cross, high, right_low);
 #pragma unroll
-                        for (int i = 0; i < MT; ++i) P::add(sum[i][c], low[i], right_high);
-#pragma unroll
-                        for (int i = 0; i < MT; ++i) P::add(sum[i][c], high[i], right_low);
-#pragma unroll
-                        for (int i = 0; i < MT; ++i) P::add(sum[i][c], high[i], right_high);
+                        for (int e = 0; e < 8; ++e) {
+                            const int half = e / 4, k = e % 4;
+                            sum[c].x[half][k] += part.x[half][k] + (R::apart_sums ? more.x[half][k] : 0.0f);
+                        }
                     }
                 }
             }
         };
-        const bool overlaps = within && ahead < S::rows && ahead > -kTile;
+        const bool overlaps = within && ahead < kRows && ahead > -kTile;
 #pragma unroll 1
         for (int first = 0; first < kTile; first += 16 * kGroups) {
             overlaps ? add_sources(first, std::true_type()) : add_sources(first, std::false_type());
         }
-        if constexpr (FORCE) flush();
 #pragma unroll
-        for (int e = 0; e < 2 * MT; ++e) {
-            const int i = e / 2, half = e % 2;
-            const double potential = w * outer * double(A_tile[i][half]);
-            const int64_t row = i0 + row0 + 8 * e;
+        for (int half = 0; half < 2; ++half) {
+            const double potential = w * outer * double(A_tile[half]);
+            const int64_t row = i0 + row0 + 8 * half;
             energy += times * potential * double(row < n ? (PLAIN ? 1.0f : mine.a[cloud * mine.padded + row]) : 0.0f);
-            A[i][half] += potential;
-            if constexpr (FORCE) G[i][half] += w * slope * double(PLAIN ? A_tile[i][half] : G_tile[i][half]);
+            A[half] += potential;
+            if constexpr (FORCE && !PLAIN) G[half] += w * slope * double(G_tile[half]);
         }
     }
     __pipeline_wait_prior(0);
+    if constexpr (FORCE) flush();
 
     __shared__ double energy_of_warp[kWarps];
 #pragma unroll
@@ -427,15 +424,15 @@ __global__ void __launch_bounds__(kThreads, Shape<DP>::blocks) products_kernel(c
     if (!full) return;
     const bool alone = work.segments[own] == 1;
 #pragma unroll
-    for (int e = 0; e < 2 * MT; ++e) {
-        const int i = e / 2, half = e % 2, row = row0 + 8 * e;
-        double of_lanes[2] = {A[i][half], G[i][half]};
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 8 * half;
+        double of_lanes[2] = {A[half], PLAIN ? A[half] * (slope / outer) : G[half]};
 #pragma unroll
         for (double& x : of_lanes) x += __shfl_xor_sync(kAll, x, 1), x += __shfl_xor_sync(kAll, x, 2);
         const int64_t point = i0 + row;
         if (point >= n) continue;
         const auto put = [&](int c, double value) {  // c < d: of the force; c = d: the potential
-            if (!alone) work.partials[(clouds_block * S::rows + row) * (d + 1) + c] = float(value);
+            if (!alone) work.partials[(clouds_block * kRows + row) * (d + 1) + c] = float(value);
             else if (c == d && work.potential[own] != nullptr) work.potential[own][cloud * n + point] = float(value);
             else if (c < d && work.force[own] != nullptr) work.force[own][(cloud * n + point) * d + c] = float(value);
         };
@@ -446,16 +443,17 @@ __global__ void __launch_bounds__(kThreads, Shape<DP>::blocks) products_kernel(c
             for (int s = 0; s < 4 * kSteps; ++s) {
                 const int c = s / 2 * 8 + lane % 4 * 2 + s % 2;
                 if (c >= d) continue;
-                const int at = row * S::pitch + c;
-                const double u = double(own_unit) * double(__half2float(target_high[at]) + __half2float(target_low[at]));
-                put(c, double(weight) * (double(total[i][s / 4].x[s / 2 % 2][2 * half + s % 2]) - of_lanes[1] * u));
+                const int64_t at = (cloud * mine.padded + point) * DP + c;
+                const double u = double(own_unit) * (double(__half2float(mine.high[at])) + double(__half2float(mine.low[at])));
+                const int number = s / 2 * 4 + 2 * half + s % 2;
+                put(c, double(weight) * (totals[number * kThreads] - of_lanes[1] * u));
             }
         }
     }
 }
 
 // The energies of the blocks, by the first block of a cloud; and the segments, point by point.
-__global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_constant__ Work<float> work, int rows) {
+__global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_constant__ Work<float> work) {
     const int64_t cloud = blockIdx.y;
     const int d = work.d;
     if (blockIdx.x == 0 && work.wants_energy) {
@@ -478,12 +476,12 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_con
         const int64_t n = work.n[own], segments = work.segments[own];
         const int64_t warp = (int64_t(blockIdx.x) * kGatherThreads + threadIdx.x) / 32, warps = gridDim.x * (kGatherThreads / 32);
         for (int64_t point = warp; work.full[own] && segments > 1 && point < n; point += warps) {
-            const int64_t first = cloud * work.blocks + first_block + point / rows * segments;
+            const int64_t first = cloud * work.blocks + first_block + point / kRows * segments;
             for (int c = int(threadIdx.x) % 32; c <= d; c += 32) {
                 double sum = 0;
 #pragma unroll 4
                 for (int64_t s = 0; s < segments; ++s) {
-                    sum += double(work.partials[((first + s) * rows + point % rows) * (d + 1) + c]);
+                    sum += double(work.partials[((first + s) * kRows + point % kRows) * (d + 1) + c]);
                 }
                 if (c == d && work.potential[own] != nullptr) work.potential[own][cloud * n + point] = float(sum);
                 if (c < d && work.force[own] != nullptr) work.force[own][(cloud * n + point) * d + c] = float(sum);
@@ -498,15 +496,17 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_con
 struct Plan {
     Work<float> work;
     int64_t clouds, padded[2];
-    int dp, rows;
+    int dp;
     bool plain, values;
 
-    Plan(const PairwiseProblem<float>& q, int64_t clouds, int processors, const Affine<float>& affine = {}) : clouds(clouds) {
-        dp = int(q.d + 15) / 16 * 16, rows = dp <= 16 ? rows_of<16> : rows_of<128>;
+    Plan(const PairwiseProblem<float>& q, int64_t clouds, int processors, const Affine<float>& affine) : clouds(clouds) {
+        dp = int(q.d + 15) / 16 * 16;
+        if (dp == 112) dp = 128;
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
-        work = work_of(q, clouds, rows, kTile, int64_t(processors) * kBlocksPerProcessor, kLeastTiles, affine);
-        for (int k = 0; k < 2; ++k) padded[k] = (work.n[k] + kPad - 1) / kPad * kPad;
+        const int tile = dp <= 80 ? Layout<80>::tile : Layout<128>::tile;
+        work = work_of(q, clouds, kRows, tile, int64_t(processors) * kBlocksPerProcessor, kLeastTiles, affine);
+        for (int k = 0; k < 2; ++k) padded[k] = (work.n[k] + kUnit - 1) / kUnit * kUnit;
     }
     // Divides memory, or counts how much it takes.
     size_t place(char* memory, Prepared (&to)[2]) {
@@ -518,16 +518,16 @@ struct Plan {
         };
         take(work.energies, clouds * work.blocks);
         work.partials = reinterpret_cast<float*>(memory + used);
-        used += partial_bytes(work, clouds, rows);
+        used += partial_bytes(work, clouds, kRows);
         for (int k = 0; k < 2; ++k) {
             const int64_t points = clouds * padded[k];
             to[k] = {};
             to[k].padded = padded[k];
             take(to[k].high, points * dp), take(to[k].low, points * dp), take(to[k].h, points), take(to[k].a, points);
-            take(to[k].unit, points / kTile);
+            take(to[k].unit, points / kUnit);
             if (!values) continue;
             take(to[k].value_high, points * dp), take(to[k].value_low, points * dp);
-            take(to[k].value_unit, points / kTile);
+            take(to[k].value_unit, points / kUnit);
         }
         return used;
     }
@@ -551,7 +551,7 @@ cudaError_t sum(const Plan& p, const Points& x, const Points& y, cudaStream_t st
     const auto launch = [&](auto plain, auto forces, auto values) {
         constexpr bool kValues = decltype(values)::value;
         return start(products_kernel<DP, decltype(plain)::value, decltype(forces)::value, kValues>, p.work.blocks, p.clouds,
-                     kThreads, Shape<DP>::bytes(kValues), stream, p.work, x, y);
+                     kThreads, Layout<DP>::bytes(kValues), stream, p.work, x, y);
     };
     using Yes = std::true_type;
     using No = std::false_type;
@@ -562,9 +562,10 @@ cudaError_t sum(const Plan& p, const Points& x, const Points& y, cudaStream_t st
 
 }  // namespace
 
-size_t pairwise_products_workspace(const PairwiseProblem<float>& problem, int64_t clouds, int processors) {
+size_t pairwise_products_workspace(const PairwiseProblem<float>& problem, int64_t clouds, int processors,
+                                   const Affine<float>& affine) {
     Prepared to[2];
-    return Plan(problem, clouds, processors).place(nullptr, to);
+    return Plan(problem, clouds, processors, affine).place(nullptr, to);
 }
 
 const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clouds, const double* lengths,
@@ -575,9 +576,9 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
     Prepared to[2];
     p.place(static_cast<char*>(workspace), to);
     p.work.lengths = lengths;
-    const size_t shared = size_t(p.dp) * sizeof(double) + size_t(kTile) * (p.dp + 1) * sizeof(float);
+    const size_t shared = size_t(p.dp) * sizeof(double) + size_t(kUnit) * (p.dp + 1) * sizeof(float);
     cudaError_t error = start(p.values ? prepare_kernel<true> : prepare_kernel<false>,
-                              (p.padded[0] + p.padded[1]) / kTile, clouds, kPrepareThreads, shared, stream, p.work, p.dp,
+                              (p.padded[0] + p.padded[1]) / kUnit, clouds, kPrepareThreads, shared, stream, p.work, p.dp,
                               to[0], to[1]);
     const auto points = [](const Prepared& t) {
         const bool values = t.value_high != nullptr;
@@ -593,7 +594,6 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
             case 64: error = sum<64>(p, x, y, stream); break;
             case 80: error = sum<80>(p, x, y, stream); break;
             case 96: error = sum<96>(p, x, y, stream); break;
-            case 112: error = sum<112>(p, x, y, stream); break;
             default: error = sum<128>(p, x, y, stream);
         }
     }
@@ -601,7 +601,7 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
         const int64_t points = p.work.n[0] + p.work.n[1];
         const bool parts = partial_bytes(p.work, 1, 1) > 0;
         const int64_t blocks = parts ? std::min<int64_t>(1 + points * 32 / kGatherThreads, 8 * processors) : 1;
-        error = start(gather_kernel, blocks, clouds, kGatherThreads, 0, stream, p.work, p.rows);
+        error = start(gather_kernel, blocks, clouds, kGatherThreads, 0, stream, p.work);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

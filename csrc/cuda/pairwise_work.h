@@ -77,26 +77,30 @@ struct Work {
     bool full[2];                // rows need forces or potentials: all sources, else each pair of the cloud once
     bool sees_other[2];          // the sources of the other cloud too
     double share_of_other;       // how often such a pair counts in the energy
-    int64_t tiles[2], row_blocks[2], segments[2], tiles_a_segment[2], blocks;
+    int64_t tiles[2], row_blocks[2], segments[2], blocks;
     double* energies;            // [clouds, blocks]
     T* partials;                 // [clouds, blocks, rows of a block, D + 1]: of each row its force and its potential
 
     __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
         return double(z[k][(cloud * n[k] + at) * d + c]);
     }
-    // Coordinate c of the mean of a sample of both clouds, the same in all blocks; by a warp.
-    __device__ double centre(int64_t cloud, int c, int lane) const {
+    // Coordinate c of the mean of a sample of both clouds, the same in all blocks, and how far the sample spreads from it;
+    // by a warp.
+    __device__ double centre(int64_t cloud, int c, int lane, double& spread) const {
+        static_assert(kSample == 64);
         const int64_t points = n[0] + n[1], sample = points < kSample ? points : kSample;
         const auto number = [&](int64_t k) {
             const int64_t at = points < kSample ? k : k * points / kSample;
-            if (c >= d || k >= sample) return 0.0;
             return at < n[0] ? coordinate(0, cloud, at, c) : coordinate(1, cloud, at - n[0], c);
         };
-        static_assert(kSample == 64);
-        double sum = number(lane) + number(lane + 32);
+        const bool there[2] = {c < d && lane < sample, c < d && lane + 32 < sample};
+        const double own[2] = {there[0] ? number(lane) : 0.0, there[1] ? number(lane + 32) : 0.0};
+        double sum = own[0] + own[1];
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        return sum / double(sample);
+        const double mean = sum / double(sample);
+        spread = fmax(there[0] ? fabs(own[0] - mean) : 0.0, there[1] ? fabs(own[1] - mean) : 0.0);
+        return mean;
     }
     __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
     __device__ void fill(Mixture<T>& mixture) const {
@@ -116,21 +120,28 @@ struct Work {
     __device__ double coordinate_scale() const { return (rbf ? sqrt(1.4426950408889634074) : 1.0) / length(0); }
 };
 
-// What block `index` has to do: targets of a cloud, and a segment of its tiles of sources, first those of its own cloud.
+// What block `index` has to do: targets of a cloud, and a segment of the sources of each cloud, because the sums over the
+// two nearly cancel. Tile k of the segment, k < count, is tile `tile(k)` of the own cloud for k < own_count, else of the other.
 struct Share {
-    int own;
-    int64_t row_block, segment, begin, end, own_tiles;
+    int own, own_begin, own_count, other_begin, count;
+    int64_t row_block, segment;
 
     template <typename T>
-    __device__ Share(const Work<T>& work, unsigned index) {
+    __device__ Share(const Work<T>& work, unsigned index, int rows, int width) {
         const int64_t first = work.row_blocks[0] * work.segments[0];
         own = int64_t(index) < first ? 0 : 1;
         const unsigned block = index - (own == 0 ? 0u : unsigned(first)), segments = unsigned(work.segments[own]);
-        row_block = block / segments, segment = block % segments, own_tiles = work.tiles[own];
-        const int64_t all = own_tiles + (work.sees_other[own] ? work.tiles[1 - own] : 0);
-        begin = segment * work.tiles_a_segment[own];
-        end = begin + work.tiles_a_segment[own] < all ? begin + work.tiles_a_segment[own] : all;
+        row_block = block / segments, segment = block % segments;
+        const auto edge = [&](int64_t tiles, int64_t s) { return int(tiles * s / segments); };
+        const int64_t others = work.sees_other[own] ? work.tiles[1 - own] : 0;
+        own_begin = edge(work.tiles[own], segment), other_begin = edge(others, segment);
+        const int own_end = edge(work.tiles[own], segment + 1);
+        // Of rows that are not wanted, the pairs before the diagonal are another block's.
+        const int skipped = work.full[own] ? 0 : int(row_block * rows / width);
+        own_begin = own_begin > skipped ? own_begin : skipped < own_end ? skipped : own_end;
+        own_count = own_end - own_begin, count = own_count + edge(others, segment + 1) - other_begin;
     }
+    __device__ int tile(int k) const { return k < own_count ? own_begin + k : other_begin + k - own_count; }
 };
 
 // The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each.
@@ -167,7 +178,6 @@ Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64
     const int64_t some = std::max(least, (work_tiles + wanted_blocks - 1) / wanted_blocks);
     for (int k = 0; k < 2; ++k) {
         w.segments[k] = (all_tiles[k] + some - 1) / some;
-        w.tiles_a_segment[k] = w.segments[k] > 0 ? (all_tiles[k] + w.segments[k] - 1) / w.segments[k] : 0;
         w.blocks += w.row_blocks[k] * w.segments[k];
     }
     return w;
@@ -206,7 +216,8 @@ __device__ __forceinline__ void radial_of(T t, const Work<T>& work, const Mixtur
 }  // namespace
 
 // As `pairwise_cuda`, on tensor cores (pairwise_products.cu).
-size_t pairwise_products_workspace(const PairwiseProblem<float>& problem, int64_t clouds, int processors);
+size_t pairwise_products_workspace(const PairwiseProblem<float>& problem, int64_t clouds, int processors,
+                                   const Affine<float>& affine);
 const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clouds, const double* lengths,
                               void* workspace, int processors, void* stream, const Affine<float>& affine);
 

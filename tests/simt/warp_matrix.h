@@ -23,11 +23,16 @@ inline Board& board() {
 }
 inline void meet(Stop stop) { with_lanes(~0u, 0, kVotes, stop); }
 
-// d[c] += sum of left(row, k) right(k, column); in each of 4 numbers, by lane: rows / 4 and 8 more, two columns.
+// d[c] += sum of left(row, k) right(k, column); in each of 4 numbers, by lane: rows / 4 and 8 more, two columns. Tensor
+// cores add all of it up before they make a float of it (and cut the rest off; this rounds).
 template <int depth, typename Left, typename Right>
 void add_products(float (&d)[4], Left left, Right right) {
     for (int c = 0; c < 4; ++c) {
-        for (int k = 0; k < depth; ++k) d[c] += left(lane() / 4 + c / 2 * 8, k) * right(k, lane() % 4 * 2 + c % 2);
+        double sum = d[c];
+        for (int k = 0; k < depth; ++k) {
+            sum += double(left(lane() / 4 + c / 2 * 8, k)) * double(right(k, lane() % 4 * 2 + c % 2));
+        }
+        d[c] = float(sum);
     }
 }
 
