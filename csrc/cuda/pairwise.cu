@@ -18,7 +18,7 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kTile = kThreads;      // sources in shared memory at once: each thread brings one
 constexpr int kBlocksPerProcessor = 8;  // wanted, so that the last ones to run cost little
-constexpr int kProductsLeastDim = 5, kProductsLeastPoints = 1024;  // for tensor cores
+constexpr int kProductsLeastDim = 7, kProductsLeastPoints = 1024;  // for tensor cores
 constexpr int kManyTargets = 8192;   // from here on, four targets a lane: each source is read once for four
 constexpr int kManyMaxDim = 10;      // if the registers hold them
 

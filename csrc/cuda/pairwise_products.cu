@@ -8,8 +8,9 @@
 //     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0
 //     g   one for each target, which changes when a larger g comes
 //
-// The sums over two clouds nearly cancel, and tensor cores cut sums off, always towards zero. So they add up 16 sources, a
-// group is added up in float, and the groups in double, as A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j
+// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or sources, and what is more is added up in
+// float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
+// A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j
 // instead.
 //
 // A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
@@ -61,8 +62,7 @@ template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
     static constexpr int groups = DP <= (usual ? 80 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
-    // High high apart from what is added to it, so that fewer products wait for others: of u u^T, of g u.
-    static constexpr bool apart = DP <= 96, apart_sums = DP <= 64;
+    static constexpr bool apart = DP <= 64;  // high high from what is added to it, so that fewer products wait for others
     static constexpr int blocks = DP == 16 ? 4 : DP == 32 && usual ? 3 : 2;  // of a processor
 };
 
@@ -322,10 +322,13 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                     const int at = (first + 16 * g) * L::pitch + 16 * s;
                     P::template load<false>(right_high, source.high + at, L::pitch);
                     P::template load<false>(right_low, source.low + at, L::pitch);
-                    typename P::Sums& cross = R::apart ? more[g] : t[g];
+                    typename P::Sums part = {};
+                    typename P::Sums& cross = R::apart ? more[g] : part;
                     P::add(cross, own_low[s], right_high);
-                    P::add(t[g], own_high[s], right_high);
                     P::add(cross, own_high[s], right_low);
+                    P::add(part, own_high[s], right_high);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) t[g].x[e / 4][e % 4] += part.x[e / 4][e % 4];
                 }
             }
             [[maybe_unused]] float top[2] = {};
@@ -381,14 +384,14 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                         P::template load<true>(right_high, source.value_high + at, L::pitch);
                         P::template load<true>(right_low, source.value_low + at, L::pitch);
                         typename P::Sums part = {}, more = {};  // of 16 sources
-                        typename P::Sums& cross = R::apart_sums ? more : part;
+                        typename P::Sums& cross = R::apart ? more : part;
                         P::add(cross, low, right_high);
-                        P::add(part, high, right_high);
                         P::add(cross, high, right_low);
+                        P::add(part, high, right_high);
 #pragma unroll
                         for (int e = 0; e < 8; ++e) {
                             const int half = e / 4, k = e % 4;
-                            sum[c].x[half][k] += part.x[half][k] + (R::apart_sums ? more.x[half][k] : 0.0f);
+                            sum[c].x[half][k] += part.x[half][k] + (R::apart ? more.x[half][k] : 0.0f);
                         }
                     }
                 }
