@@ -62,8 +62,7 @@ template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
     static constexpr int groups = DP <= (usual ? 80 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
-    static constexpr bool apart = DP <= 64;  // high high from what is added to it, so that fewer products wait for others
-    static constexpr int blocks = DP == 16 ? 4 : DP == 32 && usual ? 3 : 2;  // of a processor
+    static constexpr int blocks = DP == 16 ? (usual ? 5 : 4) : DP == 32 && usual ? 3 : 2;  // of a processor
 };
 
 // ---- numbers ----
@@ -210,11 +209,14 @@ struct Source {  // a tile of sources in shared memory
     }
 };
 
-template <int DP>
-__device__ __forceinline__ void bring_rows(__half* to, const __half* from, int rows) {  // [rows, DP], with a pitch
-    constexpr int across = DP / 8;  // vectors of 16 bytes
-    for (int k = int(threadIdx.x); k < rows * across; k += kThreads) {
-        __pipeline_memcpy_async(to + k / across * Layout<DP>::pitch + k % across * 8, from + int64_t(k) * 8, 16);
+template <int DP, int ROWS>
+__device__ __forceinline__ void bring_rows(__half* to, const __half* from) {  // [ROWS, DP], with a pitch
+    constexpr int across = DP / 8, vectors = ROWS * across;  // of 16 bytes
+#pragma unroll
+    for (int first = 0; first < vectors; first += kThreads) {
+        const int k = first + int(threadIdx.x);
+        if (vectors % kThreads != 0 && k >= vectors) break;
+        __pipeline_memcpy_async(to + k / across * Layout<DP>::pitch + k % across * 8, from + k * 8, 16);
     }
 }
 
@@ -248,17 +250,19 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
         const Points& p = k < share.own_count ? mine : others;
         const int64_t at = cloud * p.padded + int64_t(share.tile(k)) * kTile;
         const Source<DP, VALUES> to(sources, slot);
-        bring_rows<DP>(to.high, p.high + at * DP, kTile), bring_rows<DP>(to.low, p.low + at * DP, kTile);
+        bring_rows<DP, kTile>(to.high, p.high + at * DP), bring_rows<DP, kTile>(to.low, p.low + at * DP);
         if constexpr (VALUES) {
-            bring_rows<DP>(to.value_high, p.value_high + at * DP, kTile);
-            bring_rows<DP>(to.value_low, p.value_low + at * DP, kTile);
+            bring_rows<DP, kTile>(to.value_high, p.value_high + at * DP);
+            bring_rows<DP, kTile>(to.value_low, p.value_low + at * DP);
         }
-        for (int e = int(threadIdx.x); e < 2 * kTile / 4; e += kThreads) {  // h, then a
+        const int e = int(threadIdx.x);
+        static_assert(2 * kTile / 4 <= kThreads);
+        if (e < 2 * kTile / 4) {  // h, then a
             __pipeline_memcpy_async(to.h + 4 * e, (e < kTile / 4 ? p.h : p.a - kTile) + at + 4 * e, 16);
         }
     };
-    bring_rows<DP>(targets, mine.high + (cloud * mine.padded + i0) * DP, kRows);
-    bring_rows<DP>(targets + kRows * L::pitch, mine.low + (cloud * mine.padded + i0) * DP, kRows);
+    bring_rows<DP, kRows>(targets, mine.high + (cloud * mine.padded + i0) * DP);
+    bring_rows<DP, kRows>(targets + kRows * L::pitch, mine.low + (cloud * mine.padded + i0) * DP);
     __pipeline_commit();
     if (share.count > 0) load(0, 0);
     __pipeline_commit();
@@ -313,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
             back = now;
         }
         const auto add_sources = [&](int first, auto mask) {  // 16 kGroups of them
-            typename P::Sums t[kGroups] = {}, more[kGroups] = {};
+            typename P::Sums t[kGroups];
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
@@ -323,12 +327,14 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                     P::template load<false>(right_high, source.high + at, L::pitch);
                     P::template load<false>(right_low, source.low + at, L::pitch);
                     typename P::Sums part = {};
-                    typename P::Sums& cross = R::apart ? more[g] : part;
-                    P::add(cross, own_low[s], right_high);
-                    P::add(cross, own_high[s], right_low);
+                    P::add(part, own_low[s], right_high);
+                    P::add(part, own_high[s], right_low);
                     P::add(part, own_high[s], right_high);
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) t[g].x[e / 4][e % 4] += part.x[e / 4][e % 4];
+                    for (int e = 0; e < 8; ++e) {
+                        float& number = t[g].x[e / 4][e % 4];
+                        number = s == 0 ? part.x[e / 4][e % 4] : number + part.x[e / 4][e % 4];
+                    }
                 }
             }
             [[maybe_unused]] float top[2] = {};
@@ -336,7 +342,6 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
             for (int e = 0; e < 8 * kGroups; ++e) {
                 const int eight = e / 4, half = e % 4 / 2, c = eight * 8 + lane % 4 * 2 + e % 2;
                 float& number = t[eight / 2].x[eight % 2][e % 4];
-                if constexpr (R::apart) number += more[eight / 2].x[eight % 2][e % 4];
                 const float a = PLAIN ? 1.0f : source.a[first + c];
                 float phi, g;
                 radial_of<float, PLAIN>(
@@ -383,16 +388,12 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                         const int at = (first + 16 * g) * L::pitch + 16 * c;
                         P::template load<true>(right_high, source.value_high + at, L::pitch);
                         P::template load<true>(right_low, source.value_low + at, L::pitch);
-                        typename P::Sums part = {}, more = {};  // of 16 sources
-                        typename P::Sums& cross = R::apart ? more : part;
-                        P::add(cross, low, right_high);
-                        P::add(cross, high, right_low);
+                        typename P::Sums part = {};
+                        P::add(part, low, right_high);
+                        P::add(part, high, right_low);
                         P::add(part, high, right_high);
 #pragma unroll
-                        for (int e = 0; e < 8; ++e) {
-                            const int half = e / 4, k = e % 4;
-                            sum[c].x[half][k] += part.x[half][k] + (R::apart ? more.x[half][k] : 0.0f);
-                        }
+                        for (int e = 0; e < 8; ++e) sum[c].x[e / 4][e % 4] += part.x[e / 4][e % 4];
                     }
                 }
             }
