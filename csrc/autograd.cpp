@@ -98,7 +98,7 @@ struct Once : torch::autograd::Function<Once> {
     }
 };
 
-// The energy, whose derivative is twice the force; or, of `usual` inputs, half of it.
+// The energy, whose derivative is twice the force. Of `usual` inputs half the energy, whose derivative is the force.
 struct Energy : torch::autograd::Function<Energy> {
     static constexpr bool is_traceable = true;
 
@@ -112,24 +112,24 @@ struct Energy : torch::autograd::Function<Energy> {
         context->save_for_backward({only(need[0], x_force), only(need[1], y_force), only(need[2], x_potential),
                                     only(need[3], y_potential), x, y.value_or(Tensor()), a.value_or(Tensor()),
                                     b.value_or(Tensor())});
-        context->saved_data["half"] = settings.constant.has_value();
+        context->saved_data["times"] = settings.constant.has_value() ? 1.0 : 2.0;
         return energy;
     }
 
     static variable_list backward(AutogradContext* context, const variable_list& gradients) {
         const variable_list saved = context->get_saved_variables();
-        const bool half_wanted = context->saved_data["half"].toBool();
-        const Tensor twice = half_wanted ? gradients[0] : gradients[0].mul(2);  // [...]
+        const double times = context->saved_data["times"].toDouble();
+        const Tensor gradient = times == 1 ? gradients[0] : gradients[0].mul(times);  // [...]
         variable_list out(5);
         for (int k = 0; k < 4; ++k) {
-            const Tensor& half = saved[k];  // [..., N, D] or [..., N]
-            if (!half.defined()) continue;
-            Tensor factor = twice;
+            const Tensor& part = saved[k];  // [..., N, D] or [..., N]
+            if (!part.defined()) continue;
+            Tensor factor = gradient;
             if (factor.dim() > 0) {
-                factor = factor.to(half.scalar_type());
-                while (factor.dim() < half.dim()) factor = factor.unsqueeze(-1);
+                factor = factor.to(part.scalar_type());
+                while (factor.dim() < part.dim()) factor = factor.unsqueeze(-1);
             }
-            out[k] = half.mul(factor);
+            out[k] = part.mul(factor);
             if (at::GradMode::is_enabled()) {  // create_graph: what is differentiated again must not look constant
                 const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
                 out[k] = Once::apply(out[k], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), Maybe(),
@@ -295,7 +295,7 @@ std::optional<UsualKernel> usual_kernel(pybind11::handle kernel, int64_t d) {
 }
 
 bool fits_gpu(const Tensor& x, const UsualKernel& kernel) {  // csrc/cuda
-    return x.size(1) <= (x.scalar_type() == at::kFloat ? kCudaMaxProductsDim : kCudaMaxDim) &&
+    return x.size(1) <= (x.scalar_type() == at::kFloat && has_tensor_cores(x) ? kCudaMaxProductsDim : kCudaMaxDim) &&
            kernel.weight.size() <= size_t(kCudaMaxScales);
 }
 

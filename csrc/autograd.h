@@ -14,6 +14,7 @@ namespace infovae_fast {
 template <typename T>
 void pairwise_on_gpu(const PairwiseProblem<T>& problem, int64_t clouds, const at::Tensor& x,
                      const std::optional<at::Tensor>& lengths, const Affine<T>& affine);
+bool has_tensor_cores(const at::Tensor& x);  // those that `pairwise_cuda` uses, where x is
 
 // infovae_fast.divergences.mmd, and stein_direction on the CPU, by one call, because at small N Python takes longer than
 // the sums. None where anything is unusual, the result too: the caller finds out. `kernel`: None, or its

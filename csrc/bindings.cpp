@@ -50,6 +50,14 @@ void pairwise_on_gpu([[maybe_unused]] const PairwiseProblem<T>& problem, [[maybe
     TORCH_CHECK(false, "this build has no CUDA kernels for ", x.device());
 #endif
 }
+bool has_tensor_cores([[maybe_unused]] const at::Tensor& x) {
+    int major = 0;
+#ifdef WITH_CUDA
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device()));
+#endif
+    return major >= 8;
+}
+
 template void pairwise_on_gpu(const PairwiseProblem<float>&, int64_t, const at::Tensor&, const std::optional<at::Tensor>&,
                               const Affine<float>&);
 template void pairwise_on_gpu(const PairwiseProblem<double>&, int64_t, const at::Tensor&, const std::optional<at::Tensor>&,

@@ -91,7 +91,7 @@ def transforms() -> str | None:
 @cache
 def shortcut(name: str) -> Callable[..., Any]:
     """The C++ function that does the usual case in one call, and returns None for all else; or one that always does."""
-    if AUTO not in ("auto", "cpp") or native_missing() is not None:
+    if AUTO != "auto" or native_missing() is not None:
         return lambda *inputs: None
     from infovae_fast import _C  # type: ignore[attr-defined, unused-ignore]
 

@@ -191,6 +191,8 @@ def _cpp_reason(x: Tensor, *inputs: Any) -> str | None:
 def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
+    if x.shape[-1] > CUDA_MOST_DIM and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"points of D={x.shape[-1]} > {CUDA_MOST_DIM} need tensor cores of compute capability 8.0"
     return native_missing("cuda") or cuda_limits(x, *inputs) or _leaf_reason(x, *inputs)
 
 
@@ -213,7 +215,7 @@ def cuda_limits(
     several = v is not None and kernel is not None and not (scales == 1 and isinstance(kernel, RBF))
     most = CUDA_MOST_DIM if x.dtype == torch.float64 or several else CUDA_MOST_PRODUCTS_DIM
     if d > most:
-        return f"a point must fit in registers: got D={d}, accepted: at most {most} here"
+        return f"got D={d}, accepted: at most {most}, for this dtype, kernel and v"
     return None
 
 

@@ -27,7 +27,7 @@ finds some of it in the L2 cache.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -294,7 +294,7 @@ class Points:
         self.right = _shaped(self._right, clouds, rows * parts, dp) if right else None  # of g u, tile by tile
 
 
-@cache
+@lru_cache(64)  # the weights of the clouds change with their sizes
 def table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 

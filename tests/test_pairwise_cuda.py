@@ -43,9 +43,9 @@ def run(
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=range(len(KERNELS)))
-@pytest.mark.parametrize("d", [1, 2, 5, 10, 11, 18, 33, 80, 128])
+@pytest.mark.parametrize("d", [1, 2, 5, 10, 18, 19, 33, 64, 80, 96, 128])
 def test_it_meets_the_rule(d, kernel):
-    """From 11 coordinates on float32 goes to the tensor cores, with v where there is one RBF scale."""
+    """From 19 coordinates on float32 goes to the tensor cores, with v where there is one RBF scale."""
     for n, m in ((1, 1), (31, 129), (140, 40)):
         for dtype in (torch.float32, torch.float64):
             x, y, v = clouds(n, m, d, dtype)
@@ -86,6 +86,18 @@ def test_every_combination_of_outputs_and_weights(kernel):
         ):
             near(out, truth) if out.numel() else None
             assert out.shape == truth.shape
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3], ids=range(3))
+def test_few_coordinates_of_many_points_on_tensor_cores(kernel):
+    for d in (7, 16):
+        x, y, v = clouds(1030, 20, d)
+        a = torch.rand(1030) - 0.3
+        for inputs in ((x, y), (x, y, None, a), (x, y, v)):
+            if cuda_limits(*inputs[:3], kernel=kernel):
+                continue
+            for out, truth in zip(*both_ways(*inputs, kernel=kernel, potentials=True), strict=True):
+                assert not out.numel() or (out - truth).abs().max() < 3e-6 * truth.abs().max()
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:3], ids=range(3))
@@ -147,6 +159,15 @@ def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(monkeypatch, 
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
+def test_any_division_of_the_work_gives_the_same_on_tensor_cores():
+    x, y, _ = clouds(300, 700, 20)
+    settings = (*leaf_scales(RBF(4.0)), WEIGHTS, True, True, True, True)
+    truth = leaf(x, y, None, None, None, *settings, processors=1)
+    for processors in (2, 16, 400):
+        for one, other in zip(leaf(x, y, None, None, None, *settings, processors=processors), truth, strict=True):
+            assert (one - other).abs().max() < 1e-6 * other.abs().max()
+
+
 def test_any_division_of_the_work_gives_the_same():
     x, y, _ = clouds(300, 700, 5, torch.float64)
     a = torch.rand(300).double()
@@ -168,8 +189,8 @@ def test_a_batch_is_each_cloud(d, dtype):
 
 
 def test_bandwidths_in_memory_are_the_same_bits():
-    x, y, _ = clouds(40, 30, 4)
-    for b in ([1.3], [0.5, 2.0]):
+    for d, b in itertools.product((4, 20), ([1.3], [0.5, 2.0])):
+        x, y, _ = clouds(40, 30, d)
         given, in_memory = run(x, y, kernel=RBF(b)), run(x, y, kernel=RBF(torch.tensor(b)))
         in_float32 = run(x, y, kernel=RBF(torch.tensor(b).tolist()))
         assert torch.equal(in_memory[1], in_float32[1])
@@ -186,7 +207,7 @@ def test_nan_stays_visible():
 
 def test_what_has_no_room_is_said():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    too_many = "a point must fit in registers: got D={}, accepted: at most {} here"
+    too_many = "got D={}, accepted: at most {}, for this dtype, kernel and v"
     four = [torch.randn(9, d, device=device) for d in (19, 129)]
     for x, v, kernel, most in (
         (four[0].double(), None, RBF(), 18),
@@ -206,9 +227,9 @@ def test_what_has_no_room_is_said():
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
-@pytest.mark.parametrize(("source", "count", "stack"), [(SOURCES[0], 30, 0), (SOURCES[1], 38, 64)])
-def test_it_compiles_without_spilling(source, count, stack, architecture, tmp_path):
-    """Of 80 coordinates and more on tensor cores, at most a dozen registers go to a stack."""
+@pytest.mark.parametrize(("source", "count"), [(SOURCES[0], 28), (SOURCES[1], 38)])
+def test_what_it_takes_of_a_gpu(source, count, architecture, tmp_path):
+    """No kernel spills, but those of 80 coordinates and more on tensor cores: at most 16 registers."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode"]
@@ -216,6 +237,10 @@ def test_it_compiles_without_spilling(source, count, stack, architecture, tmp_pa
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    stacks = [int(size) for size in re.findall(r"(\d+) bytes stack frame", done.stderr)]
-    assert len(stacks) == count and max(stacks) <= stack, done.stderr
-    assert max(int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)) <= 255
+    numbers = r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
+    kernels = re.findall(numbers, done.stderr, re.DOTALL)
+    assert len(kernels) == count, done.stderr
+    for name, *found in kernels:
+        stack, spilled, registers = map(int, found)
+        wide = re.search(r"products_kernelILi(80|96|128)E", name)
+        assert max(stack, spilled) <= (64 if wide else 0) and registers <= 255, (name, found)

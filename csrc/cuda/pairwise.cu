@@ -20,7 +20,7 @@ constexpr int kTile = kThreads;      // sources in shared memory at once: each t
 constexpr int kBlocksPerProcessor = 8;  // wanted, so that the last ones to run cost little
 constexpr int kProductsLeastDim = 7, kProductsLeastPoints = 1024;  // for tensor cores
 constexpr int kManyTargets = 8192;   // from here on, four targets a lane: each source is read once for four
-constexpr int kManyMaxDim = 10;      // if the registers hold them
+constexpr int kManyMaxDim = 6;       // more go to tensor cores
 
 template <typename T, int DP>
 struct Layout {
@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(co
 
 #pragma unroll
     for (int c = warp; c < DP; c += kWarps) {
-        double spread;
-        const double mean = work.centre(cloud, c, lane, spread);
+        const double mean = work.centre(cloud, c, lane);
         if (lane == 0) centre[c] = mean;
     }
     work.fill(mixture);
@@ -331,6 +330,10 @@ template <typename T>
 bool by_products(const PairwiseProblem<T>& q) {
     if (sizeof(T) == 8 || q.d > kCudaMaxProductsDim) return false;
     if (q.v != nullptr && (!q.radial.rbf || q.radial.weight.size() > 1)) return false;
+    int device = 0, major = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+    if (!known || major < 8) return false;
     return q.d > kCudaMaxDim || (q.d >= kProductsLeastDim && std::max(q.n, q.m) >= kProductsLeastPoints);
 }
 
@@ -349,7 +352,7 @@ const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, con
                           int processors, void* stream, const Affine<T>& affine) {
     const bool products = by_products(problem);
     if ((problem.d > kCudaMaxDim && !products) || int(problem.radial.weight.size()) > kCudaMaxScales || clouds > 65535) {
-        return "at most 18 coordinates (of float 128, with v and several scales 18), 32 scales and 65535 clouds";
+        return "at most 18 coordinates (of float 128 from compute capability 8.0 on, with v and several scales 18), 32 scales and 65535 clouds";
     }
     if constexpr (sizeof(T) == 4) {
         if (products) return pairwise_products(problem, clouds, lengths, workspace, processors, stream, affine);

@@ -5,7 +5,8 @@
 // number is a power of two times the sum of two of them, high + low, and a product is high high + high low + low high:
 // 22 bits, at twice the rate of TF32. Powers of two bring what is large into the range of 16 bits:
 //
-//     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0
+//     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0. (A point
+//         more than 10^5 times farther out than its 63 neighbours takes digits of theirs.)
 //     g   one for each target, which changes when a larger g comes
 //
 // Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or sources, and what is more is added up in
@@ -46,16 +47,20 @@ struct Points {
     int64_t padded;
 };
 
-template <int DP>
+// Sources in shared memory at once, so that a block fits where one may have 99 KiB.
+constexpr int tile_of(int dp, bool values) {
+    return dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16;
+}
+
+template <int DP, bool VALUES>
 struct Layout {
-    static constexpr int tile = DP <= 80 ? 64 : 32;  // sources in shared memory at once
-    static constexpr int pitch = DP + 8;             // there: eight rows lie in different banks
+    static constexpr int tile = tile_of(DP, VALUES), arrays = VALUES ? 4 : 2;
+    static constexpr int pitch = DP + 8;  // eight rows lie in different banks
     static constexpr int source = tile * pitch;
     static constexpr size_t totals = kRows * DP * sizeof(double);  // and before there are any, the targets
-    static_assert(2 * kRows * pitch * sizeof(__half) <= totals && kUnit % tile == 0);
-    static constexpr size_t bytes(bool values) {
-        return totals + kStages * ((values ? 4 : 2) * source * sizeof(__half) + 2 * tile * sizeof(float));
-    }
+    static constexpr size_t bytes = totals + kStages * (arrays * source * sizeof(__half) + 2 * tile * sizeof(float));
+    static_assert(2 * kRows * pitch * sizeof(__half) <= totals && kUnit % tile == 0 && kUnit % kRows == 0);
+    static_assert(bytes + sizeof(Mixture<float>) + kWarps * sizeof(double) <= 99 << 10);
 };
 
 template <int DP, bool PLAIN, bool VALUES>
@@ -74,7 +79,7 @@ __device__ __forceinline__ float inverse_power(float power) {  // of a power of 
     return __uint_as_float(0x7f000000u - __float_as_uint(power));
 }
 __device__ __forceinline__ float minimum_or_nan(float x, float limit) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     float y;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
     return y;
@@ -85,7 +90,7 @@ __device__ __forceinline__ float minimum_or_nan(float x, float limit) {
 
 // Two numbers as high + low, side by side in words.
 __device__ __forceinline__ void split(float x, float y, unsigned& high, unsigned& low) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     float x_high, y_high;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(y), "f"(x));
     asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
@@ -123,10 +128,9 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
 
 #pragma unroll 4
     for (int c = warp; c < dp; c += kPrepareThreads / 32) {
-        double spread;
-        const double mean = work.centre(cloud, c, lane, spread);
-        if (lane == 0) centre[c] = mean;
-        if (lane == 0) of_sample[warp] = fmaxf(c == warp ? 0.0f : of_sample[warp], float(spread));
+        const double mean = work.centre(cloud, c, lane);
+        const float spread = work.spread(cloud, c, lane, mean);
+        if (lane == 0) centre[c] = mean, of_sample[warp] = fmaxf(c == warp ? 0.0f : of_sample[warp], spread);
     }
     __syncthreads();
     const double scale = work.coordinate_scale(), outer = work.weight[0], b0 = work.length(0);
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         return power_below(fminf(fmaxf(x, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
     };
     float sample = 0;
-    for (int k = 0; k < kPrepareThreads / 32 && k < dp; ++k) sample = fmaxf(sample, of_sample[k]);
+    for (int k = 0; k < kPrepareThreads / 32; ++k) sample = fmaxf(sample, of_sample[k]);
     const float usual = power_below(fminf(fmaxf(float(4 * scale) * sample, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
     const float unit = fmaxf(usual, unit_of(most, largest[0])), inverse = inverse_power(unit);
     const float value_unit = VALUES ? unit_of(most_value, largest[1]) : 1.0f;
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     for (int offset = kParts / 2; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
     if (part == 0) {
         const bool there = first + row < n;
-        to.h[point] = there ? float(square / 2 * double(unit) * double(unit)) : 1e30f;  // far away
+        to.h[point] = there ? float(square / 2 * double(unit) * double(unit)) : 1e4f;  // far away
         to.a[point] = !there ? 0.0f : work.a[own] == nullptr ? 1.0f : work.a[own][cloud * n + first + row];
     }
 }
@@ -196,15 +200,14 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
 
 template <int DP, bool VALUES>
 struct Source {  // a tile of sources in shared memory
-    using L = Layout<DP>;
+    using L = Layout<DP, VALUES>;
     __half *high, *low, *value_high, *value_low;
     float *h, *a;
 
     __device__ Source(unsigned char* memory, int slot) {
-        constexpr int arrays = VALUES ? 4 : 2;
-        high = reinterpret_cast<__half*>(memory) + slot * arrays * L::source, low = high + L::source;
+        high = reinterpret_cast<__half*>(memory) + slot * L::arrays * L::source, low = high + L::source;
         value_high = VALUES ? low + L::source : high, value_low = VALUES ? value_high + L::source : low;
-        h = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * arrays * L::source) + slot * 2 * L::tile;
+        h = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * L::arrays * L::source) + slot * 2 * L::tile;
         a = h + L::tile;
     }
 };
@@ -216,7 +219,7 @@ __device__ __forceinline__ void bring_rows(__half* to, const __half* from) {  //
     for (int first = 0; first < vectors; first += kThreads) {
         const int k = first + int(threadIdx.x);
         if (vectors % kThreads != 0 && k >= vectors) break;
-        __pipeline_memcpy_async(to + k / across * Layout<DP>::pitch + k % across * 8, from + k * 8, 16);
+        __pipeline_memcpy_async(to + k / across * Layout<DP, false>::pitch + k % across * 8, from + k * 8, 16);
     }
 }
 
@@ -225,9 +228,10 @@ template <int DP, bool PLAIN, bool FORCE, bool VALUES>
 __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks)
     products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
                     const __grid_constant__ Points y) {
-    using L = Layout<DP>;
+    using L = Layout<DP, VALUES>;
     using R = Registers<DP, PLAIN, VALUES>;
     constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = L::tile;
+    static_assert(kTile % (16 * kGroups) == 0);
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ Mixture<float> mixture;
     double* const totals = shared_memory<double>() + threadIdx.x;  // [8 kSteps, threads]
@@ -243,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
     const bool full = work.full[own];
     const int row0 = warp * 16 + lane / 4;  // of this lane's targets; the other is 8 rows on
     const double b0 = work.length(0), outer = PLAIN ? work.weight[0] : 1.0;
-    const double slope = outer / (b0 * b0 * work.coordinate_scale());
+    const double per_phi = 1 / (b0 * b0 * work.coordinate_scale()), slope = outer * per_phi;
     if constexpr (!PLAIN) work.fill(mixture);
 
     const auto load = [&](int k, int slot) {
@@ -430,7 +434,7 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half;
-        double of_lanes[2] = {A[half], PLAIN ? A[half] * (slope / outer) : G[half]};
+        double of_lanes[2] = {A[half], PLAIN ? A[half] * per_phi : G[half]};
 #pragma unroll
         for (double& x : of_lanes) x += __shfl_xor_sync(kAll, x, 1), x += __shfl_xor_sync(kAll, x, 2);
         const int64_t point = i0 + row;
@@ -508,8 +512,7 @@ struct Plan {
         if (dp == 112) dp = 128;
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
-        const int tile = dp <= 80 ? Layout<80>::tile : Layout<128>::tile;
-        work = work_of(q, clouds, kRows, tile, int64_t(processors) * kBlocksPerProcessor, kLeastTiles, affine);
+        work = work_of(q, clouds, kRows, tile_of(dp, values), int64_t(processors) * kBlocksPerProcessor, kLeastTiles, affine);
         for (int k = 0; k < 2; ++k) padded[k] = (work.n[k] + kUnit - 1) / kUnit * kUnit;
     }
     // Divides memory, or counts how much it takes.
@@ -545,8 +548,11 @@ cudaError_t start(Kernel* kernel, int64_t blocks, int64_t clouds, int threads, s
     config.blockDim = dim3(unsigned(threads), 1, 1);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, arguments...) : error;
+    if (shared > 48 << 10) {  // else another thread's launch of more might come between
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        if (error != cudaSuccess) return error;
+    }
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <int DP>
@@ -555,7 +561,7 @@ cudaError_t sum(const Plan& p, const Points& x, const Points& y, cudaStream_t st
     const auto launch = [&](auto plain, auto forces, auto values) {
         constexpr bool kValues = decltype(values)::value;
         return start(products_kernel<DP, decltype(plain)::value, decltype(forces)::value, kValues>, p.work.blocks, p.clouds,
-                     kThreads, Layout<DP>::bytes(kValues), stream, p.work, x, y);
+                     kThreads, Layout<DP, kValues>::bytes, stream, p.work, x, y);
     };
     using Yes = std::true_type;
     using No = std::false_type;

@@ -84,23 +84,27 @@ struct Work {
     __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
         return double(z[k][(cloud * n[k] + at) * d + c]);
     }
-    // Coordinate c of the mean of a sample of both clouds, the same in all blocks, and how far the sample spreads from it;
-    // by a warp.
-    __device__ double centre(int64_t cloud, int c, int lane, double& spread) const {
+    // Coordinate c of point k of the sample, the same in all blocks; `missing` where there is none.
+    __device__ double sample(int64_t cloud, int c, int64_t k, double missing) const {
+        const int64_t points = n[0] + n[1], at = points < kSample ? k : k * points / kSample;
+        if (c >= d || k >= points) return missing;
+        return at < n[0] ? coordinate(0, cloud, at, c) : coordinate(1, cloud, at - n[0], c);
+    }
+    // Its mean, and how far it spreads from there; by a warp.
+    __device__ double centre(int64_t cloud, int c, int lane) const {
         static_assert(kSample == 64);
-        const int64_t points = n[0] + n[1], sample = points < kSample ? points : kSample;
-        const auto number = [&](int64_t k) {
-            const int64_t at = points < kSample ? k : k * points / kSample;
-            return at < n[0] ? coordinate(0, cloud, at, c) : coordinate(1, cloud, at - n[0], c);
-        };
-        const bool there[2] = {c < d && lane < sample, c < d && lane + 32 < sample};
-        const double own[2] = {there[0] ? number(lane) : 0.0, there[1] ? number(lane + 32) : 0.0};
-        double sum = own[0] + own[1];
+        const int64_t points = n[0] + n[1];
+        double sum = sample(cloud, c, lane, 0) + sample(cloud, c, lane + 32, 0);
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        const double mean = sum / double(sample);
-        spread = fmax(there[0] ? fabs(own[0] - mean) : 0.0, there[1] ? fabs(own[1] - mean) : 0.0);
-        return mean;
+        return sum / double(points < kSample ? points : kSample);
+    }
+    __device__ float spread(int64_t cloud, int c, int lane, double mean) const {
+        const float one = fabsf(float(sample(cloud, c, lane, mean) - mean));
+        float most = fmaxf(one, fabsf(float(sample(cloud, c, lane + 32, mean) - mean)));
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
+        return most;
     }
     __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
     __device__ void fill(Mixture<T>& mixture) const {

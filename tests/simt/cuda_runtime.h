@@ -90,7 +90,7 @@ struct dim3 {
 // The numbers of CUDA, as tests see them through ctypes.
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchAttribute;
@@ -602,7 +602,9 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : int(simt::kSharedMost);
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? 4
+             : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                              : int(simt::kSharedMost);
     return cudaSuccess;
 }
 
