@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infovae_fast import IMQ, RBF, mmd, stein_direction, wae_imq
-from infovae_fast.pairwise import CUDA_MOST_DIM
+from infovae_fast.pairwise import CUDA_MOST_PRODUCTS_DIM
 from infovae_fast.radial import Kernel
 
 Result = tuple[Tensor | None, Tensor | None]  # the gradient or the Stein direction, and the value
@@ -280,7 +280,7 @@ ON_GPU = {
     name: replace(implementation, nanoseconds=(0, 0))
     for name, implementation in {
         OURS: IMPLEMENTATIONS[OURS],
-        f"{OURS} cuda": Implementation(ours("cuda"), most_d=CUDA_MOST_DIM),
+        f"{OURS} cuda": Implementation(ours("cuda"), most_d=CUDA_MOST_PRODUCTS_DIM),
         f"{OURS} triton": Implementation(ours("triton")),
         f"{OURS} graph": Implementation(graphed(ours("auto"))),
         "empty function": Implementation(empty),

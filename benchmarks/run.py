@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file, case by case")
     parser.add_argument("--resume", action="store_true", help="skip the cases that --out has from the same commit")
     parser.add_argument("--compile", action="store_true", help="also torch.compile (some seconds a case)")
+    parser.add_argument("--without", default="", help="implementations to leave out, as 'KeOps,GeomLoss KeOps'")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--bar", action="store_true", help="only the cases of the README")
     which.add_argument("--grid", action="store_true", help="N = 16 .. 65,536, D = 2 .. 512, value alone too (long)")
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
     options = parser.parse_args()
     here, installed = machine(options.device), implementations(options.compile, options.device)
+    if unknown := set(filter(None, options.without.split(","))) - set(installed):
+        parser.error(f"--without: got {', '.join(sorted(unknown))}; accepted: {', '.join(installed)}")
+    installed = {name: i for name, i in installed.items() if name not in options.without.split(",")}
     done = measured(options.out, here) if options.resume else set()
     cases = pairwise.README if options.bar or options.only else pairwise.GRID if options.grid else pairwise.CASES
     for case in cases if options.device == "cpu" else pairwise.GPU_CASES:
