@@ -187,8 +187,8 @@ __device__ __forceinline__ void bring(T* to, const T* from, bool there) {
     if constexpr (V == 1) {
         *to = there ? *from : rounded<T>(0);
     } else if (there) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1200  // there it would spill
-        // By way of L1, where the taps of a tile meet again: what cuda_pipeline.h has goes past it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1200
+        // By way of L1, where the taps of a tile meet again: what cuda_pipeline.h has goes past it. (From 12.0 on it spills.)
         static_assert(V * sizeof(T) == 16);
         const unsigned at = unsigned(__cvta_generic_to_shared(to));
         asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
