@@ -20,6 +20,7 @@ import torch
 from benchmarks import pairwise
 from benchmarks.clock import machine, measure
 from benchmarks.pairwise import Case
+from benchmarks.run import errors
 
 ROUNDS = 9
 CASES = {
@@ -94,8 +95,9 @@ def main() -> None:
     device = options.device
     ours = pairwise.IMPLEMENTATIONS[pairwise.OURS].run
     for case in CASES[device]:
-        work = ceilings(device)
-        runs = {"ours": partial(ours, case, *case.inputs(device))} | {name: run for name, (_, run) in work.items()}
+        work, x_y = ceilings(device), case.inputs(device)
+        found = errors(ours(case, *x_y), pairwise.truth(case, device=device))
+        runs = {"ours": partial(ours, case, *x_y)} | {name: run for name, (_, run) in work.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(ROUNDS):
             for name, run in runs.items():
@@ -103,12 +105,14 @@ def main() -> None:
         seconds = {name: median(taken) for name, taken in times.items()}
         rates = {name: operations / seconds[name] for name, (operations, _) in work.items()}
         least = bound(case, rates, device)
-        print(f"N={case.n} D={case.d}: {seconds['ours']:.4g} s, bound {least:.4g} s, {least / seconds['ours']:.0%}")
+        reached = f"bound {least:.4g} s, {least / seconds['ours']:.0%}, error {found['error']:.1e}"
+        print(f"N={case.n} D={case.d}: {seconds['ours']:.4g} s, {reached}")
         print("  " + ", ".join(f"{name} {rate / 1e9:,.1f}e9/s" for name, rate in rates.items()), flush=True)
         if options.out:
             row = {"op": "bound", "n": case.n, "d": case.d, "seconds": seconds["ours"], "bound": least, "rates": rates}
+            row |= found | machine(device)
             with options.out.open("a") as file:
-                file.write(json.dumps(row | machine(device)) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

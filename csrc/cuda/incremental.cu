@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/shared_memory.h"
 #include "incremental.h"
 
 namespace infovae_fast {
@@ -33,14 +34,6 @@ template <typename T>
 constexpr int kLanes = 16 / int(sizeof(T));
 template <typename T>
 constexpr int kMaxImages = sizeof(T) == 4 ? 8 : 2;  // of a block
-
-#ifdef __CUDACC__
-template <typename T>
-__device__ __forceinline__ T* shared_memory() {
-    extern __shared__ __align__(16) unsigned char bytes[];
-    return reinterpret_cast<T*>(bytes);
-}
-#endif
 
 // Brings a line of memory near that will be read soon.
 __device__ __forceinline__ void expect([[maybe_unused]] const void* at) {

@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "cuda/products.h"
+#include "cuda/shared_memory.h"
 #include "masked_conv.h"
 
 namespace infovae_fast {
@@ -31,14 +32,6 @@ constexpr int kMaxTaps = 512;
 constexpr int kBlocksPerProcessor = 2;  // of the gradient to weight, wanted
 constexpr int kGateRows = 128, kGateColumns = 64;
 constexpr int kNoRow = -(1 << 20);  // where no tap leads back into the image
-
-#ifdef __CUDACC__
-template <typename T>
-__device__ __forceinline__ T* shared_memory() {
-    extern __shared__ __align__(128) unsigned char bytes[];
-    return reinterpret_cast<T*>(bytes);
-}
-#endif
 
 template <typename T>
 constexpr int kVector = 16 / int(sizeof(T));  // numbers that are copied at a time

@@ -11,8 +11,7 @@
 //
 // Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or sources, and what is more is added up in
 // float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
-// A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j
-// instead.
+// A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j instead.
 //
 // A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
 // between blocks: what they have summed is added up in a launch of its own, in order.

@@ -5,20 +5,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/shared_memory.h"
 #include "pairwise.h"
 
 namespace infovae_fast {
 namespace {
 
 constexpr int kSample = 64;  // points whose mean is the centre; any point near the cloud would do
-
-#ifdef __CUDACC__
-template <typename T>
-__device__ __forceinline__ T* shared_memory() {
-    extern __shared__ __align__(16) unsigned char bytes[];
-    return reinterpret_cast<T*>(bytes);
-}
-#endif
 
 // 2^t, relative error 2^-22.5 in float.
 __device__ __forceinline__ float power_of_2(float t) {
