@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
         const int64_t unit_at = (cloud * p.padded + int64_t(tile) * kTile) / kUnit;
         const float units = own_unit * p.unit[unit_at];
         const double w = within ? work.within[own] : work.between, times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
-        float A_tile[2] = {}, G_tile[2] = {};
+        double A_tile[2] = {}, G_tile[2] = {};
         if constexpr (FORCE) {
             const double now = VALUES ? double(p.value_unit[unit_at]) : w * slope * double(p.unit[unit_at]);
             if (now != back || k % (kGroup / kTile) == 0) flush();
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                     }
                 }
             }
-            [[maybe_unused]] float top[2] = {};
+            [[maybe_unused]] float top[2] = {}, A_here[2] = {}, G_here[2] = {};  // near equal numbers: few in float
 #pragma unroll
             for (int e = 0; e < 8 * kGroups; ++e) {
                 const int eight = e / 4, half = e % 4 / 2, c = eight * 8 + lane % 4 * 2 + e % 2;
@@ -354,12 +354,17 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                     const int own_row = row0 + 8 * half, other = ahead + first + c;
                     if (full ? other == own_row : other <= own_row) phi = g = 0.0f;
                 }
-                A_tile[half] += phi;
+                A_here[half] += phi;
                 if constexpr (FORCE) {
-                    if constexpr (!PLAIN) G_tile[half] += g;
+                    if constexpr (!PLAIN) G_here[half] += g;
                     top[half] = fmaxf(top[half], fabsf(g));
                     number = g;
                 }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                A_tile[half] += double(A_here[half]);
+                if constexpr (FORCE && !PLAIN) G_tile[half] += double(G_here[half]);
             }
             if constexpr (FORCE) {
                 bool over = false;
@@ -408,11 +413,11 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const double potential = w * outer * double(A_tile[half]);
+            const double potential = w * outer * A_tile[half];
             const int64_t row = i0 + row0 + 8 * half;
             energy += times * potential * double(row < n ? (PLAIN ? 1.0f : mine.a[cloud * mine.padded + row]) : 0.0f);
             A[half] += potential;
-            if constexpr (FORCE && !PLAIN) G[half] += w * slope * double(G_tile[half]);
+            if constexpr (FORCE && !PLAIN) G[half] += w * slope * G_tile[half];
         }
     }
     __pipeline_wait_prior(0);
