@@ -34,6 +34,7 @@ KERNEL_TESTS = sorted(
         "logistic",
         "mmd",
         "divergences",
+        "normal",
         "two_sample",
         "pixel",
     )

@@ -98,7 +98,8 @@ def normal_density(t, variance):
 @each_kernel
 @each_estimator
 def test_the_value_in_one_dimension(backend, book, estimator):
-    z, mean, variance = normal(7, 1, seed=1), torch.tensor([0.3], dtype=torch.float64), 1.7
+    like = {"dtype": torch.float64, "device": oracle.device}
+    z, mean, variance = normal(7, 1, seed=1), torch.tensor([0.3], **like), 1.7
     require_pairwise(backend, z, kernel=book.build())
 
     def expected(distance, variance):  # of phi((distance - u)^2), u ~ N(0, variance)
@@ -108,7 +109,7 @@ def test_the_value_in_one_dimension(backend, book, estimator):
 
     across = np.mean([expected(point - 0.3, variance) for point in z[:, 0].tolist()])
     truth = within(z, book, estimator) - 2 * across + expected(0.0, 2 * variance)
-    for covariance in (variance, *(torch.full(shape, variance, dtype=torch.float64) for shape in ((), (1,), (1, 1)))):
+    for covariance in (variance, *(torch.full(shape, variance, **like) for shape in ((), (1,), (1, 1)))):
         value = mmd_to_normal(z, book.build(), estimator, mean=mean, covariance=covariance, backend=backend)
         assert value.item() == pytest.approx(truth, abs=1e-11 * book.phi(0.0))
 
@@ -222,24 +223,25 @@ def test_derivatives_with_a_full_covariance():
 def test_laws(backend, book, estimator):
     z, kernel = 1.4 * normal(8, 3) + 0.2, book.build()
     require_pairwise(backend, z, kernel=kernel)
+    centre, matrix, diagonal = (t.to(oracle.device) for t in (MEAN, COVARIANCE, VARIANCES))
 
-    def f(z, kernel=kernel, mean=MEAN, covariance=COVARIANCE):
+    def f(z, kernel=kernel, mean=centre, covariance=matrix):
         return mmd_to_normal(z, kernel, estimator, mean=mean, covariance=covariance, backend=backend)
 
     def same(a, b):
         assert abs(a - b) <= 1e-12 * kernel.phi0
 
     value = f(z)
-    same(f(z + 50.0, mean=MEAN + 50.0), value)
+    same(f(z + 50.0, mean=centre + 50.0), value)
     same(f(z.flip(0)), value)
-    longer = book.build(torch.tensor([3.0 * b for b in book.bandwidths], dtype=torch.float64))
-    same(f(3.0 * z, longer, 3.0 * MEAN, 9.0 * COVARIANCE), value)
+    longer = book.build(torch.tensor([3.0 * b for b in book.bandwidths], dtype=torch.float64, device=oracle.device))
+    same(f(3.0 * z, longer, 3.0 * centre, 9.0 * matrix), value)
     Q = torch.linalg.qr(normal(3, 3, seed=9))[0]
-    same(f(z @ Q, mean=MEAN @ Q, covariance=Q.T @ COVARIANCE @ Q), value)
-    variances, axes = torch.linalg.eigh(COVARIANCE)
-    same(f(z @ axes, mean=MEAN @ axes, covariance=variances), value)
-    same(f(z, covariance=VARIANCES.diag()), f(z, covariance=VARIANCES))
-    unit = torch.ones(3, dtype=torch.float64)
+    same(f(z @ Q, mean=centre @ Q, covariance=Q.T @ matrix @ Q), value)
+    variances, axes = torch.linalg.eigh(matrix)
+    same(f(z @ axes, mean=centre @ axes, covariance=variances), value)
+    same(f(z, covariance=diagonal.diag()), f(z, covariance=diagonal))
+    unit = torch.ones_like(centre)
     same(f(z, covariance=1.7 * unit[0]), f(z, covariance=1.7))
     same(f(z, covariance=1.7 * unit), f(z, covariance=1.7))
     for mean, covariance in ((None, None), (0 * unit, 1), (None, unit), (0 * unit, unit.diag())):
@@ -272,7 +274,7 @@ def test_the_value_is_that_of_float64_rounded_once(backend, tensor, dtype, estim
     assert torch.equal(value, truth.float())
     (slope,) = torch.autograd.grad(value, z)
     assert slope.dtype == dtype and slope.isfinite().all()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(oracle.device, torch.bfloat16):
         assert torch.equal(mmd_to_normal(z, kernel, estimator, backend=backend), value)
 
 
