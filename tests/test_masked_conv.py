@@ -22,6 +22,7 @@ from infovae_fast.masked_conv import (
     taps,
     to_dense,
 )
+from tests import oracle
 
 WINDOWS = ("A", "B", "V0", "V", "H0", "H")
 ORDERS = ("interleaved", "contiguous")
@@ -33,25 +34,36 @@ each_colour = pytest.mark.parametrize("data_channels, group_order", COLOURS)
 each_gate = pytest.mark.parametrize("gate", GATES)
 
 
-NOT_OF_CUDA = {
+NOT_OF_CUDA = {"test_half_precision_is_computed_in_float32": "its sums are, its products are of half precision"}
+NOT_SIMULATED = {
     "test_poison_stays_in_the_future_at_full_size": "tests/simt would take minutes",
     "test_compiles_as_one_graph": "tests/simt is Python",
-    "test_half_precision_is_computed_in_float32": "its sums are, its products are of half precision",
 }
+THERE = oracle.device_of("cuda")
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda row: row.name)
+def conv_there(x, weight, bias=None, *, condition=None, link=None, **options):
+    """masked_conv2d on a GPU, if there is one, of tensors that are elsewhere; out comes back to where x is."""
+    home = x.device
+    x, weight, bias, condition = (None if t is None else t.to(THERE) for t in (x, weight, bias, condition))
+    link = None if link is None else tuple(t.to(THERE) for t in link)
+    return masked_conv2d(x, weight, bias, condition=condition, link=link, **options).to(home)
+
+
+@pytest.fixture(params=[row.name for row in BACKENDS])
 def conv(request):
-    """masked_conv2d on every backend that can run here, CUDA's through tests/simt; tests/test_masked_conv_triton.py has
-    Triton's in its interpreter."""
-    inputs = (torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), None, None, None, Mask("B", 1))
-    name = request.param.name
-    rows = [row for row in masked_conv.BACKENDS if row.name == name] if name == "cuda" else [request.param]
-    if None not in (reasons := [row.reason(*inputs) for row in rows]):
+    """masked_conv2d on every backend that can run here, CUDA's on a GPU or through tests/simt;
+    tests/test_masked_conv_triton.py has Triton's, which would compile for too long here."""
+    name, table, device = request.param, BACKENDS, "cpu"
+    if name == "cuda":
+        table, device = masked_conv.BACKENDS, THERE  # with the row of tests/simt
+    inputs = (torch.zeros(1, 1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device), None, None, None)
+    if None not in (reasons := [row.reason(*inputs, Mask("B", 1)) for row in table if row.name == name]):
         pytest.skip(reasons[0])
-    if name == "cuda" and (reason := NOT_OF_CUDA.get(request.node.originalname)):
+    unfit = NOT_OF_CUDA if THERE == "cuda" else NOT_OF_CUDA | NOT_SIMULATED
+    if name == "cuda" and (reason := unfit.get(request.node.originalname)):
         pytest.skip(reason)
-    return partial(masked_conv2d, backend=name)
+    return partial(conv_there if name == "cuda" else masked_conv2d, backend=name)
 
 
 @pytest.fixture(autouse=True)
@@ -504,8 +516,9 @@ def test_first_and_second_derivatives(window, data_channels, gate, spatial):
 @pytest.mark.parametrize("data_channels, gate", [(1, None), (3, "tanh")])
 def test_any_strides(conv, window, data_channels, gate):
     x, dense, layout = problem(window, 3, data_channels, gate=gate, h=5, w=5)
-    x, weight, bias = x.float(), from_dense(dense.float(), **layout), torch.randn(12)
-    condition = torch.randn(12).expand(2, 12)
+    numbers = x.float(), from_dense(dense.float(), **layout), torch.randn(12), torch.randn(12)
+    x, weight, bias, condition = (t.to(oracle.device) for t in numbers)  # on its way there, a view may lose its strides
+    condition = condition.expand(2, 12)
     run = partial(conv, kernel_size=3, **layout)
 
     def results(x, weight, bias, condition, upstream=None):
@@ -515,7 +528,7 @@ def test_any_strides(conv, window, data_channels, gate):
 
     plain = results(x, weight, bias, condition.contiguous())
     assert plain[0].is_contiguous(memory_format=torch.channels_last)
-    wide = torch.zeros(2, 12, 5, 10)
+    wide = x.new_zeros(2, 12, 5, 10)
     wide[:, ::2, :, ::2] = x
     for hostile_x in (
         x.to(memory_format=torch.channels_last),
@@ -524,7 +537,7 @@ def test_any_strides(conv, window, data_channels, gate):
         wide[:, ::2, :, ::2],
     ):
         hostile_weight = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-        one = torch.ones(1, 1, 1, 1).expand(plain[0].shape)  # an expanded upstream gradient
+        one = x.new_ones(1, 1, 1, 1).expand(plain[0].shape)  # an expanded upstream gradient
         spatial = condition[:, :, None, None].expand(2, 12, 5, 5)
         for hostile in (
             results(hostile_x, hostile_weight, bias, condition, one),

@@ -1,6 +1,6 @@
 """The CUDA kernels of `masked_conv`: run through tests/simt, or on a GPU, and compiled by nvcc for other GPUs.
 
-Without a GPU, tests/test_masked_conv.py runs all of its laws on them, too.
+tests/test_masked_conv.py runs all of its laws on them, too.
 """
 
 import math

@@ -4,10 +4,12 @@ What every backend owes is in tests/test_masked_conv.py; of its laws, a selectio
 time allows.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
-from infovae_fast.masked_conv import Mask, _cells, _colours, _run, masked_conv2d
+from infovae_fast.masked_conv import Mask, _cells, _colours, _run
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from tests import test_masked_conv as laws
 from tests.conftest import ARCHITECTURES, compile_ahead
@@ -15,7 +17,8 @@ from tests.oracle import check, near
 
 kernels = pytest.importorskip("infovae_fast.kernels.masked_conv")
 SETTINGS = {name: getattr(kernels, name) for name in ("tile", "weight_tile", "gate_tile", "PROGRAMS")}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = laws.THERE
+conv = partial(laws.conv_there, backend="triton")
 
 
 @pytest.fixture
@@ -31,13 +34,6 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def conv(x, weight, bias=None, *, condition=None, link=None, backend="triton", **options):
-    """On a GPU where there is one."""
-    x, weight, bias, condition = (None if t is None else t.to(DEVICE) for t in (x, weight, bias, condition))
-    link = None if link is None else tuple(t.to(DEVICE) for t in link)
-    return masked_conv2d(x, weight, bias, condition=condition, link=link, backend=backend, **options).to("cpu")
 
 
 # n, h, w, cin, cout, mask, the dimensions of the condition, and channels of the link: every window with every gate,
