@@ -160,12 +160,13 @@ def can_run(name):
     require("logistic_mixture", logistic_mixture.BACKENDS, name, *problem(*CASES[0]))
 
 
-def test_it_meets_the_rule(backend):
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)  # apart, as Triton compiles ten kernels for each
+def test_it_meets_the_rule(backend, dtype):
     can_run(backend)
     if backend == "reference":
         pytest.skip("the truth")
     with initial_nans():
-        sweep(backend, CASES if backend == "cpp" else [CASES[1], CASES[4], CASES[9]])
+        sweep(backend, CASES if backend == "cpp" else [CASES[1], CASES[4], CASES[9]], [dtype])
 
 
 def test_several_programs(monkeypatch):
