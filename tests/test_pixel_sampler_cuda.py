@@ -1,5 +1,6 @@
 """The CUDA sampler of GatedPixelCNN: run through tests/simt, and compiled by nvcc for GPUs that are not here."""
 
+import copy
 import math
 import re
 import shutil
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, GatedPixelCNN, Gaussian, PixelSampler
 from infovae_fast.backends import Backend, native_missing
@@ -97,6 +99,47 @@ def test_params_of_any_likelihood():
     for name in ("levels", "learned std", "mixture"):
         model, likelihood, codes = model_of(name, (3, 4))
         check_params(model, likelihood, codes(2), bits(model, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_weights_that_change_are_gathered_anew(name):
+    model, _, codes = model_of(name, (4, 5))
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        for parameter in model.to(dtype).parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
+        z, x = codes(2), bits(model, 2)
+        images = incremental.Images(model, None if z is None else z.to(dtype), 2)
+        assert images.memory.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        params, truth = images.params(x).double(), copy.deepcopy(model).double()(z, x)
+        torch.testing.assert_close(params, truth, rtol=0, atol={8: 1e-13, 4: 1e-5, 2: 0.02}[dtype.itemsize])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_waits_for_few_launches(name, monkeypatch):
+    """Before the one of the images: what gathers the weights, and the conditions, a product a layer."""
+    model, likelihood, codes = model_of(name, (4, 5), layers=7)
+    sampler, z = PixelSampler(model.float(), likelihood, backend="cuda"), codes(3)
+    drawing = {"z": None if z is None else z.float(), "n": 3, "uniforms": sampler.uniforms(3)}
+    monkeypatch.setattr(incremental.Images, "_leaf", lambda self, *inputs: (inputs[2], None))
+    sampler.sample(**drawing)
+    with Launches() as launches:
+        sampler.sample(**drawing)
+    assert len(launches.names) <= 20, launches.names
+
+
+class Launches(TorchDispatchMode):
+    """The operators that fill tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not function.is_view:
+            self.names.append(str(function))
+        return out
 
 
 @pytest.mark.parametrize("name", NAMES)

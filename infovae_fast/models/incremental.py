@@ -6,24 +6,23 @@ work from one table, `Weights`, and from what z adds, `conditions_of`. `Incremen
 `Images` leaves whole images to a GPU.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infovae_fast.masked_conv import MaskedConv2d, from_dense, to_dense
+from infovae_fast.masked_conv import Mask, MaskedConv2d, from_dense, to_dense
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 
 Callback = Callable[[int, int], None]  # (rows that are done, all rows)
 Chooser = Callable[[int, int, int, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class LayerWeights:
+class LayerWeights(NamedTuple):
     """A layer for incremental evaluation. Channels of h, o, skip and params are sorted by group; v has no groups."""
 
     vertical: Tensor  # [taps * Cin, 2C], taps of V0 or V in raster order
@@ -35,8 +34,7 @@ class LayerWeights:
     step_bias: Tensor | None  # [C]
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """All weights of a `GatedPixelCNN`, contiguous, float32 or better; rows are inputs, columns outputs."""
 
     layers: tuple[LayerWeights, ...]
@@ -48,72 +46,113 @@ class Weights:
     output_bias: Tensor  # [P]
 
 
-@torch.no_grad()
+Structure = tuple[tuple[Mask, torch.Size, bool], ...]  # of each convolution: mask, shape of the weight, is there a bias
+
+
 def prepare(decoder: GatedPixelCNN) -> Weights:
     """The table that incremental evaluation works from: compact, in the order of its reads, masks applied."""
-    groups, maps = decoder.data_channels, decoder.maps
-    layers, skips, skip_bias = [], [], []
-    for layer in decoder.layers:
-        horizontal, out = _matrix(layer.horizontal, groups), _matrix(layer.out, groups)
-        columns = _order(2 * maps, groups, halves=2)
-        step, skip = out.split([out.shape[1] - maps, maps], 1)
+    numbers = numbers_of(decoder)
+
+    def taken(places: Any) -> Any:
+        return None if places is None else numbers.take(places.to(numbers.device))
+
+    layers, *others = _places(structure_of(decoder))
+    return Weights(tuple(LayerWeights(*map(taken, layer)) for layer in layers), *map(taken, others))
+
+
+def structure_of(decoder: GatedPixelCNN) -> Structure:
+    """What decides where a weight goes."""
+    return tuple((conv.mask, conv.weight.shape, conv.bias is not None) for conv in _convs(decoder))
+
+
+@torch.no_grad()
+def numbers_of(decoder: GatedPixelCNN) -> Tensor:
+    """In a row: zero, the sum of the skips' biases by group, all parameters of the convolutions."""
+    given = (t for conv in _convs(decoder) for t in (conv.weight, conv.bias) if t is not None)
+    skips = torch.stack([layer.out.bias[-decoder.maps :] for layer in decoder.layers])
+    skip_bias = skips.index_select(1, _order(decoder.maps, decoder.data_channels, device=skips.device)).sum(0)
+    numbers = torch.cat([skips.new_zeros(1), skip_bias, *(t.flatten() for t in given)])
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def _convs(decoder: GatedPixelCNN) -> list[MaskedConv2d]:
+    stack = [conv for layer in decoder.layers for conv in (layer.vertical, layer.link, layer.horizontal, layer.out)]
+    return [*stack, decoder.head[1], decoder.head[3]]
+
+
+@lru_cache(maxsize=4)
+def _places(structure: Structure) -> Weights:
+    """Where each of the weights is in `numbers_of`. Sorting takes long, so it is done once, for numbers that change."""
+    groups, maps = structure[-1][0].data_channels, structure[-1][1][1]
+    count = 1  # behind the zero
+
+    def new(*shape: int) -> Tensor:
+        nonlocal count
+        count += math.prod(shape)
+        return torch.arange(count - math.prod(shape), count).view(shape)
+
+    def sorted_columns(t: Tensor, halves: int = 1) -> Tensor:
+        return t[..., _order(t.shape[-1], groups, halves)]
+
+    def by_group(matrix: Tensor, halves: int = 1) -> Tensor:  # [K, M] -> [G, K, M/G]
+        return sorted_columns(matrix, halves).unflatten(1, (groups, -1)).movedim(1, 0)
+
+    skip_bias = new(maps)
+    convs = [(_matrix(mask, new(*shape)), new(shape[2] if bias else 0)) for mask, shape, bias in structure]
+    layers, skips = [], []
+    for k in range(0, len(convs) - 2, 4):
+        (vertical, vertical_bias), (link, _), (horizontal, horizontal_bias), (out, out_bias) = convs[k : k + 4]
+        last = out.shape[1] == maps
         layers.append(
             LayerWeights(
-                vertical=_matrix(layer.vertical, 1),
-                vertical_bias=_wide(layer.vertical.bias),
-                link=_wide(layer.link.weight[0][:, columns]),
-                horizontal=_by_group(horizontal, groups, halves=2),
-                horizontal_bias=_wide(layer.horizontal.bias[columns]),
-                step=None if layer.last else _by_group(step, groups),
-                step_bias=None if layer.last else _wide(layer.out.bias[:maps][_order(maps, groups)]),
+                vertical=vertical,
+                vertical_bias=vertical_bias,
+                link=sorted_columns(link, halves=2),
+                horizontal=by_group(horizontal, halves=2),
+                horizontal_bias=sorted_columns(horizontal_bias, halves=2),
+                step=None if last else by_group(out[:, :maps]),
+                step_bias=None if last else sorted_columns(out_bias[:maps]),
             )
         )
-        skips.append(_by_group(skip, groups))
-        skip_bias.append(layer.out.bias[-maps:][_order(maps, groups)])
-    _, first, _, second = decoder.head
+        skips.append(by_group(out[:, -maps:]))
+    (hidden, hidden_bias), (output, output_bias) = convs[-2:]
     return Weights(
         layers=tuple(layers),
         skip=torch.cat(skips, 1),
-        skip_bias=_wide(torch.stack(skip_bias).sum(0)),
-        hidden=_by_group(_matrix(first, groups), groups),
-        hidden_bias=_wide(first.bias[_order(maps, groups)]),
-        output=_by_group(_matrix(second, groups), groups),
-        output_bias=_wide(second.bias[_order(len(second.bias), groups)]),
+        skip_bias=skip_bias,
+        hidden=by_group(hidden),
+        hidden_bias=sorted_columns(hidden_bias),
+        output=by_group(output),
+        output_bias=sorted_columns(output_bias),
     )
 
 
-def _matrix(conv: MaskedConv2d, groups: int) -> Tensor:
-    """[taps * Cin, Cout]: masked blocks zero, the input channels of a tap sorted by group."""
-    options = conv.mask._asdict()
+def _matrix(mask: Mask, weight: Tensor) -> Tensor:
+    """[taps, Cin, Cout] -> [taps * Cin, Cout]: masked blocks zero, the input channels of a tap sorted by group."""
+    options = mask._asdict()
     kernel_size = options.pop("kernel_size")
-    weight = from_dense(to_dense(conv.weight, kernel_size=kernel_size, **options), **options)
-    return _wide(weight[:, _order(weight.shape[1], groups)].flatten(0, 1))
+    weight = from_dense(to_dense(weight, kernel_size=kernel_size, **options), **options)
+    return weight[:, _order(weight.shape[1], mask.data_channels)].flatten(0, 1)
 
 
-def _by_group(matrix: Tensor, groups: int, halves: int = 1) -> Tensor:
-    """[K, M] -> [G, K, M/G], its columns sorted by group."""
-    return matrix[:, _order(matrix.shape[1], groups, halves)].unflatten(1, (groups, -1)).movedim(1, 0).contiguous()
-
-
-def _order(channels: int, groups: int, halves: int = 1) -> Tensor:
+@lru_cache
+def _order(channels: int, groups: int, halves: int = 1, device: torch.device | None = None) -> Tensor:
     """The channels (half, map, group) in the order (group, half, map)."""
-    return torch.arange(channels).view(halves, -1, groups).permute(2, 0, 1).flatten()
+    return torch.arange(channels, device=device).view(halves, -1, groups).permute(2, 0, 1).flatten()
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
-
-
-def conditions_of(decoder: GatedPixelCNN, z: Tensor | None, weights: Weights) -> list[tuple[Tensor, Tensor]]:
-    """What z adds in each layer to V and to the base, [n or 1, 1 or H, 1 or W, 2C] each."""
-    columns = _order(2 * decoder.maps, decoder.data_channels, halves=2)
-    nothing = (weights.skip.new_zeros(1, 2 * decoder.maps),) * 2
-
-    def rows(condition: Tensor) -> Tensor:
-        return _by_row(condition).to(weights.skip.dtype).contiguous()
-
-    pairs = (condition or nothing for condition in decoder.conditions(z))
-    return [(rows(above), rows(beside[:, columns])) for above, beside in pairs]
+def conditions_of(decoder: GatedPixelCNN, z: Tensor | None, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """What z adds in each layer to V and to the base, [n or 1, 1 or H, 1 or W, 2C] each, contiguous."""
+    pairs, groups = decoder.conditions(z), decoder.data_channels
+    if z is None:
+        nothing = decoder.head[1].weight.new_zeros(1, 1, 1, 2 * decoder.maps, dtype=dtype)
+        return [(nothing, nothing)] * len(pairs)
+    above, beside = (torch.stack([c.movedim(1, -1) for c in some]).to(dtype) for some in zip(*pairs, strict=True))
+    if groups > 1:
+        beside = beside.index_select(-1, _order(2 * decoder.maps, groups, 2, beside.device))
+    if above.ndim == 3:  # one for all pixels
+        above, beside = (c[:, :, None, None] for c in (above, beside))
+    return list(zip(above, beside, strict=True))
 
 
 def params_of_pixels(run: Callable[[Chooser], Tensor], x: Tensor, groups: int) -> Tensor:
@@ -140,7 +179,7 @@ class Incremental:
         self.channels, self.height, self.width = decoder.image_shape
         self.reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
         self.taps = [layer.vertical.mask.taps for layer in decoder.layers]
-        self.conditions = conditions_of(decoder, z, self.weights)
+        self.conditions = conditions_of(decoder, z, self.weights.skip.dtype)
         new, layers, w = self.weights.skip.new_zeros, len(self.reaches), self.width
         inputs = [self.channels] + [self.maps] * (layers - 1)
         # The inputs of the vertical stack, y and v_l; the row so far of those of the horizontal one, y and h_l; per
@@ -251,11 +290,6 @@ class Incremental:
         return slice(start + own.start, start + own.stop)
 
 
-def _by_row(condition: Tensor) -> Tensor:
-    """[n, 2C] or [n, 2C, H, W] -> [n, 1 or H, 1 or W, 2C]."""
-    return condition.permute(0, 2, 3, 1) if condition.ndim == 4 else condition[:, None, None]
-
-
 THREADS, SLICES, AHEAD, DEEP = 256, 32, 8, 16  # kThreads, kMaxSlices, kAhead and kDeep of csrc/cuda/incremental.cu
 MOST_LAYERS, MOST_MAPS = 32, 1024
 
@@ -264,13 +298,14 @@ class Images:
     """`GatedPixelCNN`, whole images in one launch of csrc/cuda/incremental.cu."""
 
     def __init__(self, decoder: GatedPixelCNN, z: Tensor | None, n: int) -> None:  # n: that of `Incremental`
-        weights = prepare(decoder)
-        self.memory = table(weights, decoder.image_shape[0])
-        rest = -2 * decoder.maps % _lanes(self.memory.dtype)
-        conditions = [c for pair in conditions_of(decoder, z, weights) for c in pair]
+        numbers = numbers_of(decoder)
+        lanes = _lanes(numbers.dtype)
+        self.memory = numbers.index_select(0, table(structure_of(decoder), lanes, numbers.device))
+        rest = -2 * decoder.maps % lanes
+        conditions = [c for pair in conditions_of(decoder, z, numbers.dtype) for c in pair]
         self.conditions = [F.pad(c, (0, rest)) for c in conditions] if rest else conditions
         reaches = [layer.vertical.mask.kernel_size // 2 for layer in decoder.layers]
-        self.sizes = [decoder.maps, decoder.data_channels, len(weights.output_bias), reaches[0], reaches[-1]]
+        self.sizes = [decoder.maps, decoder.data_channels, decoder.head[-1].weight.shape[2], reaches[0], reaches[-1]]
 
     def draw(
         self, uniforms: Tensor, known: Tensor, mask: Tensor, temperature: float, levels: int = 0, mixtures: int = 0
@@ -286,35 +321,34 @@ class Images:
         return torch.ops.infovae_fast.draw_images(self.memory, self.conditions, *inputs)
 
 
-def table(weights: Weights, channels: int) -> Tensor:
-    """All of `weights`, for an image of so many channels, as csrc/cuda/incremental.cu reads it, in vectors of 16 bytes.
+@lru_cache(maxsize=4)
+def table(structure: Structure, lanes: int, device: torch.device) -> Tensor:
+    """Where in `numbers_of` all weights are, as csrc/cuda/incremental.cu reads them, in vectors of so many.
 
     First the vertical stack, layer by layer: matrix, bias, link, its bias, padded with zeros to whole vectors. Then
     the tape of each group, its horizontal matrices in the order of their use. Then the biases of the horizontal stack.
     """
-    lanes, maps = _lanes(weights.skip.dtype), len(weights.skip_bias)
+    weights, wide = _places(structure), -structure[0][1][2] % lanes
     parts = []
-    for first, layer in zip([True] + [False] * len(weights.layers), weights.layers, strict=False):
-        wide = -2 * maps % lanes
-        vertical = layer.vertical.unflatten(0, (-1, channels if first else maps))  # [taps, Cin, 2C]
+    for (_, shape, _), layer in zip(structure[::4], weights.layers, strict=False):
+        vertical = layer.vertical.view(shape)  # [taps, Cin, 2C]
         parts += [
-            F.pad(vertical, (0, wide, 0, -vertical.shape[1] % lanes)),
+            F.pad(vertical, (0, wide, 0, -shape[1] % lanes)),
             F.pad(layer.vertical_bias, (0, wide)),
             F.pad(layer.link, (0, wide, 0, wide)),
             F.pad(layer.horizontal_bias, (0, wide)),
         ]
     for group in range(len(weights.skip)):
         for layer in weights.layers:
-            parts += [_steps(m[group]) for m in (layer.horizontal, layer.step) if m is not None]
-        parts += [_steps(m[group]) for m in (weights.skip, weights.hidden, weights.output)]
+            parts += [_steps(m[group], lanes) for m in (layer.horizontal, layer.step) if m is not None]
+        parts += [_steps(m[group], lanes) for m in (weights.skip, weights.hidden, weights.output)]
     parts += [layer.step_bias for layer in weights.layers if layer.step_bias is not None]
     parts += [weights.skip_bias, weights.hidden_bias, weights.output_bias]
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.flatten() for part in parts]).to(device, torch.int32)
 
 
-def _steps(matrix: Tensor) -> Tensor:
+def _steps(matrix: Tensor, lanes: int) -> Tensor:
     """[K, M] -> [steps, THREADS, lanes]: in step v thread t has columns t % quads and row t // quads + v slices."""
-    lanes = _lanes(matrix.dtype)
     matrix = F.pad(matrix, (0, -matrix.shape[1] % lanes))
     slices = min(THREADS * lanes // matrix.shape[1], SLICES)
     matrix = F.pad(matrix, (0, 0, 0, -len(matrix) % slices)).unflatten(0, (-1, slices)).flatten(1)
