@@ -161,7 +161,12 @@ class GatedPixelCNN(nn.Module):
         if not self.inputs:
             return [()] * len(self.layers)
         code = self.code(z)
-        return [linear(code).split(2 * self.maps, 1) for linear in self.condition]
+        each = [linear(code) for linear in self.condition]
+        if self.variant != "gated" or code.ndim != 2:
+            return [condition.split(2 * self.maps, 1) for condition in each]
+        # The convolutions want contiguous ones: [L, N, 2 * 2C] -> [2 * L, N, 2C] in one copy.
+        both = torch.stack(each).unflatten(2, (2, -1)).movedim(2, 0).flatten(0, 1).unbind()
+        return list(zip(both[: len(each)], both[len(each) :], strict=True))
 
     def receptive_field(self) -> Offsets:
         """The offsets (dy, dx) of all other pixels that params can depend on."""
@@ -177,7 +182,7 @@ class GatedPixelCNN(nn.Module):
 
 
 class _Layer(nn.Module):
-    """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); after the last layer h stays.
+    """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); the last gives V and h_l.
 
     `link` and `out` hold weights that other convolutions read; they are not called themselves."""
 
@@ -188,7 +193,8 @@ class _Layer(nn.Module):
         self.first, self.last, self.maps, self.conditions = first, last, maps, 4 * maps
         colours: dict[str, Any] = {"data_channels": data_channels, "backend": backend}
         present = "0" if first else ""
-        self.vertical = MaskedConv2d(cin, maps, kernel, window="V" + present, gate="tanh", backend=backend)
+        wide, gate = (2 * maps, None) if last else (maps, "tanh")  # the last gate(V) would not be read
+        self.vertical = MaskedConv2d(cin, wide, kernel, window="V" + present, gate=gate, backend=backend)
         self.link = MaskedConv2d(2 * maps, 2 * maps, 1, window="V", bias=False, backend=backend)
         self.horizontal = MaskedConv2d(cin, maps, kernel, window="H" + present, gate="tanh", **colours)
         self.out = MaskedConv2d(maps, maps if last else 2 * maps, 1, window="H", **colours)  # W_o, W_s: [C + C]
@@ -197,15 +203,15 @@ class _Layer(nn.Module):
         self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         v, below = self.vertical.with_f(v, above)
-        o = self.horizontal(h, beside, link=(below, self.link.weight[0]))
-        if not self.last:
-            h = self._out(o, slice(self.maps), None if self.first else h)
-        return v, h, self._out(o, slice(-self.maps, None), skip)
-
-    def _out(self, o: Tensor, maps: slice, plus: Tensor | None) -> Tensor:
-        """W_o o + b_o or W_s o + b_s, and what is to be added: in the convolution that costs little."""
-        weight, bias = self.out.weight[..., maps], cast(Tensor, self.out.bias)[maps]
-        return masked_conv2d(o, weight, bias, condition=plus, backend=self.out.backend, **self.out.mask._asdict())
+        o = self.horizontal(h, beside, link=(below, self.link.weight.squeeze(0)))
+        if self.last:
+            return v, h, self.out(o, skip)
+        # What is to be added costs little in the convolution; halves that are contiguous are copied once, here.
+        step, more = (half.contiguous() for half in self.out.weight.split(self.maps, 2))
+        step_bias, more_bias = cast(Tensor, self.out.bias).split(self.maps)
+        options = self.out.mask._asdict() | {"backend": self.out.backend}
+        h = masked_conv2d(o, step, step_bias, condition=None if self.first else h, **options)
+        return v, h, masked_conv2d(o, more, more_bias, condition=skip, **options)
 
     def reach(self, v: Offsets, h: Offsets) -> tuple[Offsets, Offsets]:
         v = _sums(v, self.vertical.mask.taps)
