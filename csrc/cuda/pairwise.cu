@@ -63,31 +63,39 @@ __device__ __forceinline__ void sum_tile(const Work<T>& work, const Mixture<T>& 
 #pragma unroll
         for (int c = 0; c < DP; ++c) x.S[r][c] = T(0);
     }
-#pragma unroll 2
-    for (int k = 0; k < kTile / kWarps; ++k) {
-        T source[stride], v[stride];
-        load_row<T, stride>(tile + k * stride, source);
-        if constexpr (WITH_V) load_row<T, stride>(v_tile + k * stride, v);
-        const T h = source[DP], a = source[DP + 1];
+    constexpr int kAtOnce = ONE || DP > 10 ? 1 : 4 / R;  // sources
+#pragma unroll(ONE ? 2 : 1)
+    for (int first = 0; first < kTile / kWarps; first += kAtOnce) {
+        T t[kAtOnce * R], phi[kAtOnce * R], g[kAtOnce * R], source[stride], v[stride];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            T t = -(x.h[r] + h), phi, g;
+        for (int e = 0; e < kAtOnce * R; ++e) {
+            const int r = e % R;
+            if (r == 0) load_row<T, stride>(tile + (first + e / R) * stride, source);
+            t[e] = -(x.h[r] + source[DP]);
 #pragma unroll
-            for (int c = 0; c < DP; ++c) t += x.u[r][c] * source[c];
-            radial_of<T, ONE>(t, work, mixture, phi, g);
+            for (int c = 0; c < DP; ++c) t[e] += x.u[r][c] * source[c];
+            if constexpr (ONE) phi[e] = g[e] = power_of_2(t[e]);
+        }
+        if constexpr (!ONE) radial_of<kAtOnce * R>(t, work, mixture, phi, g);
+#pragma unroll
+        for (int e = 0; e < kAtOnce * R; ++e) {
+            const int r = e % R, k = first + e / R;
+            if (r == 0 && kAtOnce > 1) load_row<T, stride>(tile + k * stride, source);
+            if (r == 0 && WITH_V) load_row<T, stride>(v_tile + k * stride, v);
+            const T a = source[DP + 1];
             if constexpr (MASK) {
                 const int self = diagonal + 32 * r;
-                if (upper ? k <= self : k == self) phi = g = T(0);
+                if (upper ? k <= self : k == self) phi[e] = g[e] = T(0);
             }
-            x.A[r] += phi * a;
+            x.A[r] += phi[e] * a;
             if constexpr (FORCE) {
-                g *= WITH_V ? a * gain : a;
-                x.G[r] += g;
+                g[e] *= WITH_V ? a * gain : a;
+                x.G[r] += g[e];
 #pragma unroll
-                for (int c = 0; c < DP; ++c) x.S[r][c] += g * source[c];
+                for (int c = 0; c < DP; ++c) x.S[r][c] += g[e] * source[c];
                 if constexpr (WITH_V) {
 #pragma unroll
-                    for (int c = 0; c < DP; ++c) x.S[r][c] += phi * v[c];
+                    for (int c = 0; c < DP; ++c) x.S[r][c] += phi[e] * v[c];
                 }
             }
         }
@@ -281,7 +289,7 @@ struct Plan {
         many = sizeof(T) == 4 && q.v == nullptr && q.d <= kManyMaxDim &&
                std::max(q.n, q.y == nullptr ? 0 : q.m) * clouds >= kManyTargets;
         const int64_t rows = !many ? 32 : q.radial.rbf && q.radial.weight.size() == 1 ? 128 : 64;
-        work = work_of(q, clouds, rows, kTile, int64_t(processors) * kBlocksPerProcessor, 1, affine);
+        work = work_of(q, clouds, rows, kTile, int64_t(processors) * kBlocksPerProcessor, 1, 1, affine);
         counter_bytes = round_up(clouds * (work.row_blocks[0] + work.row_blocks[1] + 1) * int64_t(sizeof(unsigned)));
         energy_bytes = round_up(clouds * work.blocks * int64_t(sizeof(double)));
         partial_bytes = infovae_fast::partial_bytes(work, clouds, rows);

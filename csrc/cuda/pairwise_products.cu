@@ -7,7 +7,8 @@
 //
 //     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0. (A point
 //         more than 10^5 times farther out than its 63 neighbours takes digits of theirs.)
-//     g   one for each target, which changes when a larger g comes
+//     g   one for each target, which changes when a larger g comes. Of one RBF scale it is added to t, where it costs
+//         nothing: phi is a power of two itself
 //
 // Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or sources, and what is more is added up in
 // float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
@@ -32,23 +33,26 @@ using P = Product<__half>;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;  // targets of a block
 constexpr int kUnit = 64;     // points that share a power of two; both clouds are padded to a multiple
-constexpr int kGroup = 128;   // sources that are added up in float
+constexpr int kGroup = 256;   // sources that are added up in float
 constexpr int kStages = 2;
-constexpr int kBlocksPerProcessor = 16, kLeastTiles = 4;  // wanted; of a block
+constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
+constexpr int kFirstShift = 126;   // of t, before the first g is known
+constexpr float kSmallSquare = 0x1p20f;  // of distances, below which rounding leaves t next to 0
 
 // Points as tensor cores take them; [clouds, padded, DP], [clouds, padded] and [clouds, padded / kUnit].
 struct Points {
     const __half *high, *low;
     const __half *value_high, *value_low;  // what g is multiplied with, if it is not u
-    const float *h, *a, *unit, *value_unit;  // u = unit (high + low)
+    const float *pairs;  // -h / unit^2 as tensor cores add it: of points 2 k and 2 k + 1, twice
+    const float *a, *unit, *value_unit;  // u = unit (high + low)
     int64_t padded;
 };
 
 // Sources in shared memory at once, so that a block fits where one may have 99 KiB.
 constexpr int tile_of(int dp, bool values) {
-    return dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16;
+    return dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16;
 }
 
 template <int DP, bool VALUES>
@@ -57,16 +61,22 @@ struct Layout {
     static constexpr int pitch = DP + 8;  // eight rows lie in different banks
     static constexpr int source = tile * pitch;
     static constexpr size_t totals = kRows * DP * sizeof(double);  // and before there are any, the targets
-    static constexpr size_t bytes = totals + kStages * (arrays * source * sizeof(__half) + 2 * tile * sizeof(float));
-    static_assert(2 * kRows * pitch * sizeof(__half) <= totals && kUnit % tile == 0 && kUnit % kRows == 0);
+    static constexpr int piece = tile < kUnit ? tile : kUnit, units = tile / piece;  // sources of one unit
+    static constexpr int numbers = 3 * tile + 4 * ((2 * units + 3) / 4);  // floats of a tile: pairs, a, the units
+    static constexpr size_t bytes = totals + kStages * (arrays * source * sizeof(__half) + numbers * sizeof(float));
+    static_assert(2 * kRows * pitch * sizeof(__half) <= totals && kUnit % kRows == 0 && kGroup % tile == 0);
     static_assert(bytes + sizeof(Mixture<float>) + kWarps * sizeof(double) <= 99 << 10);
 };
+
+constexpr int blocks_at_once(int dp, bool usual) {  // on a processor
+    return dp == 16 ? (usual ? 5 : 4) : dp == 32 && usual ? 3 : 2;
+}
 
 template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
     static constexpr int groups = DP <= (usual ? 80 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
-    static constexpr int blocks = DP == 16 ? (usual ? 5 : 4) : DP == 32 && usual ? 3 : 2;  // of a processor
+    static constexpr int blocks = blocks_at_once(DP, usual);
 };
 
 // ---- numbers ----
@@ -77,6 +87,7 @@ __device__ __forceinline__ float power_below(float x) {  // 2^floor(log2 x); x i
 __device__ __forceinline__ float inverse_power(float power) {  // of a power of two
     return __uint_as_float(0x7f000000u - __float_as_uint(power));
 }
+__device__ __forceinline__ float exact_power(int e) { return __uint_as_float(unsigned(e + 127) << 23); }  // 2^e
 __device__ __forceinline__ float minimum_or_nan(float x, float limit) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     float y;
@@ -106,7 +117,7 @@ __device__ __forceinline__ void split(float x, float y, unsigned& high, unsigned
 
 struct Prepared {  // where `prepare_kernel` writes: see Points
     __half *high, *low, *value_high, *value_low;
-    float *h, *a, *unit, *value_unit;
+    float *pairs, *a, *unit, *value_unit;
     int64_t padded;
 };
 
@@ -139,12 +150,23 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         return float(slope * double(of_u) + (moved ? outer * double(work.v[(cloud * n + first + row) * d + c]) : 0.0));
     };
     float most = 0, most_value = 0;
-    for (int k = thread; k < kUnit * dp; k += kPrepareThreads) {
-        const int row = k / dp, c = k % dp;
-        const float one = first + row < n && c < d ? float((work.coordinate(own, cloud, first + row, c) - centre[c]) * scale) : 0.0f;
-        u[row * (dp + 1) + c] = one;
-        most = fmaxf(most, fabsf(one));
-        if constexpr (VALUES) most_value = fmaxf(most_value, fabsf(value(row, c, one)));
+    constexpr int kAtOnce = 4;  // loads, before the first is waited for
+    for (int k = thread; k < kUnit * dp; k += kAtOnce * kPrepareThreads) {
+        float z[kAtOnce];
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+            const int at = k + e * kPrepareThreads, row = at / dp, c = at % dp;
+            z[e] = first + row < n && c < d && row < kUnit ? work.z[own][(cloud * n + first + row) * d + c] : 0.0f;
+        }
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+            const int at = k + e * kPrepareThreads, row = at / dp, c = at % dp;
+            if (row >= kUnit) break;
+            const float one = first + row < n && c < d ? float((double(z[e]) - centre[c]) * scale) : 0.0f;
+            u[row * (dp + 1) + c] = one;
+            most = fmaxf(most, fabsf(one));
+            if constexpr (VALUES) most_value = fmaxf(most_value, fabsf(value(row, c, one)));
+        }
     }
     const auto unit_of = [&](float x, float* of_warps) {  // the power of two that brings x below 2^14
 #pragma unroll
@@ -190,7 +212,9 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     for (int offset = kParts / 2; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
     if (part == 0) {
         const bool there = first + row < n;
-        to.h[point] = there ? float(square / 2 * double(unit) * double(unit)) : 1e4f;  // far away
+        const double far_away = fmax(1e4 / (double(unit) * double(unit)), 1.0);
+        float* const pair = to.pairs + point / 2 * 4 + point % 2;
+        pair[0] = pair[2] = float(there ? -square / 2 : -far_away);
         to.a[point] = !there ? 0.0f : work.a[own] == nullptr ? 1.0f : work.a[own][cloud * n + first + row];
     }
 }
@@ -201,13 +225,13 @@ template <int DP, bool VALUES>
 struct Source {  // a tile of sources in shared memory
     using L = Layout<DP, VALUES>;
     __half *high, *low, *value_high, *value_low;
-    float *h, *a;
+    float *pairs, *a, *unit, *value_unit;
 
     __device__ Source(unsigned char* memory, int slot) {
         high = reinterpret_cast<__half*>(memory) + slot * L::arrays * L::source, low = high + L::source;
         value_high = VALUES ? low + L::source : high, value_low = VALUES ? value_high + L::source : low;
-        h = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * L::arrays * L::source) + slot * 2 * L::tile;
-        a = h + L::tile;
+        pairs = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * L::arrays * L::source) + slot * L::numbers;
+        a = pairs + 2 * L::tile, unit = a + L::tile, value_unit = unit + L::units;
     }
 };
 
@@ -224,13 +248,12 @@ __device__ __forceinline__ void bring_rows(__half* to, const __half* from) {  //
 
 // PLAIN: one RBF scale and no weights of points. FORCE: also the sums of g u.
 template <int DP, bool PLAIN, bool FORCE, bool VALUES>
-__global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks)
-    products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
-                    const __grid_constant__ Points y) {
+__device__ __forceinline__ void sum_share(const Work<float>& work, const Points& x, const Points& y, const Share& share) {
     using L = Layout<DP, VALUES>;
     using R = Registers<DP, PLAIN, VALUES>;
-    constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = L::tile;
-    static_assert(kTile % (16 * kGroups) == 0);
+    constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = L::tile, kNumbers = 8 * kGroups;
+    constexpr bool kShifts = PLAIN && FORCE;
+    static_assert(L::piece % (16 * kGroups) == 0);
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ Mixture<float> mixture;
     double* const totals = shared_memory<double>() + threadIdx.x;  // [8 kSteps, threads]
@@ -238,7 +261,6 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
     unsigned char* const sources = shared_memory<unsigned char>() + L::totals;
 
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, d = work.d;
-    const Share share(work, blockIdx.x, kRows, kTile);
     const int own = share.own;
     const Points &mine = own == 0 ? x : y, &others = own == 0 ? y : x;
     const int64_t cloud = blockIdx.y, i0 = share.row_block * kRows, n = work.n[own];
@@ -259,9 +281,13 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
             bring_rows<DP, kTile>(to.value_low, p.value_low + at * DP);
         }
         const int e = int(threadIdx.x);
-        static_assert(2 * kTile / 4 <= kThreads);
-        if (e < 2 * kTile / 4) {  // h, then a
-            __pipeline_memcpy_async(to.h + 4 * e, (e < kTile / 4 ? p.h : p.a - kTile) + at + 4 * e, 16);
+        static_assert(3 * kTile / 4 <= kThreads);
+        if (e < 3 * kTile / 4) {  // pairs, then a
+            __pipeline_memcpy_async(to.pairs + 4 * e, (e < kTile / 2 ? p.pairs + 2 * at : p.a + at - 2 * kTile) + 4 * e, 16);
+        }
+        if (e < L::units) {
+            __pipeline_memcpy_async(to.unit + e, p.unit + at / kUnit + e, 4);
+            if constexpr (VALUES) __pipeline_memcpy_async(to.value_unit + e, p.value_unit + at / kUnit + e, 4);
         }
     };
     bring_rows<DP, kRows>(targets, mine.high + (cloud * mine.padded + i0) * DP);
@@ -283,18 +309,24 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
         for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
     }
 
-    float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};  // of g, for 16 bits
+    // What is in 16 bits is g times 2^shift, or times a factor.
+    const float own_unit = mine.unit[(cloud * mine.padded + i0) / kUnit];
+    float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};
+    int shift[2] = {kShifts ? kFirstShift : 0, kShifts ? kFirstShift : 0};
+    const auto start_at_shift = [&](int half) {
+        const int64_t point = cloud * mine.padded + i0 + row0 + 8 * half;
+        minus_h[half] = mine.pairs[point / 2 * 4 + point % 2] * own_unit * own_unit + float(shift[half]);
+    };
+    start_at_shift(0), start_at_shift(1);
     double A[2] = {}, G[2] = {}, energy = 0;
     typename P::Sums sum[FORCE ? kSteps : 1] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) minus_h[half] = -mine.h[cloud * mine.padded + i0 + row0 + 8 * half];
-    const float own_unit = mine.unit[(cloud * mine.padded + i0) / kUnit];
     double back = 0;  // what the sums are to be multiplied with
     const auto flush = [&] {
 #pragma unroll
         for (int e = 0; e < 8 * kSteps; ++e) {
             float& part = sum[e / 8].x[e % 8 / 4][e % 4];
-            totals[e * kThreads] += back * double(part * inverse_power(factor[e % 4 / 2]));
+            const int half = e % 4 / 2;
+            totals[e * kThreads] += back * double(part * (kShifts ? exact_power(-shift[half]) : inverse_power(factor[half])));
             part = 0;
         }
     };
@@ -308,57 +340,103 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
 
         const Source<DP, VALUES> source(sources, slot);
         const bool within = k < share.own_count;
-        const int tile = share.tile(k), ahead = tile * kTile - int(i0);  // of the first target, in a cloud
-        const Points& p = within ? mine : others;
-        const int64_t unit_at = (cloud * p.padded + int64_t(tile) * kTile) / kUnit;
-        const float units = own_unit * p.unit[unit_at];
+        const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
         const double w = within ? work.within[own] : work.between, times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
-        double A_tile[2] = {}, G_tile[2] = {};
-        if constexpr (FORCE) {
-            const double now = VALUES ? double(p.value_unit[unit_at]) : w * slope * double(p.unit[unit_at]);
-            if (now != back || k % (kGroup / kTile) == 0) flush();
-            back = now;
-        }
-        const auto add_sources = [&](int first, auto mask) {  // 16 kGroups of them
-            typename P::Sums t[kGroups];
+        double A_tile[2] = {}, G_tile[2] = {};  // A times 2^shift
+        if (FORCE && k % (kGroup / kTile) == 0) flush();
+
+        // 16 kGroups sources. CAREFUL: some may be hidden, of another unit, or so far away that rounding moves t beyond 0.
+        const auto add_sources = [&](int first, float unit, auto careful) {
+            constexpr bool CAREFUL = decltype(careful)::value;
+            const float units = own_unit * unit;
+            float phi[kNumbers], g[kNumbers];  // of one scale g is phi
+            [[maybe_unused]] float top[2] = {}, A_here[2], G_here[2] = {};  // near equal numbers: few in float
+            const auto eight_of = [](int e) { return e / 4; };
+            const auto column_of = [&](int e) { return eight_of(e) * 8 + lane % 4 * 2 + e % 2; };
+            const auto of_row = [&](float x) {  // the largest of the four lanes of a target
+                x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+                return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+            };
+            for (;;) {  // again with another shift where it was too large; now t has all its digits
+                typename P::Sums dots[kGroups];
 #pragma unroll
-            for (int s = 0; s < kSteps; ++s) {
+                for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-                for (int g = 0; g < kGroups; ++g) {
-                    typename P::Right right_high, right_low;
-                    const int at = (first + 16 * g) * L::pitch + 16 * s;
-                    P::template load<false>(right_high, source.high + at, L::pitch);
-                    P::template load<false>(right_low, source.low + at, L::pitch);
-                    typename P::Sums part = {};
-                    P::add(part, own_low[s], right_high);
-                    P::add(part, own_high[s], right_low);
-                    P::add(part, own_high[s], right_high);
+                    for (int g = 0; g < kGroups; ++g) {
+                        typename P::Right right_high, right_low;
+                        const int at = (first + 16 * g) * L::pitch + 16 * s;
+                        P::template load<false>(right_high, source.high + at, L::pitch);
+                        P::template load<false>(right_low, source.low + at, L::pitch);
+                        typename P::Sums part = {};
+                        if constexpr (!CAREFUL) {
+                            if (s == 0) {
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) {
-                        float& number = t[g].x[e / 4][e % 4];
-                        number = s == 0 ? part.x[e / 4][e % 4] : number + part.x[e / 4][e % 4];
+                                for (int eight = 0; eight < 2; ++eight) {
+                                    const float* const pair = source.pairs + 2 * (first + 16 * g + 8 * eight) + lane % 4 * 4;
+                                    const float4 both = *reinterpret_cast<const float4*>(pair);
+                                    part.x[eight][0] = both.x, part.x[eight][1] = both.y;
+                                    part.x[eight][2] = both.z, part.x[eight][3] = both.w;
+                                }
+                            }
+                        }
+                        P::add(part, own_low[s], right_high);
+                        P::add(part, own_high[s], right_low);
+                        P::add(part, own_high[s], right_high);
+#pragma unroll
+                        for (int e = 0; e < 8; ++e) {
+                            float& number = dots[g].x[e / 4][e % 4];
+                            number = s == 0 ? part.x[e / 4][e % 4] : number + part.x[e / 4][e % 4];
+                        }
                     }
                 }
-            }
-            [[maybe_unused]] float top[2] = {}, A_here[2] = {}, G_here[2] = {};  // near equal numbers: few in float
 #pragma unroll
-            for (int e = 0; e < 8 * kGroups; ++e) {
-                const int eight = e / 4, half = e % 4 / 2, c = eight * 8 + lane % 4 * 2 + e % 2;
-                float& number = t[eight / 2].x[eight % 2][e % 4];
-                const float a = PLAIN ? 1.0f : source.a[first + c];
-                float phi, g;
-                radial_of<float, PLAIN>(
-                    minimum_or_nan(fmaf(number, units, minus_h[half]) - source.h[first + c], 0.0f), work, mixture, phi, g);
-                phi *= a, g *= a;
-                if constexpr (decltype(mask)::value) {
-                    const int own_row = row0 + 8 * half, other = ahead + first + c;
-                    if (full ? other == own_row : other <= own_row) phi = g = 0.0f;
+                for (int e = 0; e < kNumbers; ++e) {
+                    const int half = e % 4 / 2, at = first + column_of(e);
+                    float t = fmaf(dots[e / 8].x[eight_of(e) % 2][e % 4], units, minus_h[half]);
+                    if constexpr (CAREFUL) t += source.pairs[at / 2 * 4 + at % 2] * unit * unit;
+                    if constexpr (CAREFUL || !PLAIN) t = minimum_or_nan(t, float(shift[half]));
+                    phi[e] = PLAIN ? power_of_2(t) : t;
                 }
-                A_here[half] += phi;
-                if constexpr (FORCE) {
-                    if constexpr (!PLAIN) G_here[half] += g;
-                    top[half] = fmaxf(top[half], fabsf(g));
-                    number = g;
+                if constexpr (!PLAIN) {
+                    float t[kNumbers];
+#pragma unroll
+                    for (int e = 0; e < kNumbers; ++e) t[e] = phi[e];
+                    radial_of<kNumbers>(t, work, mixture, phi, g);
+                }
+                for (float& x : A_here) x = 0;
+#pragma unroll
+                for (int e = 0; e < kNumbers; ++e) {
+                    const int half = e % 4 / 2;
+                    if constexpr (!PLAIN) {
+                        const float a = source.a[first + column_of(e)];
+                        phi[e] *= a, g[e] *= a;
+                    }
+                    if constexpr (CAREFUL) {
+                        const int own_row = row0 + 8 * half, other = ahead + first + column_of(e);
+                        if (within && (full ? other == own_row : other <= own_row)) phi[e] = g[e] = 0.0f;
+                    }
+                    A_here[half] += phi[e];
+                    if constexpr (FORCE && !PLAIN) {
+                        G_here[half] += g[e];
+                        top[half] = fmaxf(top[half], fabsf(g[e]));
+                    }
+                }
+                bool over = false;
+                if constexpr (kShifts) over = __any_sync(kAll, A_here[0] > kLargest || A_here[1] > kLargest);
+                if (!over) break;
+                flush();
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float most = 0;
+#pragma unroll
+                    for (int e = 2 * half; e < kNumbers; e += e % 2 == 0 ? 1 : 3) most = fmaxf(most, phi[e]);
+                    most = of_row(most);
+                    if (!(of_row(A_here[half]) > kLargest)) continue;
+                    const int less = int(__float_as_uint(most) >> 23) - 127 - 1;  // for g between 2 and 4
+                    A_tile[half] *= double(exact_power(-less));
+                    shift[half] -= less;
+                    start_at_shift(half);
+                    minus_h[half] += most - most;  // infinity becomes NaN, and the loop ends
                 }
             }
 #pragma unroll
@@ -366,12 +444,11 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                 A_tile[half] += double(A_here[half]);
                 if constexpr (FORCE && !PLAIN) G_tile[half] += double(G_here[half]);
             }
-            if constexpr (FORCE) {
+            if constexpr (FORCE && !PLAIN) {
                 bool over = false;
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    top[half] = fmaxf(top[half], __shfl_xor_sync(kAll, top[half], 1));
-                    top[half] = fmaxf(top[half], __shfl_xor_sync(kAll, top[half], 2));
+                    top[half] = of_row(top[half]);
                     over = over || top[half] * factor[half] > kLargest;
                 }
                 if (__any_sync(kAll, over)) {
@@ -382,38 +459,52 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
                         factor[half] = inverse_power(power_below(fminf(top[half], 0x1p126f)) * 0x1p-13f);
                     }
                 }
+            }
+            if constexpr (FORCE) {
+                typename P::Left high[kGroups], low[kGroups];
 #pragma unroll
-                for (int g = 0; g < kGroups; ++g) {
-                    typename P::Left high, low;
+                for (int k = 0; k < 4 * kGroups; ++k) {  // (row, source) = (0, 0), (8, 0), (0, 8), (8, 8)
+                    const int r = k % 4, e = k / 4 * 8 + r / 2 * 4 + r % 2 * 2;
+                    const float by = PLAIN ? 1.0f : factor[r % 2];
+                    const float* const numbers = PLAIN ? phi : g;
+                    split(numbers[e] * by, numbers[e + 1] * by, high[k / 4].r[r], low[k / 4].r[r]);
+                }
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) {  // (row, source) = (0, 0), (8, 0), (0, 8), (8, 8)
-                        const float* two = &t[g].x[r / 2][r % 2 * 2];
-                        split(two[0] * factor[r % 2], two[1] * factor[r % 2], high.r[r], low.r[r]);
-                    }
+                for (int c = 0; c < kSteps; ++c) {
+                    typename P::Sums part = {};
 #pragma unroll
-                    for (int c = 0; c < kSteps; ++c) {
+                    for (int g = 0; g < kGroups; ++g) {
                         typename P::Right right_high, right_low;
                         const int at = (first + 16 * g) * L::pitch + 16 * c;
                         P::template load<true>(right_high, source.value_high + at, L::pitch);
                         P::template load<true>(right_low, source.value_low + at, L::pitch);
-                        typename P::Sums part = {};
-                        P::add(part, low, right_high);
-                        P::add(part, high, right_low);
-                        P::add(part, high, right_high);
-#pragma unroll
-                        for (int e = 0; e < 8; ++e) sum[c].x[e / 4][e % 4] += part.x[e / 4][e % 4];
+                        P::add(part, low[g], right_high);
+                        P::add(part, high[g], right_low);
+                        P::add(part, high[g], right_high);
                     }
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) sum[c].x[e / 4][e % 4] += part.x[e / 4][e % 4];
                 }
             }
         };
         const bool overlaps = within && ahead < kRows && ahead > -kTile;
 #pragma unroll 1
-        for (int first = 0; first < kTile; first += 16 * kGroups) {
-            overlaps ? add_sources(first, std::true_type()) : add_sources(first, std::false_type());
+        for (int piece = 0; piece < L::units; ++piece) {
+            const float unit = source.unit[piece];
+            if constexpr (FORCE) {
+                const double now = VALUES ? double(source.value_unit[piece]) : w * slope * double(unit);
+                if (now != back) flush();
+                back = now;
+            }
+            const bool careful = overlaps || unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
+#pragma unroll 1
+            for (int first = piece * L::piece; first < (piece + 1) * L::piece; first += 16 * kGroups) {
+                careful ? add_sources(first, unit, std::true_type()) : add_sources(first, unit, std::false_type());
+            }
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const double potential = w * outer * A_tile[half];
+            const double potential = w * outer * (kShifts ? double(exact_power(-shift[half])) * A_tile[half] : A_tile[half]);
             const int64_t row = i0 + row0 + 8 * half;
             energy += times * potential * double(row < n ? (PLAIN ? 1.0f : mine.a[cloud * mine.padded + row]) : 0.0f);
             A[half] += potential;
@@ -462,6 +553,17 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
             }
         }
     }
+}
+
+template <int DP, bool PLAIN, bool FORCE, bool VALUES>
+__global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks)
+    products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
+                    const __grid_constant__ Points y) {
+    const Share share(work, blockIdx.x, kRows, Layout<DP, VALUES>::tile);
+    if constexpr (FORCE) {
+        if (work.force[share.own] != nullptr) return sum_share<DP, PLAIN, true, VALUES>(work, x, y, share);
+    }
+    sum_share<DP, PLAIN, false, VALUES>(work, x, y, share);
 }
 
 // The energies of the blocks, by the first block of a cloud; and the segments, point by point.
@@ -516,8 +618,10 @@ struct Plan {
         if (dp == 112) dp = 128;
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
-        work = work_of(q, clouds, kRows, tile_of(dp, values), int64_t(processors) * kBlocksPerProcessor, kLeastTiles, affine);
-        for (int k = 0; k < 2; ++k) padded[k] = (work.n[k] + kUnit - 1) / kUnit * kUnit;
+        const int64_t tile = tile_of(dp, values), multiple = std::max<int64_t>(tile, kUnit);
+        work = work_of(q, clouds, kRows, tile, processors * kBlocksPerProcessor, kLeastSources / tile,
+                       processors * blocks_at_once(dp, plain && !values), affine);
+        for (int k = 0; k < 2; ++k) padded[k] = (work.n[k] + multiple - 1) / multiple * multiple;
     }
     // Divides memory, or counts how much it takes.
     size_t place(char* memory, Prepared (&to)[2]) {
@@ -534,7 +638,7 @@ struct Plan {
             const int64_t points = clouds * padded[k];
             to[k] = {};
             to[k].padded = padded[k];
-            take(to[k].high, points * dp), take(to[k].low, points * dp), take(to[k].h, points), take(to[k].a, points);
+            take(to[k].high, points * dp), take(to[k].low, points * dp), take(to[k].pairs, 2 * points), take(to[k].a, points);
             take(to[k].unit, points / kUnit);
             if (!values) continue;
             take(to[k].value_high, points * dp), take(to[k].value_low, points * dp);
@@ -597,7 +701,7 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
     const auto points = [](const Prepared& t) {
         const bool values = t.value_high != nullptr;
         return Points{t.high, t.low, values ? t.value_high : t.high, values ? t.value_low : t.low,
-                      t.h, t.a, t.unit, t.value_unit, t.padded};
+                      t.pairs, t.a, t.unit, t.value_unit, t.padded};
     };
     const Points x = points(to[0]), y = points(to[1]);
     if (error == cudaSuccess) {

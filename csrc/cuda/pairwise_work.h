@@ -48,7 +48,10 @@ __device__ __forceinline__ double log2_1p(double u) { return 1.44269504088896340
 
 template <typename T>
 struct Mixture {  // in units of the first scale
-    T rate[kCudaMaxScales], rate_by_alpha[kCudaMaxScales], weight[kCudaMaxScales], weighted_rate[kCudaMaxScales];
+    struct alignas(16) Scale {
+        T rate, rate_by_alpha, weight, weighted_rate;
+    };
+    Scale scale[kCudaMaxScales];
 };
 
 template <typename T>
@@ -103,10 +106,7 @@ struct Work {
     __device__ void fill(Mixture<T>& mixture) const {
         for (int s = int(threadIdx.x); s < scales; s += int(blockDim.x)) {
             const double ratio = length(0) / length(s), r = ratio * ratio;
-            mixture.rate[s] = T(r);
-            mixture.rate_by_alpha[s] = T(r / alpha);
-            mixture.weight[s] = T(weight[s]);
-            mixture.weighted_rate[s] = T(weight[s] * r);
+            mixture.scale[s] = {T(r), T(r / alpha), T(weight[s]), T(weight[s] * r)};
         }
     }
     __device__ void put_energy(int64_t cloud, double sum) const {
@@ -141,10 +141,11 @@ struct Share {
     __device__ int tile(int k) const { return k < own_count ? own_begin + k : other_begin + k - own_count; }
 };
 
-// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each.
+// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each, or
+// of fewer if all blocks run `at_once`.
 template <typename T>
 Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64_t tile, int64_t wanted_blocks,
-                int64_t least, const Affine<T>& affine) {
+                int64_t least, int64_t at_once, const Affine<T>& affine) {
     Work<T> w{};
     w.z[0] = q.x, w.z[1] = q.y, w.v = q.v, w.a[0] = q.a, w.a[1] = q.b;
     w.n[0] = q.n, w.n[1] = q.y == nullptr ? 0 : q.m, w.d = int(q.d);
@@ -172,7 +173,8 @@ Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64
         all_tiles[k] = wanted ? w.tiles[k] + (w.sees_other[k] ? w.tiles[1 - k] : 0) : 0;
         work_tiles += w.row_blocks[k] * all_tiles[k] * clouds;
     }
-    const int64_t some = std::max(least, (work_tiles + wanted_blocks - 1) / wanted_blocks);
+    const auto tiles_of_block = [&](int64_t blocks) { return (work_tiles + blocks - 1) / blocks; };
+    const int64_t some = std::max({int64_t(1), std::min(least, tiles_of_block(at_once)), tiles_of_block(wanted_blocks)});
     for (int k = 0; k < 2; ++k) {
         w.segments[k] = (all_tiles[k] + some - 1) / some;
         w.blocks += w.row_blocks[k] * w.segments[k];
@@ -188,25 +190,38 @@ size_t partial_bytes(const Work<T>& w, int64_t clouds, int64_t rows) {
     return parts ? round_up(clouds * w.blocks * rows * (w.d + 1) * int64_t(sizeof(T))) : 0;
 }
 
-// phi and g of the exponent. ONE: a single RBF scale, whose weight is applied later; g is phi.
-template <typename T, bool ONE>
-__device__ __forceinline__ void radial_of(T t, const Work<T>& work, const Mixture<T>& mixture, T& phi, T& g) {
-    if constexpr (ONE) {
-        phi = g = power_of_2(t);
-    } else {
-        phi = g = T(0);
+// phi and g of exponents; several at a time, because each scale has to be read.
+template <int COUNT, typename T>
+__device__ __forceinline__ void radial_of(const T (&t)[COUNT], const Work<T>& work, const Mixture<T>& mixture,
+                                          T (&phi)[COUNT], T (&g)[COUNT]) {
+#pragma unroll
+    for (int e = 0; e < COUNT; ++e) phi[e] = g[e] = T(0);
+    const auto add_scales = [&](auto one) {  // phi and the slope at t of a scale
+#pragma unroll 1
         for (int s = 0; s < work.scales; ++s) {
-            T p, slope;
-            if (work.rbf) {
-                p = slope = power_of_2(t * mixture.rate[s]);
-            } else {
-                const T u = -t * mixture.rate_by_alpha[s], inverse = reciprocal(T(1) + u);
-                p = work.alpha == 1 ? inverse : power_of_2(T(-work.alpha) * log2_1p(u));
-                slope = p * inverse;
+            const auto scale = mixture.scale[s];
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                T p, slope;
+                one(t[e], scale, p, slope);
+                phi[e] += p * scale.weight;
+                g[e] += slope * scale.weighted_rate;
             }
-            phi += p * mixture.weight[s];
-            g += slope * mixture.weighted_rate[s];
         }
+    };
+    if (work.rbf) {
+        add_scales([](T t, const auto& scale, T& p, T& slope) { p = slope = power_of_2(t * scale.rate); });
+    } else if (work.alpha == 1) {
+        add_scales([](T t, const auto& scale, T& p, T& slope) {
+            p = reciprocal(T(1) - t * scale.rate_by_alpha);
+            slope = p * p;
+        });
+    } else {
+        add_scales([&](T t, const auto& scale, T& p, T& slope) {
+            const T u = -t * scale.rate_by_alpha;
+            p = power_of_2(T(-work.alpha) * log2_1p(u));
+            slope = p * reciprocal(T(1) + u);
+        });
     }
 }
 
