@@ -16,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <type_traits>
 
@@ -194,19 +195,23 @@ __device__ __forceinline__ void bring(T* to, const T* from, bool there) {
 }
 
 // A thread has one place in all rows of `size` numbers that are read in vectors of `vector`.
-__device__ __forceinline__ int place_in(int size, int vector) { return int(threadIdx.x) % (size / vector) * vector; }
+template <typename T, int SIZE>
+__device__ __forceinline__ int place_in(bool wide) {
+    constexpr int V = kVector<T>;
+    return wide ? int(threadIdx.x) % (SIZE / V) * V : int(threadIdx.x) % SIZE;
+}
 
-// Rows of SIZE numbers to shared memory, in vectors of V, or zeros for a row that is not there(row). `from` is where the
-// thread's own place in row 0 comes from.
+// Rows of SIZE numbers to shared memory, in vectors of V, or zeros for a row that is not there(row, k), the thread's own
+// number k. `from` is where the thread's own place in row 0 comes from.
 template <int V, int SIZE, int ROWS, int UNROLL = V == 1 ? 2 : ROWS, typename T, typename There>
 __device__ __forceinline__ void bring_rows(T* to, int pitch, const T* from, int stride, There there) {
     constexpr int across = SIZE / V, lines = kThreads / across;
     static_assert(kThreads % across == 0 && ROWS % lines == 0);
     const int line = int(threadIdx.x) / across;
-    to += line * pitch + place_in(SIZE, V), from += int64_t(line) * stride;
+    to += line * pitch + int(threadIdx.x) % across * V, from += int64_t(line) * stride;
 #pragma unroll UNROLL
     for (int k = 0; k < ROWS / lines; ++k, to += lines * pitch, from += lines * stride) {
-        bring<V>(to, from, there(line + k * lines));
+        bring<V>(to, from, there(line + k * lines, k));
     }
 }
 
@@ -257,8 +262,13 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) 
     __syncthreads();
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMostBlocks = 2;  // more would not fit shared memory
+#else
+constexpr int kMostBlocks = 3;
+#endif
 template <typename T, int NB>
-constexpr int kBlocks = sizeof(T) == 2 && NB == 64 ? 3 : 2;  // of a processor, at a time
+constexpr int kBlocks = sizeof(T) == 2 && NB == 64 ? kMostBlocks : 2;  // of a processor, at a time
 
 // A tile of pixels x channels of one group, with a gate in both halves: the convolution, or its gradient to x.
 template <typename T, int NB, bool MIRRORED>
@@ -282,9 +292,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
     __syncthreads();
 
     // What each thread loads: a column of the source, of its mirrored weights too, or the weights to one output.
-    const auto along = [&] { return place_in(P::depth, w.wide_source ? kVector<T> : 1); };
-    Column column(w, along());
-    const int c = place_in(NB, w.wide_weight ? kVector<T> : 1), j = first_column + (c < columns ? c : c - columns);
+    const int along = place_in<T, P::depth>(w.wide_source);
+    Column column(w, along);
+    constexpr int kOwnRows = P::rows * P::depth / kVector<T> / kThreads;  // of a thread, when they are read in vectors
+    int own_row[kOwnRows];  // y, x in 16 bits each
+#pragma unroll
+    for (int k = 0; k < kOwnRows; ++k) {
+        const int4 at = rows[int(threadIdx.x) / (P::depth / kVector<T>) + k * (P::rows / kOwnRows)];
+        own_row[k] = at.x == kNoRow ? INT_MIN : at.x << 16 | at.y;  // y = -32768: no tap leads back from there
+    }
+    const int c = place_in<T, NB>(w.wide_weight), j = first_column + (c < columns ? c : c - columns);
     const int output = j < part ? place(j) + (c < columns ? 0 : w.out_channels) : -1;
 
     const int own = w.taps * w.in, own_steps = (own + P::depth - 1) / P::depth;
@@ -293,13 +310,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         T* const right = left + R::left;
         const bool linked = !MIRRORED && step >= own_steps;
         const int k = (linked ? step - own_steps : step) * P::depth, end = linked ? w.links : own;
-        const int channel = k + along();  // of the link
+        const int channel = k + along;  // of the link
         const Place<T> p = linked ? Place<T>{w.link + first * w.links + channel, channel < end ? 0 : kNoRow, 0, w.links}
                                   : place_of<MIRRORED>(w, column, column.seen<MIRRORED>(w, group), first);
         by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            bring_rows<V, P::depth, P::rows>(left, R::narrow, p.base, p.stride, [&](int row) {
-                return inside(w, rows[row].x + p.dy, rows[row].y + p.dx);
+            bring_rows<V, P::depth, P::rows>(left, R::narrow, p.base, p.stride, [&](int row, int k) {
+                if constexpr (V == 1) return inside(w, rows[row].x + p.dy, rows[row].y + p.dx);
+                return inside(w, (own_row[k] >> 16) + p.dy, (own_row[k] & 0xffff) + p.dx);
             });
         });
         by_vector<T>(w.wide_weight, [&](auto vector) {
@@ -309,14 +327,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
                 const T* const from =
                     w.weight + (int64_t(column.tap) * w.out_channels + place(first_column)) * w.in + column.channel;
                 bring_rows<V, P::depth, NB>(right, R::narrow, from, (place(1) - place(0)) * w.in,
-                                            [&](int row) { return row < last; });
+                                            [&](int row, int) { return row < last; });
             } else {
                 const int last = output >= 0 ? end - k : 0, coloured = own - w.in - k;  // the first row of the last tap
                 const T* const from = (linked ? w.link_weight : w.weight) + int64_t(k) * width + output;
                 if (linked || w.groups == 1 || coloured >= P::depth) {
-                    bring_rows<V, NB, P::depth>(right, R::wide, from, width, [&](int row) { return row < last; });
+                    bring_rows<V, NB, P::depth>(right, R::wide, from, width, [&](int row, int) { return row < last; });
                 } else {
-                    bring_rows<V, NB, P::depth, 1>(right, R::wide, from, width, [&](int row) {
+                    bring_rows<V, NB, P::depth, 1>(right, R::wide, from, width, [&](int row, int) {
                         const bool seen = row < coloured || w.group_of(row - coloured, w.grouped) < group + w.own;
                         return seen && row < last;
                     });
@@ -386,8 +404,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
 
     // What each thread loads: a column of x and one of the gradient, at pixels that are `lines` apart.
     const int vector = w.wide_source ? kVector<T> : 1, lines = kThreads / (P::rows / vector);
-    const int k = first_row + place_in(P::rows, vector);
-    const int channel = first_column + place_in(NB, w.wide_weight ? kVector<T> : 1);
+    const int k = first_row + place_in<T, P::rows>(w.wide_source);
+    const int channel = first_column + place_in<T, NB>(w.wide_weight);
     Place<T> p = place_of<false>(w, Column(w, k), k < rows, begin);
     const T* gradient = w.gradient + begin * w.out_channels + channel;
     int known = channel < w.out_channels ? pixels : 0;
@@ -401,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         const int last = pixels - step * P::depth;
         by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            bring_rows<V, P::rows, P::depth>(left, R::tall, p.base, p.stride, [&](int row) {
+            bring_rows<V, P::rows, P::depth>(left, R::tall, p.base, p.stride, [&](int row, int) {
                 const bool there = row < last && inside(w, y + p.dy, x + p.dx);
                 x += columns_apart, y += rows_apart;
                 if (x >= w.w) x -= w.w, ++y;
@@ -411,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         });
         by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            bring_rows<V, NB, P::depth>(right, R::wide, gradient, w.out_channels, [&](int row) { return row < known; });
+            bring_rows<V, NB, P::depth>(right, R::wide, gradient, w.out_channels, [&](int row, int) { return row < known; });
         });
         p.base += p.stride * P::depth, gradient += w.out_channels * P::depth, known -= P::depth;
     };

@@ -289,7 +289,7 @@ struct Plan {
         many = sizeof(T) == 4 && q.v == nullptr && q.d <= kManyMaxDim &&
                std::max(q.n, q.y == nullptr ? 0 : q.m) * clouds >= kManyTargets;
         const int64_t rows = !many ? 32 : q.radial.rbf && q.radial.weight.size() == 1 ? 128 : 64;
-        work = work_of(q, clouds, rows, kTile, int64_t(processors) * kBlocksPerProcessor, 1, 1, affine);
+        work = work_of(q, clouds, rows, kTile, int64_t(processors) * kBlocksPerProcessor, 1, affine);
         counter_bytes = round_up(clouds * (work.row_blocks[0] + work.row_blocks[1] + 1) * int64_t(sizeof(unsigned)));
         energy_bytes = round_up(clouds * work.blocks * int64_t(sizeof(double)));
         partial_bytes = infovae_fast::partial_bytes(work, clouds, rows);

@@ -33,7 +33,7 @@ using P = Product<__half>;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;  // targets of a block
 constexpr int kUnit = 64;     // points that share a power of two; both clouds are padded to a multiple
-constexpr int kGroup = 256;   // sources that are added up in float
+constexpr int kGroup = 512;   // sources that are added up in float
 constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
@@ -41,31 +41,51 @@ constexpr float kLargest = 32768;  // that a scaled g may be
 constexpr int kFirstShift = 126;   // of t, before the first g is known
 constexpr float kSmallSquare = 0x1p20f;  // of distances, below which rounding leaves t next to 0
 
-// Points as tensor cores take them; [clouds, padded, DP], [clouds, padded] and [clouds, padded / kUnit].
-struct Points {
-    const __half *high, *low;
-    const __half *value_high, *value_low;  // what g is multiplied with, if it is not u
-    const float *pairs;  // -h / unit^2 as tensor cores add it: of points 2 k and 2 k + 1, twice
-    const float *a, *unit, *value_unit;  // u = unit (high + low)
-    int64_t padded;
+// The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
+//
+//     high, low               [tile, pitch], u = unit (high + low)
+//     value_high, value_low   the same; what g is multiplied with, if it is not u
+//     pairs                   [tile / 2, 4], -h / unit^2 as a product adds it: of points 2 k and 2 k + 1, twice
+//     a                       [tile]
+//     unit, value_unit        [units], of so many points of the tile each
+struct Shape {
+    int dp, tile, pitch, array, arrays, units, bytes;
+
+    constexpr Shape(int dp, bool values)
+        : dp(dp), tile(dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16),  // two in 99 KiB
+          pitch(dp + 8),  // eight rows lie in different banks
+          array(tile * pitch), arrays(values ? 4 : 2), units(tile > kUnit ? tile / kUnit : 1),
+          bytes(2 * arrays * array + 4 * (3 * tile + (2 * units + 3) / 4 * 4)) {}
 };
 
-// Sources in shared memory at once, so that a block fits where one may have 99 KiB.
-constexpr int tile_of(int dp, bool values) {
-    return dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16;
-}
+struct Tile16 {
+    __half *high, *low, *value_high, *value_low;
+    float *pairs, *a, *unit, *value_unit;
+
+    __device__ __forceinline__ Tile16(const Shape& s, unsigned char* at) {
+        high = reinterpret_cast<__half*>(at), low = high + s.array;
+        value_high = s.arrays == 4 ? low + s.array : high, value_low = s.arrays == 4 ? value_high + s.array : low;
+        pairs = reinterpret_cast<float*>(high + s.arrays * s.array), a = pairs + 2 * s.tile;
+        unit = a + s.tile, value_unit = unit + s.units;
+    }
+};
+
+struct Points {
+    unsigned char* tiles;
+    int64_t count;  // of the tiles of a cloud
+
+    __device__ __forceinline__ unsigned char* tile(const Shape& s, int64_t cloud, int64_t index) const {
+        return tiles + (cloud * count + index) * s.bytes;
+    }
+};
 
 template <int DP, bool VALUES>
-struct Layout {
-    static constexpr int tile = tile_of(DP, VALUES), arrays = VALUES ? 4 : 2;
-    static constexpr int pitch = DP + 8;  // eight rows lie in different banks
-    static constexpr int source = tile * pitch;
-    static constexpr size_t totals = kRows * DP * sizeof(double);  // and before there are any, the targets
-    static constexpr int piece = tile < kUnit ? tile : kUnit, units = tile / piece;  // sources of one unit
-    static constexpr int numbers = 3 * tile + 4 * ((2 * units + 3) / 4);  // floats of a tile: pairs, a, the units
-    static constexpr size_t bytes = totals + kStages * (arrays * source * sizeof(__half) + numbers * sizeof(float));
-    static_assert(2 * kRows * pitch * sizeof(__half) <= totals && kUnit % kRows == 0 && kGroup % tile == 0);
-    static_assert(bytes + sizeof(Mixture<float>) + kWarps * sizeof(double) <= 99 << 10);
+struct Layout {  // of shared memory: the sums of the threads, then the tiles
+    static constexpr Shape shape{DP, VALUES};
+    static constexpr size_t totals = kRows * DP * sizeof(double), bytes = totals + kStages * shape.bytes;
+    static_assert(kUnit % kRows == 0 && kGroup % shape.tile == 0 && shape.bytes % 16 == 0);
+    static constexpr size_t others = 2 * ((VALUES ? 0 : sizeof(Mixture<float>)) + (kWarps + 4) * sizeof(double));
+    static_assert(bytes + others <= 99 << 10);
 };
 
 constexpr int blocks_at_once(int dp, bool usual) {  // on a processor
@@ -75,7 +95,7 @@ constexpr int blocks_at_once(int dp, bool usual) {  // on a processor
 template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
-    static constexpr int groups = DP <= (usual ? 80 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
+    static constexpr int groups = DP <= (usual ? 64 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
     static constexpr int blocks = blocks_at_once(DP, usual);
 };
 
@@ -115,97 +135,116 @@ __device__ __forceinline__ void split(float x, float y, unsigned& high, unsigned
 
 // ---- the points ----
 
-struct Prepared {  // where `prepare_kernel` writes: see Points
-    __half *high, *low, *value_high, *value_low;
-    float *pairs, *a, *unit, *value_unit;
-    int64_t padded;
-};
+// The largest of a block, and its threads meet.
+__device__ __forceinline__ float largest(float x, float (&of_warps)[kPrepareThreads / 32]) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (const float other : of_warps) x = fmaxf(x, other);
+    return x;
+}
 
 // A block: 64 points of a cloud, [2] clouds one after the other.
 template <bool VALUES>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Work<float> work, int dp,
-                                                                  const __grid_constant__ Prepared x,
-                                                                  const __grid_constant__ Prepared y) {
-    constexpr int kParts = kPrepareThreads / kUnit;  // threads of a point
+__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Work<float> work,
+                                                                  const __grid_constant__ Shape shape,
+                                                                  const __grid_constant__ Points x,
+                                                                  const __grid_constant__ Points y) {
+    constexpr int kAtOnce = 8, kParts = kPrepareThreads / kUnit;  // loads, before the first is waited for; threads of a point
     double* const centre = shared_memory<double>();  // [dp]
-    float* const u = reinterpret_cast<float*>(centre + dp);  // [64, dp + 1]
-    __shared__ float largest[2][kPrepareThreads / 32], of_sample[kPrepareThreads / 32];
-    const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, d = work.d;
-    const int64_t cloud = blockIdx.y, units = x.padded / kUnit;
+    float* const u = reinterpret_cast<float*>(centre + shape.dp);  // [64, dp + 1]
+    __shared__ double sum_of[kPrepareThreads];
+    __shared__ float least_of[kPrepareThreads], most_of[kPrepareThreads], of_warps[3][kPrepareThreads / 32];
+    const int thread = int(threadIdx.x), d = work.d, dp = shape.dp;
+    const int64_t cloud = blockIdx.y, units = x.count * shape.tile / kUnit;
     const int own = int64_t(blockIdx.x) < units ? 0 : 1;
-    const Prepared& to = own == 0 ? x : y;
-    const int64_t index = int64_t(blockIdx.x) - (own == 0 ? 0 : units), first = index * kUnit, n = work.n[own];
+    const Points& to = own == 0 ? x : y;
+    const int64_t first = (int64_t(blockIdx.x) - (own == 0 ? 0 : units)) * kUnit, n = work.n[own];
 
-#pragma unroll 4
-    for (int c = warp; c < dp; c += kPrepareThreads / 32) {
-        const double mean = work.centre(cloud, c, lane);
-        const float spread = work.spread(cloud, c, lane, mean);
-        if (lane == 0) centre[c] = mean, of_sample[warp] = fmaxf(c == warp ? 0.0f : of_sample[warp], spread);
+    // The mean of the sample, and how far it spreads from there. Several threads share a coordinate.
+    const int64_t sample = work.sample_size();
+    const int sharers = kPrepareThreads / dp;
+    double sum = 0;
+    float least = INFINITY, most = -INFINITY;
+    const int own_c = thread % dp;
+#pragma unroll kAtOnce
+    for (int64_t k = thread / dp; k < (thread < sharers * dp ? sample : 0); k += sharers) {
+        const float one = own_c < d ? float(work.sample(cloud, own_c, k)) : 0.0f;
+        sum += double(one), least = fminf(least, one), most = fmaxf(most, one);
     }
+    sum_of[thread] = sum, least_of[thread] = least, most_of[thread] = most;
     __syncthreads();
+    float spread = 0;
+    if (thread < dp) {
+        for (int k = thread + dp; k < sharers * dp; k += dp) {
+            sum += sum_of[k], least = fminf(least, least_of[k]), most = fmaxf(most, most_of[k]);
+        }
+        const double mean = sum / double(sample);
+        centre[thread] = mean, spread = fmaxf(float(double(most) - mean), float(mean - double(least)));
+    }
+    spread = largest(spread, of_warps[0]);
+
     const double scale = work.coordinate_scale(), outer = work.weight[0], b0 = work.length(0);
     const double slope = (own == 0 ? work.within[0] : work.between) * outer / (b0 * b0 * scale);
     const auto value = [&](int row, int c, float of_u) {
         const bool moved = own == 0 && first + row < n && c < d;
         return float(slope * double(of_u) + (moved ? outer * double(work.v[(cloud * n + first + row) * d + c]) : 0.0));
     };
-    float most = 0, most_value = 0;
-    constexpr int kAtOnce = 4;  // loads, before the first is waited for
-    for (int k = thread; k < kUnit * dp; k += kAtOnce * kPrepareThreads) {
-        float z[kAtOnce];
+    float most_value = 0;
+    most = 0;
+    const int width = dp == 16 ? 16 : 32, lines = kPrepareThreads / width;  // a line of threads has a row
+    for (int c = thread % width; c < dp; c += width) {
+        for (int row = thread / width; row < kUnit; row += kAtOnce * lines) {
+            float z[kAtOnce];
 #pragma unroll
-        for (int e = 0; e < kAtOnce; ++e) {
-            const int at = k + e * kPrepareThreads, row = at / dp, c = at % dp;
-            z[e] = first + row < n && c < d && row < kUnit ? work.z[own][(cloud * n + first + row) * d + c] : 0.0f;
-        }
+            for (int e = 0; e < kAtOnce; ++e) {
+                const int64_t point = first + row + e * lines;
+                z[e] = row + e * lines < kUnit && point < n && c < d ? work.z[own][(cloud * n + point) * d + c] : 0.0f;
+            }
 #pragma unroll
-        for (int e = 0; e < kAtOnce; ++e) {
-            const int at = k + e * kPrepareThreads, row = at / dp, c = at % dp;
-            if (row >= kUnit) break;
-            const float one = first + row < n && c < d ? float((double(z[e]) - centre[c]) * scale) : 0.0f;
-            u[row * (dp + 1) + c] = one;
-            most = fmaxf(most, fabsf(one));
-            if constexpr (VALUES) most_value = fmaxf(most_value, fabsf(value(row, c, one)));
+            for (int e = 0; e < kAtOnce; ++e) {
+                const int at = row + e * lines;
+                if (at >= kUnit) break;
+                const float one = first + at < n && c < d ? float((double(z[e]) - centre[c]) * scale) : 0.0f;
+                u[at * (dp + 1) + c] = one;
+                most = fmaxf(most, fabsf(one));
+                if constexpr (VALUES) most_value = fmaxf(most_value, fabsf(value(at, c, one)));
+            }
         }
     }
-    const auto unit_of = [&](float x, float* of_warps) {  // the power of two that brings x below 2^14
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-        if (lane == 0) of_warps[warp] = x;
-        __syncthreads();
-        for (int k = 0; k < kPrepareThreads / 32; ++k) x = fmaxf(x, of_warps[k]);
+    const auto unit_of = [&](float x) {  // the power of two that brings x below 2^14
         return power_below(fminf(fmaxf(x, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
     };
-    float sample = 0;
-    for (int k = 0; k < kPrepareThreads / 32; ++k) sample = fmaxf(sample, of_sample[k]);
-    const float usual = power_below(fminf(fmaxf(float(4 * scale) * sample, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
-    const float unit = fmaxf(usual, unit_of(most, largest[0])), inverse = inverse_power(unit);
-    const float value_unit = VALUES ? unit_of(most_value, largest[1]) : 1.0f;
-    if (thread == 0) {
-        to.unit[cloud * (to.padded / kUnit) + index] = unit;
-        if (VALUES) to.value_unit[cloud * (to.padded / kUnit) + index] = value_unit;
+    const float unit = fmaxf(unit_of(float(4 * scale) * spread), unit_of(largest(most, of_warps[1])));
+    const float value_unit = VALUES ? unit_of(largest(most_value, of_warps[2])) : 1.0f;
+
+    const int row = thread / kParts, part = thread % kParts, place = int((first + row) % shape.tile);
+    const Tile16 tile(shape, to.tile(shape, cloud, (first + row) / shape.tile));
+    if (place % kUnit == 0 && part == 0) {
+        tile.unit[place / kUnit] = unit;
+        if (VALUES) tile.value_unit[place / kUnit] = value_unit;
     }
-    const int row = thread / kParts, part = thread % kParts;
-    const int64_t point = cloud * to.padded + first + row;
     double square = 0;  // of high high + 2 high low
-    for (int c = 2 * part; c < dp; c += 2 * kParts) {
-        unsigned high, low;
-        const float pair[2] = {u[row * (dp + 1) + c], u[row * (dp + 1) + c + 1]};
-        split(pair[0] * inverse, pair[1] * inverse, high, low);
-        reinterpret_cast<unsigned*>(to.high + point * dp)[c / 2] = high;
-        reinterpret_cast<unsigned*>(to.low + point * dp)[c / 2] = low;
-        __half two_high[2], two_low[2];
-        std::memcpy(two_high, &high, sizeof high), std::memcpy(two_low, &low, sizeof low);
+    const auto eight = [&](int c, float by, auto number, __half* high, __half* low) {
+        unsigned words[2][4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const double a = double(__half2float(two_high[e])), b = double(__half2float(two_low[e]));
+        for (int e = 0; e < 4; ++e) split(number(c + 2 * e) * by, number(c + 2 * e + 1) * by, words[0][e], words[1][e]);
+        const int at = place * shape.pitch + c;
+        *reinterpret_cast<int4*>(high + at) = *reinterpret_cast<const int4*>(words[0]);
+        *reinterpret_cast<int4*>(low + at) = *reinterpret_cast<const int4*>(words[1]);
+    };
+    for (int c = 8 * part; c < dp; c += 8 * kParts) {
+        const auto number = [&](int at) { return u[row * (dp + 1) + at]; };
+        eight(c, inverse_power(unit), number, tile.high, tile.low);
+        for (int e = 0; e < 8; ++e) {
+            const int at = place * shape.pitch + c + e;
+            const double a = double(__half2float(tile.high[at])), b = double(__half2float(tile.low[at]));
             square += a * (a + 2 * b);
         }
         if constexpr (VALUES) {
-            const float by = inverse_power(value_unit);
-            split(value(row, c, pair[0]) * by, value(row, c + 1, pair[1]) * by, high, low);
-            reinterpret_cast<unsigned*>(to.value_high + point * dp)[c / 2] = high;
-            reinterpret_cast<unsigned*>(to.value_low + point * dp)[c / 2] = low;
+            eight(c, inverse_power(value_unit), [&](int at) { return value(row, at, number(at)); }, tile.value_high,
+                  tile.value_low);
         }
     }
 #pragma unroll
@@ -213,52 +252,83 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     if (part == 0) {
         const bool there = first + row < n;
         const double far_away = fmax(1e4 / (double(unit) * double(unit)), 1.0);
-        float* const pair = to.pairs + point / 2 * 4 + point % 2;
+        float* const pair = tile.pairs + place / 2 * 4 + place % 2;
         pair[0] = pair[2] = float(there ? -square / 2 : -far_away);
-        to.a[point] = !there ? 0.0f : work.a[own] == nullptr ? 1.0f : work.a[own][cloud * n + first + row];
+        tile.a[place] = !there ? 0.0f : work.a[own] == nullptr ? 1.0f : work.a[own][cloud * n + first + row];
     }
 }
 
 // ---- the sums ----
 
-template <int DP, bool VALUES>
-struct Source {  // a tile of sources in shared memory
-    using L = Layout<DP, VALUES>;
-    __half *high, *low, *value_high, *value_low;
-    float *pairs, *a, *unit, *value_unit;
-
-    __device__ Source(unsigned char* memory, int slot) {
-        high = reinterpret_cast<__half*>(memory) + slot * L::arrays * L::source, low = high + L::source;
-        value_high = VALUES ? low + L::source : high, value_low = VALUES ? value_high + L::source : low;
-        pairs = reinterpret_cast<float*>(reinterpret_cast<__half*>(memory) + kStages * L::arrays * L::source) + slot * L::numbers;
-        a = pairs + 2 * L::tile, unit = a + L::tile, value_unit = unit + L::units;
+// Brings tiles of so many bytes to the slots of shared memory; all threads call `start` and `wait` for each in turn.
+template <int BYTES>
+class Copies {
+public:
+    explicit __device__ Copies(unsigned char* slots) : slots_(slots) {
+#if __CUDA_ARCH__ >= 900
+        if (threadIdx.x == 0) {
+            for (int slot = 0; slot < kStages; ++slot) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrived(slot)));
+            asm volatile("fence.mbarrier_init.release.cluster;");
+        }
+        __syncthreads();
+#endif
     }
-};
-
-template <int DP, int ROWS>
-__device__ __forceinline__ void bring_rows(__half* to, const __half* from) {  // [ROWS, DP], with a pitch
-    constexpr int across = DP / 8, vectors = ROWS * across;  // of 16 bytes
+    __device__ __forceinline__ unsigned char* slot(int number) const { return slots_ + number % kStages * BYTES; }
+    // Begins to copy tile `number`, when all threads are done with the one that had its slot.
+    __device__ __forceinline__ void start(int number, const unsigned char* from) {
+#if __CUDA_ARCH__ >= 900
+        if (threadIdx.x > 0) return;  // the copy engine does it
+        const unsigned to = unsigned(__cvta_generic_to_shared(slot(number))), barrier = arrived(number);
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(BYTES) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                     "l"(from), "r"(BYTES), "r"(barrier) : "memory");
+#else
 #pragma unroll
-    for (int first = 0; first < vectors; first += kThreads) {
-        const int k = first + int(threadIdx.x);
-        if (vectors % kThreads != 0 && k >= vectors) break;
-        __pipeline_memcpy_async(to + k / across * Layout<DP, false>::pitch + k % across * 8, from + k * 8, 16);
+        for (int first = 0; first < BYTES; first += 16 * kThreads) {
+            const int at = first + 16 * int(threadIdx.x);
+            if (first + 16 * kThreads > BYTES && at >= BYTES) break;
+            __pipeline_memcpy_async(slot(number) + at, from + at, 16);
+        }
+        __pipeline_commit();
+#endif
     }
-}
+    // Tile `number` is there when all threads have met afterwards.
+    __device__ __forceinline__ void wait(int number) {
+#if __CUDA_ARCH__ >= 900
+        unsigned done = 0;
+        while (done == 0) {
+            asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                         : "=r"(done) : "r"(arrived(number)), "r"(unsigned(number / kStages % 2)) : "memory");
+        }
+#else
+        __pipeline_wait_prior(0);
+#endif
+    }
+
+private:
+    unsigned char* slots_;
+#if __CUDA_ARCH__ >= 900
+    static __device__ __forceinline__ unsigned arrived(int number) {
+        __shared__ alignas(8) unsigned long long barriers[kStages];
+        return unsigned(__cvta_generic_to_shared(barriers + number % kStages));
+    }
+#endif
+};
 
 // PLAIN: one RBF scale and no weights of points. FORCE: also the sums of g u.
 template <int DP, bool PLAIN, bool FORCE, bool VALUES>
 __device__ __forceinline__ void sum_share(const Work<float>& work, const Points& x, const Points& y, const Share& share) {
     using L = Layout<DP, VALUES>;
     using R = Registers<DP, PLAIN, VALUES>;
-    constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = L::tile, kNumbers = 8 * kGroups;
+    constexpr Shape kShape = L::shape;
+    constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = kShape.tile, kPitch = kShape.pitch;
+    constexpr int kNumbers = 8 * kGroups, kPiece = kTile / kShape.units;  // sources of one unit
     constexpr bool kShifts = PLAIN && FORCE;
-    static_assert(L::piece % (16 * kGroups) == 0);
+    static_assert(kPiece % (16 * kGroups) == 0);
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ Mixture<float> mixture;
     double* const totals = shared_memory<double>() + threadIdx.x;  // [8 kSteps, threads]
-    __half* const targets = shared_memory<__half>();
-    unsigned char* const sources = shared_memory<unsigned char>() + L::totals;
+    unsigned char* const tiles = shared_memory<unsigned char>() + L::totals;
 
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, d = work.d;
     const int own = share.own;
@@ -267,60 +337,48 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
     const int64_t clouds_block = cloud * work.blocks + blockIdx.x;
     const bool full = work.full[own];
     const int row0 = warp * 16 + lane / 4;  // of this lane's targets; the other is 8 rows on
-    const double b0 = work.length(0), outer = PLAIN ? work.weight[0] : 1.0;
-    const double per_phi = 1 / (b0 * b0 * work.coordinate_scale()), slope = outer * per_phi;
+    const double outer = PLAIN ? work.weight[0] : 1.0;
+    __shared__ double per_phi;  // slope = outer per_phi
+    if (threadIdx.x == 0) per_phi = 1 / (work.length(0) * work.length(0) * work.coordinate_scale());
     if constexpr (!PLAIN) work.fill(mixture);
 
-    const auto load = [&](int k, int slot) {
-        const Points& p = k < share.own_count ? mine : others;
-        const int64_t at = cloud * p.padded + int64_t(share.tile(k)) * kTile;
-        const Source<DP, VALUES> to(sources, slot);
-        bring_rows<DP, kTile>(to.high, p.high + at * DP), bring_rows<DP, kTile>(to.low, p.low + at * DP);
-        if constexpr (VALUES) {
-            bring_rows<DP, kTile>(to.value_high, p.value_high + at * DP);
-            bring_rows<DP, kTile>(to.value_low, p.value_low + at * DP);
-        }
-        const int e = int(threadIdx.x);
-        static_assert(3 * kTile / 4 <= kThreads);
-        if (e < 3 * kTile / 4) {  // pairs, then a
-            __pipeline_memcpy_async(to.pairs + 4 * e, (e < kTile / 2 ? p.pairs + 2 * at : p.a + at - 2 * kTile) + 4 * e, 16);
-        }
-        if (e < L::units) {
-            __pipeline_memcpy_async(to.unit + e, p.unit + at / kUnit + e, 4);
-            if constexpr (VALUES) __pipeline_memcpy_async(to.value_unit + e, p.value_unit + at / kUnit + e, 4);
-        }
+    Copies<kShape.bytes> copies(tiles);
+    const auto start = [&](int k) {
+        copies.start(k, (k < share.own_count ? mine : others).tile(kShape, cloud, share.tile(k)));
     };
-    bring_rows<DP, kRows>(targets, mine.high + (cloud * mine.padded + i0) * DP);
-    bring_rows<DP, kRows>(targets + kRows * L::pitch, mine.low + (cloud * mine.padded + i0) * DP);
-    __pipeline_commit();
-    if (share.count > 0) load(0, 0);
-    __pipeline_commit();
-    __pipeline_wait_prior(1);
-    __syncthreads();
+    if (share.count > 0) start(0);
+    const auto own_tile = [&](int64_t point) { return Tile16(kShape, mine.tile(kShape, cloud, point / kTile)); };
     typename P::Left own_high[kSteps], own_low[kSteps];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-        const int at = warp * 16 * L::pitch + 16 * s;
-        P::template load<true>(own_high[s], targets + at, L::pitch);
-        P::template load<true>(own_low[s], targets + kRows * L::pitch + at, L::pitch);
+    for (int half = 0; half < 2; ++half) {
+        const int64_t point = i0 + row0 + 8 * half;
+        const Tile16 tile = own_tile(point);
+#pragma unroll
+        for (int k = 0; k < 2 * kSteps; ++k) {  // eight coordinates
+            const int at = int(point % kTile) * kPitch + 8 * k + lane % 4 * 2, e = half + k % 2 * 2;
+            own_high[k / 2].r[e] = *reinterpret_cast<const unsigned*>(tile.high + at);
+            own_low[k / 2].r[e] = *reinterpret_cast<const unsigned*>(tile.low + at);
+        }
     }
-    __syncthreads();
     if constexpr (FORCE) {
         for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
     }
 
     // What is in 16 bits is g times 2^shift, or times a factor.
-    const float own_unit = mine.unit[(cloud * mine.padded + i0) / kUnit];
+    const float own_unit = own_tile(i0).unit[i0 % kTile / kUnit];
     float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};
     int shift[2] = {kShifts ? kFirstShift : 0, kShifts ? kFirstShift : 0};
     const auto start_at_shift = [&](int half) {
-        const int64_t point = cloud * mine.padded + i0 + row0 + 8 * half;
-        minus_h[half] = mine.pairs[point / 2 * 4 + point % 2] * own_unit * own_unit + float(shift[half]);
+        const int64_t point = i0 + row0 + 8 * half;
+        const int at = int(point % kTile);
+        minus_h[half] = own_tile(point).pairs[at / 2 * 4 + at % 2] * own_unit * own_unit + float(shift[half]);
     };
     start_at_shift(0), start_at_shift(1);
-    double A[2] = {}, G[2] = {}, energy = 0;
+    double A[2] = {}, G[2] = {}, A_cloud[2] = {}, G_cloud[2] = {}, energy = 0;  // A_cloud times 2^shift, of one cloud's
     typename P::Sums sum[FORCE ? kSteps : 1] = {};
+    float unit = 0, value_unit = 0;
     double back = 0;  // what the sums are to be multiplied with
+    bool other_unit = false;
     const auto flush = [&] {
 #pragma unroll
         for (int e = 0; e < 8 * kSteps; ++e) {
@@ -332,21 +390,18 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
     };
 
     for (int k = 0; k < share.count; ++k) {
-        const int slot = k % kStages;
-        __pipeline_wait_prior(0);
-        __syncthreads();  // what all have brought is there, and all are done with the other slot
-        if (k + 1 < share.count) load(k + 1, 1 - slot);
-        __pipeline_commit();
+        copies.wait(k);
+        __syncthreads();  // all are done with the slot that comes next
+        if (k + 1 < share.count) start(k + 1);
 
-        const Source<DP, VALUES> source(sources, slot);
+        const Tile16 source(kShape, copies.slot(k));
         const bool within = k < share.own_count;
         const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
-        const double w = within ? work.within[own] : work.between, times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
-        double A_tile[2] = {}, G_tile[2] = {};  // A times 2^shift
+        const double w = within ? work.within[own] : work.between;
         if (FORCE && k % (kGroup / kTile) == 0) flush();
 
         // 16 kGroups sources. CAREFUL: some may be hidden, of another unit, or so far away that rounding moves t beyond 0.
-        const auto add_sources = [&](int first, float unit, auto careful) {
+        const auto add_sources = [&](int first, auto careful) {
             constexpr bool CAREFUL = decltype(careful)::value;
             const float units = own_unit * unit;
             float phi[kNumbers], g[kNumbers];  // of one scale g is phi
@@ -364,9 +419,9 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
 #pragma unroll
                     for (int g = 0; g < kGroups; ++g) {
                         typename P::Right right_high, right_low;
-                        const int at = (first + 16 * g) * L::pitch + 16 * s;
-                        P::template load<false>(right_high, source.high + at, L::pitch);
-                        P::template load<false>(right_low, source.low + at, L::pitch);
+                        const int at = (first + 16 * g) * kPitch + 16 * s;
+                        P::template load<false>(right_high, source.high + at, kPitch);
+                        P::template load<false>(right_low, source.low + at, kPitch);
                         typename P::Sums part = {};
                         if constexpr (!CAREFUL) {
                             if (s == 0) {
@@ -433,7 +488,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                     most = of_row(most);
                     if (!(of_row(A_here[half]) > kLargest)) continue;
                     const int less = int(__float_as_uint(most) >> 23) - 127 - 1;  // for g between 2 and 4
-                    A_tile[half] *= double(exact_power(-less));
+                    A_cloud[half] *= double(exact_power(-less));
                     shift[half] -= less;
                     start_at_shift(half);
                     minus_h[half] += most - most;  // infinity becomes NaN, and the loop ends
@@ -441,8 +496,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                A_tile[half] += double(A_here[half]);
-                if constexpr (FORCE && !PLAIN) G_tile[half] += double(G_here[half]);
+                A_cloud[half] += double(A_here[half]);
+                if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_here[half]);
             }
             if constexpr (FORCE && !PLAIN) {
                 bool over = false;
@@ -475,9 +530,9 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
 #pragma unroll
                     for (int g = 0; g < kGroups; ++g) {
                         typename P::Right right_high, right_low;
-                        const int at = (first + 16 * g) * L::pitch + 16 * c;
-                        P::template load<true>(right_high, source.value_high + at, L::pitch);
-                        P::template load<true>(right_low, source.value_low + at, L::pitch);
+                        const int at = (first + 16 * g) * kPitch + 16 * c;
+                        P::template load<true>(right_high, source.value_high + at, kPitch);
+                        P::template load<true>(right_low, source.value_low + at, kPitch);
                         P::add(part, low[g], right_high);
                         P::add(part, high[g], right_low);
                         P::add(part, high[g], right_high);
@@ -489,30 +544,33 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         };
         const bool overlaps = within && ahead < kRows && ahead > -kTile;
 #pragma unroll 1
-        for (int piece = 0; piece < L::units; ++piece) {
-            const float unit = source.unit[piece];
-            if constexpr (FORCE) {
-                const double now = VALUES ? double(source.value_unit[piece]) : w * slope * double(unit);
-                if (now != back) flush();
-                back = now;
+        for (int piece = 0; piece < kShape.units; ++piece) {
+            const float unit_here = source.unit[piece], value_unit_here = VALUES ? source.value_unit[piece] : 0.0f;
+            if (unit_here != unit || value_unit_here != value_unit) {
+                if constexpr (FORCE) flush();
+                unit = unit_here, value_unit = value_unit_here;
+                back = VALUES ? double(value_unit) : w * outer * per_phi * double(unit);
+                other_unit = unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
             }
-            const bool careful = overlaps || unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
+            const auto add_piece = [&](auto careful) {
 #pragma unroll 1
-            for (int first = piece * L::piece; first < (piece + 1) * L::piece; first += 16 * kGroups) {
-                careful ? add_sources(first, unit, std::true_type()) : add_sources(first, unit, std::false_type());
-            }
+                for (int first = piece * kPiece; first < (piece + 1) * kPiece; first += 16 * kGroups) add_sources(first, careful);
+            };
+            overlaps || other_unit ? add_piece(std::true_type()) : add_piece(std::false_type());
         }
+        if (k + 1 != share.own_count && k + 1 != share.count) continue;
+        if constexpr (FORCE) flush();  // the last tile of a cloud: w changes
+        unit = 0;
+        const double times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const double potential = w * outer * (kShifts ? double(exact_power(-shift[half])) * A_tile[half] : A_tile[half]);
-            const int64_t row = i0 + row0 + 8 * half;
-            energy += times * potential * double(row < n ? (PLAIN ? 1.0f : mine.a[cloud * mine.padded + row]) : 0.0f);
-            A[half] += potential;
-            if constexpr (FORCE && !PLAIN) G[half] += w * slope * G_tile[half];
+            const double potential = w * outer * double(exact_power(-shift[half])) * A_cloud[half];
+            const int64_t point = i0 + row0 + 8 * half;
+            energy += times * potential * double(point < n ? (PLAIN ? 1.0f : own_tile(point).a[point % kTile]) : 0.0f);
+            A[half] += potential, A_cloud[half] = 0;
+            if constexpr (FORCE && !PLAIN) G[half] += w * outer * per_phi * G_cloud[half], G_cloud[half] = 0;
         }
     }
-    __pipeline_wait_prior(0);
-    if constexpr (FORCE) flush();
 
     __shared__ double energy_of_warp[kWarps];
 #pragma unroll
@@ -541,13 +599,15 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         };
         if (lane % 4 == 0) put(d, of_lanes[0]);
         if constexpr (FORCE) {
-            const float weight = PLAIN ? 1.0f : mine.a[cloud * mine.padded + point];
+            const Tile16 tile = own_tile(point);
+            const int at = int(point % kTile);
+            const float weight = PLAIN ? 1.0f : tile.a[at];
 #pragma unroll
             for (int s = 0; s < 4 * kSteps; ++s) {
                 const int c = s / 2 * 8 + lane % 4 * 2 + s % 2;
                 if (c >= d) continue;
-                const int64_t at = (cloud * mine.padded + point) * DP + c;
-                const double u = double(own_unit) * (double(__half2float(mine.high[at])) + double(__half2float(mine.low[at])));
+                const __half high = tile.high[at * kPitch + c], low = tile.low[at * kPitch + c];
+                const double u = double(own_unit) * (double(__half2float(high)) + double(__half2float(low)));
                 const int number = s / 2 * 4 + 2 * half + s % 2;
                 put(c, double(weight) * (totals[number * kThreads] - of_lanes[1] * u));
             }
@@ -559,7 +619,7 @@ template <int DP, bool PLAIN, bool FORCE, bool VALUES>
 __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks)
     products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
                     const __grid_constant__ Points y) {
-    const Share share(work, blockIdx.x, kRows, Layout<DP, VALUES>::tile);
+    const Share share(work, blockIdx.x, kRows, Layout<DP, VALUES>::shape.tile);
     if constexpr (FORCE) {
         if (work.force[share.own] != nullptr) return sum_share<DP, PLAIN, true, VALUES>(work, x, y, share);
     }
@@ -609,41 +669,30 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_con
 
 struct Plan {
     Work<float> work;
-    int64_t clouds, padded[2];
+    int64_t clouds;
     int dp;
     bool plain, values;
+    Points points[2];
 
     Plan(const PairwiseProblem<float>& q, int64_t clouds, int processors, const Affine<float>& affine) : clouds(clouds) {
         dp = int(q.d + 15) / 16 * 16;
         if (dp == 112) dp = 128;
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
-        const int64_t tile = tile_of(dp, values), multiple = std::max<int64_t>(tile, kUnit);
-        work = work_of(q, clouds, kRows, tile, processors * kBlocksPerProcessor, kLeastSources / tile,
-                       processors * blocks_at_once(dp, plain && !values), affine);
-        for (int k = 0; k < 2; ++k) padded[k] = (work.n[k] + multiple - 1) / multiple * multiple;
+        const int64_t tile = shape().tile, multiple = std::max<int64_t>(tile, kUnit);
+        work = work_of(q, clouds, kRows, tile, int64_t(processors) * kBlocksPerProcessor, kLeastSources / tile, affine);
+        for (int k = 0; k < 2; ++k) points[k].count = (work.n[k] + multiple - 1) / multiple * multiple / tile;
     }
+    Shape shape() const { return {dp, values}; }
     // Divides memory, or counts how much it takes.
-    size_t place(char* memory, Prepared (&to)[2]) {
+    size_t place(char* memory) {
         size_t used = 0;
-        const auto take = [&](auto*& pointer, int64_t count) {
-            using T = std::remove_reference_t<decltype(*pointer)>;
-            pointer = reinterpret_cast<T*>(memory + used);
-            used += round_up(count * int64_t(sizeof(T)));
+        const auto take = [&](auto*& pointer, int64_t bytes) {
+            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used), used += round_up(bytes);
         };
-        take(work.energies, clouds * work.blocks);
-        work.partials = reinterpret_cast<float*>(memory + used);
-        used += partial_bytes(work, clouds, kRows);
-        for (int k = 0; k < 2; ++k) {
-            const int64_t points = clouds * padded[k];
-            to[k] = {};
-            to[k].padded = padded[k];
-            take(to[k].high, points * dp), take(to[k].low, points * dp), take(to[k].pairs, 2 * points), take(to[k].a, points);
-            take(to[k].unit, points / kUnit);
-            if (!values) continue;
-            take(to[k].value_high, points * dp), take(to[k].value_low, points * dp);
-            take(to[k].value_unit, points / kUnit);
-        }
+        take(work.energies, clouds * work.blocks * int64_t(sizeof(double)));
+        take(work.partials, int64_t(partial_bytes(work, clouds, kRows)));
+        for (Points& p : points) take(p.tiles, clouds * p.count * shape().bytes);
         return used;
     }
 };
@@ -664,12 +713,12 @@ cudaError_t start(Kernel* kernel, int64_t blocks, int64_t clouds, int threads, s
 }
 
 template <int DP>
-cudaError_t sum(const Plan& p, const Points& x, const Points& y, cudaStream_t stream) {
+cudaError_t sum(const Plan& p, cudaStream_t stream) {
     const bool force = p.work.force[0] != nullptr || p.work.force[1] != nullptr;
     const auto launch = [&](auto plain, auto forces, auto values) {
         constexpr bool kValues = decltype(values)::value;
         return start(products_kernel<DP, decltype(plain)::value, decltype(forces)::value, kValues>, p.work.blocks, p.clouds,
-                     kThreads, Layout<DP, kValues>::bytes, stream, p.work, x, y);
+                     kThreads, Layout<DP, kValues>::bytes, stream, p.work, p.points[0], p.points[1]);
     };
     using Yes = std::true_type;
     using No = std::false_type;
@@ -682,8 +731,7 @@ cudaError_t sum(const Plan& p, const Points& x, const Points& y, cudaStream_t st
 
 size_t pairwise_products_workspace(const PairwiseProblem<float>& problem, int64_t clouds, int processors,
                                    const Affine<float>& affine) {
-    Prepared to[2];
-    return Plan(problem, clouds, processors, affine).place(nullptr, to);
+    return Plan(problem, clouds, processors, affine).place(nullptr);
 }
 
 const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clouds, const double* lengths,
@@ -691,28 +739,21 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_of_caller);
     Plan p(problem, clouds, processors, affine);
     if (p.work.blocks == 0) return nullptr;
-    Prepared to[2];
-    p.place(static_cast<char*>(workspace), to);
+    p.place(static_cast<char*>(workspace));
     p.work.lengths = lengths;
     const size_t shared = size_t(p.dp) * sizeof(double) + size_t(kUnit) * (p.dp + 1) * sizeof(float);
-    cudaError_t error = start(p.values ? prepare_kernel<true> : prepare_kernel<false>,
-                              (p.padded[0] + p.padded[1]) / kUnit, clouds, kPrepareThreads, shared, stream, p.work, p.dp,
-                              to[0], to[1]);
-    const auto points = [](const Prepared& t) {
-        const bool values = t.value_high != nullptr;
-        return Points{t.high, t.low, values ? t.value_high : t.high, values ? t.value_low : t.low,
-                      t.pairs, t.a, t.unit, t.value_unit, t.padded};
-    };
-    const Points x = points(to[0]), y = points(to[1]);
+    const int64_t units = (p.points[0].count + p.points[1].count) * p.shape().tile / kUnit;
+    cudaError_t error = start(p.values ? prepare_kernel<true> : prepare_kernel<false>, units, clouds, kPrepareThreads, shared,
+                              stream, p.work, p.shape(), p.points[0], p.points[1]);
     if (error == cudaSuccess) {
         switch (p.dp) {
-            case 16: error = sum<16>(p, x, y, stream); break;
-            case 32: error = sum<32>(p, x, y, stream); break;
-            case 48: error = sum<48>(p, x, y, stream); break;
-            case 64: error = sum<64>(p, x, y, stream); break;
-            case 80: error = sum<80>(p, x, y, stream); break;
-            case 96: error = sum<96>(p, x, y, stream); break;
-            default: error = sum<128>(p, x, y, stream);
+            case 16: error = sum<16>(p, stream); break;
+            case 32: error = sum<32>(p, stream); break;
+            case 48: error = sum<48>(p, stream); break;
+            case 64: error = sum<64>(p, stream); break;
+            case 80: error = sum<80>(p, stream); break;
+            case 96: error = sum<96>(p, stream); break;
+            default: error = sum<128>(p, stream);
         }
     }
     if (error == cudaSuccess) {

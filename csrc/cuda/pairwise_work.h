@@ -25,16 +25,20 @@ __device__ __forceinline__ float power_of_2(float t) {
 }
 __device__ __forceinline__ double power_of_2(double t) { return exp2(t); }
 
-__device__ __forceinline__ float reciprocal(float x) {  // of a normal number; a division would call a subroutine
+__device__ __forceinline__ float near_reciprocal(float x) {  // within 2^-23; a division would call a subroutine
 #ifdef __CUDA_ARCH__
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y + y * (1.0f - x * y);
+    return y;
 #else
     return 1.0f / x;
 #endif
 }
-__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+__device__ __forceinline__ double near_reciprocal(double x) { return 1.0 / x; }
+__device__ __forceinline__ float reciprocal(float x) {  // of a normal number
+    const float y = near_reciprocal(x);
+    return y + y * (1.0f - x * y);
+}
 
 // log2(1 + u), u > -1/2: 1 + u = 2^e m with m in [sqrt(1/2), sqrt(2)); log2 m = s Q(s^2), s = (m - 1) / (m + 1).
 __device__ __forceinline__ float log2_1p(float u) {
@@ -80,27 +84,21 @@ struct Work {
     __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
         return double(z[k][(cloud * n[k] + at) * d + c]);
     }
-    // Coordinate c of point k of the sample, the same in all blocks; `missing` where there is none.
-    __device__ double sample(int64_t cloud, int c, int64_t k, double missing) const {
+    __device__ int64_t sample_size() const { return n[0] + n[1] < kSample ? n[0] + n[1] : kSample; }
+    // Coordinate c of point k of the sample, the same in all blocks.
+    __device__ double sample(int64_t cloud, int c, int64_t k) const {
         const int64_t points = n[0] + n[1], at = points < kSample ? k : k * points / kSample;
-        if (c >= d || k >= points) return missing;
         return at < n[0] ? coordinate(0, cloud, at, c) : coordinate(1, cloud, at - n[0], c);
     }
-    // Its mean, and how far it spreads from there; by a warp.
+    // Its mean, by a warp.
     __device__ double centre(int64_t cloud, int c, int lane) const {
-        static_assert(kSample == 64);
-        const int64_t points = n[0] + n[1];
-        double sum = sample(cloud, c, lane, 0) + sample(cloud, c, lane + 32, 0);
+        const int64_t size = sample_size();
+        double sum = 0;
+#pragma unroll
+        for (int k = lane; k < kSample; k += 32) sum += c < d && k < size ? sample(cloud, c, k) : 0.0;
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        return sum / double(points < kSample ? points : kSample);
-    }
-    __device__ float spread(int64_t cloud, int c, int lane, double mean) const {
-        const float one = fabsf(float(sample(cloud, c, lane, mean) - mean));
-        float most = fmaxf(one, fabsf(float(sample(cloud, c, lane + 32, mean) - mean)));
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-        return most;
+        return sum / double(size);
     }
     __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
     __device__ void fill(Mixture<T>& mixture) const {
@@ -141,11 +139,10 @@ struct Share {
     __device__ int tile(int k) const { return k < own_count ? own_begin + k : other_begin + k - own_count; }
 };
 
-// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each, or
-// of fewer if all blocks run `at_once`.
+// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each.
 template <typename T>
 Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64_t tile, int64_t wanted_blocks,
-                int64_t least, int64_t at_once, const Affine<T>& affine) {
+                int64_t least, const Affine<T>& affine) {
     Work<T> w{};
     w.z[0] = q.x, w.z[1] = q.y, w.v = q.v, w.a[0] = q.a, w.a[1] = q.b;
     w.n[0] = q.n, w.n[1] = q.y == nullptr ? 0 : q.m, w.d = int(q.d);
@@ -173,8 +170,7 @@ Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64
         all_tiles[k] = wanted ? w.tiles[k] + (w.sees_other[k] ? w.tiles[1 - k] : 0) : 0;
         work_tiles += w.row_blocks[k] * all_tiles[k] * clouds;
     }
-    const auto tiles_of_block = [&](int64_t blocks) { return (work_tiles + blocks - 1) / blocks; };
-    const int64_t some = std::max({int64_t(1), std::min(least, tiles_of_block(at_once)), tiles_of_block(wanted_blocks)});
+    const int64_t some = std::max(least, (work_tiles + wanted_blocks - 1) / wanted_blocks);
     for (int k = 0; k < 2; ++k) {
         w.segments[k] = (all_tiles[k] + some - 1) / some;
         w.blocks += w.row_blocks[k] * w.segments[k];
@@ -194,34 +190,52 @@ size_t partial_bytes(const Work<T>& w, int64_t clouds, int64_t rows) {
 template <int COUNT, typename T>
 __device__ __forceinline__ void radial_of(const T (&t)[COUNT], const Work<T>& work, const Mixture<T>& mixture,
                                           T (&phi)[COUNT], T (&g)[COUNT]) {
+    using Scale = typename Mixture<T>::Scale;
+    const auto add = [&](int e, const Scale& scale, T p, T slope) {
+        phi[e] += p * scale.weight, g[e] += slope * scale.weighted_rate;
+    };
 #pragma unroll
     for (int e = 0; e < COUNT; ++e) phi[e] = g[e] = T(0);
-    const auto add_scales = [&](auto one) {  // phi and the slope at t of a scale
+    int s = 0;
+    if (work.rbf) {
 #pragma unroll 1
-        for (int s = 0; s < work.scales; ++s) {
-            const auto scale = mixture.scale[s];
+        for (; s < work.scales; ++s) {
+            const Scale scale = mixture.scale[s];
 #pragma unroll
             for (int e = 0; e < COUNT; ++e) {
-                T p, slope;
-                one(t[e], scale, p, slope);
-                phi[e] += p * scale.weight;
-                g[e] += slope * scale.weighted_rate;
+                const T p = power_of_2(t[e] * scale.rate);
+                add(e, scale, p, p);
             }
         }
-    };
-    if (work.rbf) {
-        add_scales([](T t, const auto& scale, T& p, T& slope) { p = slope = power_of_2(t * scale.rate); });
     } else if (work.alpha == 1) {
-        add_scales([](T t, const auto& scale, T& p, T& slope) {
-            p = reciprocal(T(1) - t * scale.rate_by_alpha);
-            slope = p * p;
-        });
+#pragma unroll 1
+        for (; s + 1 < work.scales; s += 2) {  // 1 / x and 1 / y from 1 / (x y): reciprocals are what takes long
+            const Scale one = mixture.scale[s], two = mixture.scale[s + 1];
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                const T x = T(1) - t[e] * one.rate_by_alpha, y = T(1) - t[e] * two.rate_by_alpha;
+                const T both = near_reciprocal(x * y), p = y * both, q = x * both;
+                add(e, one, p, p * p), add(e, two, q, q * q);
+            }
+        }
+        if (s < work.scales) {
+            const Scale scale = mixture.scale[s];
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                const T p = near_reciprocal(T(1) - t[e] * scale.rate_by_alpha);
+                add(e, scale, p, p * p);
+            }
+        }
     } else {
-        add_scales([&](T t, const auto& scale, T& p, T& slope) {
-            const T u = -t * scale.rate_by_alpha;
-            p = power_of_2(T(-work.alpha) * log2_1p(u));
-            slope = p * reciprocal(T(1) + u);
-        });
+#pragma unroll 1
+        for (; s < work.scales; ++s) {
+            const Scale scale = mixture.scale[s];
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                const T u = -t[e] * scale.rate_by_alpha, p = power_of_2(T(-work.alpha) * log2_1p(u));
+                add(e, scale, p, p * near_reciprocal(T(1) + u));
+            }
+        }
     }
 }
 
