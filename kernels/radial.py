@@ -33,7 +33,10 @@ def radial(d2, bandwidth, weight, SCALES: tl.constexpr, KIND: tl.constexpr, ALPH
         else:
             base = 1.0 + (rate / ALPHA) * d2
             if ALPHA == 1.0:
-                p = w / base
+                if d2.dtype == tl.float32:
+                    p = tl.div_rn(w + tl.zeros_like(base), base)  # "/" is off by 2^-23 to one side: sums would show it
+                else:
+                    p = w / base
             elif ALPHA == 0.5:
                 p = w * tl.rsqrt(base)
             else:

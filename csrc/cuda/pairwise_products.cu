@@ -39,7 +39,7 @@ constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a bl
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
 constexpr int kFirstShift = 126;   // of t, before the first g is known
-constexpr float kSmallSquare = 0x1p20f;  // of distances, below which rounding leaves t next to 0
+constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
 
 // The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
 //
