@@ -102,20 +102,32 @@ __device__ __forceinline__ void sum_tile(const Work<T>& work, const Mixture<T>& 
     }
 }
 
+// One more; what was written before is seen by who counts later.
+__device__ __forceinline__ unsigned count_up(unsigned* counter) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before + 1;
+#else
+    __threadfence();
+    const unsigned before = atomicAdd(counter, 1u);
+    __threadfence();
+    return before + 1;
+#endif
+}
+
 // Whether all other blocks are done that count with one of two counters; what they wrote is then there to read.
 struct Last {
     bool of_row, of_all;
 };
 __device__ __forceinline__ Last last_of(unsigned* row, int64_t row_blocks, unsigned* all, int64_t all_blocks) {
     __shared__ Last last;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
-        last.of_all = atomicAdd(all, 1u) + 1 == unsigned(all_blocks);
-        last.of_row = row_blocks > 1 && atomicAdd(row, 1u) + 1 == unsigned(row_blocks);
+    if (threadIdx.x == 0) {  // for all threads of the block: what they did is before, what they do is behind
+        last.of_row = row_blocks > 1 && count_up(row) == unsigned(row_blocks);
+        last.of_all = count_up(all) == unsigned(all_blocks);
     }
     __syncthreads();
-    __threadfence();
     return last;
 }
 
@@ -289,7 +301,7 @@ struct Plan {
         many = sizeof(T) == 4 && q.v == nullptr && q.d <= kManyMaxDim &&
                std::max(q.n, q.y == nullptr ? 0 : q.m) * clouds >= kManyTargets;
         const int64_t rows = !many ? 32 : q.radial.rbf && q.radial.weight.size() == 1 ? 128 : 64;
-        work = work_of(q, clouds, rows, kTile, int64_t(processors) * kBlocksPerProcessor, 1, affine);
+        work = work_of(q, clouds, rows, kTile, processors, int64_t(processors) * kBlocksPerProcessor, 1, affine);
         counter_bytes = round_up(clouds * (work.row_blocks[0] + work.row_blocks[1] + 1) * int64_t(sizeof(unsigned)));
         energy_bytes = round_up(clouds * work.blocks * int64_t(sizeof(double)));
         partial_bytes = infovae_fast::partial_bytes(work, clouds, rows);

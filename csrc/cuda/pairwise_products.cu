@@ -163,15 +163,22 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     const int64_t first = (int64_t(blockIdx.x) - (own == 0 ? 0 : units)) * kUnit, n = work.n[own];
 
     // The mean of the sample, and how far it spreads from there. Several threads share a coordinate.
-    const int64_t sample = work.sample_size();
+    const int sample = work.sample_size();
     const int sharers = kPrepareThreads / dp;
     double sum = 0;
     float least = INFINITY, most = -INFINITY;
     const int own_c = thread % dp;
-#pragma unroll kAtOnce
-    for (int64_t k = thread / dp; k < (thread < sharers * dp ? sample : 0); k += sharers) {
-        const float one = own_c < d ? float(work.sample(cloud, own_c, k)) : 0.0f;
-        sum += double(one), least = fminf(least, one), most = fmaxf(most, one);
+    for (int k = thread < sharers * dp ? thread / dp : sample; k < sample; k += kAtOnce * sharers) {
+        float some[kAtOnce];
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+            const int64_t number = k + e * sharers;
+            some[e] = number < sample && own_c < d ? *work.sample(cloud, own_c, number) : 0.0f;
+        }
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+            if (k + e * sharers < sample) sum += double(some[e]), least = fminf(least, some[e]), most = fmaxf(most, some[e]);
+        }
     }
     sum_of[thread] = sum, least_of[thread] = least, most_of[thread] = most;
     __syncthreads();
@@ -680,7 +687,7 @@ struct Plan {
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
         const int64_t tile = shape().tile, multiple = std::max<int64_t>(tile, kUnit);
-        work = work_of(q, clouds, kRows, tile, int64_t(processors) * kBlocksPerProcessor, kLeastSources / tile, affine);
+        work = work_of(q, clouds, kRows, tile, processors, int64_t(processors) * kBlocksPerProcessor, kLeastSources / tile, affine);
         for (int k = 0; k < 2; ++k) points[k].count = (work.n[k] + multiple - 1) / multiple * multiple / tile;
     }
     Shape shape() const { return {dp, values}; }

@@ -84,18 +84,19 @@ struct Work {
     __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
         return double(z[k][(cloud * n[k] + at) * d + c]);
     }
-    __device__ int64_t sample_size() const { return n[0] + n[1] < kSample ? n[0] + n[1] : kSample; }
+    __device__ int sample_size() const { return int(n[0] + n[1] < kSample ? n[0] + n[1] : kSample); }
     // Coordinate c of point k of the sample, the same in all blocks.
-    __device__ double sample(int64_t cloud, int c, int64_t k) const {
+    __device__ const T* sample(int64_t cloud, int c, int64_t k) const {
         const int64_t points = n[0] + n[1], at = points < kSample ? k : k * points / kSample;
-        return at < n[0] ? coordinate(0, cloud, at, c) : coordinate(1, cloud, at - n[0], c);
+        const T* const first = at < n[0] ? z[0] + cloud * n[0] * d : z[1] + (cloud * n[1] - n[0]) * d;
+        return first + at * d + c;
     }
     // Its mean, by a warp.
     __device__ double centre(int64_t cloud, int c, int lane) const {
-        const int64_t size = sample_size();
+        const int size = sample_size();
         double sum = 0;
 #pragma unroll
-        for (int k = lane; k < kSample; k += 32) sum += c < d && k < size ? sample(cloud, c, k) : 0.0;
+        for (int k = lane; k < kSample; k += 32) sum += c < d && k < size ? double(*sample(cloud, c, k)) : 0.0;
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
         return sum / double(size);
@@ -139,10 +140,11 @@ struct Share {
     __device__ int tile(int k) const { return k < own_count ? own_begin + k : other_begin + k - own_count; }
 };
 
-// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each.
+// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each, or
+// of fewer where there would not be one block for each processor.
 template <typename T>
-Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64_t tile, int64_t wanted_blocks,
-                int64_t least, const Affine<T>& affine) {
+Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64_t tile, int64_t processors,
+                int64_t wanted_blocks, int64_t least, const Affine<T>& affine) {
     Work<T> w{};
     w.z[0] = q.x, w.z[1] = q.y, w.v = q.v, w.a[0] = q.a, w.a[1] = q.b;
     w.n[0] = q.n, w.n[1] = q.y == nullptr ? 0 : q.m, w.d = int(q.d);
@@ -170,7 +172,8 @@ Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64
         all_tiles[k] = wanted ? w.tiles[k] + (w.sees_other[k] ? w.tiles[1 - k] : 0) : 0;
         work_tiles += w.row_blocks[k] * all_tiles[k] * clouds;
     }
-    const int64_t some = std::max(least, (work_tiles + wanted_blocks - 1) / wanted_blocks);
+    const auto tiles_of_block = [&](int64_t blocks) { return std::max<int64_t>(1, (work_tiles + blocks - 1) / blocks); };
+    const int64_t some = std::max(std::min(least, tiles_of_block(processors)), tiles_of_block(wanted_blocks));
     for (int k = 0; k < 2; ++k) {
         w.segments[k] = (all_tiles[k] + some - 1) / some;
         w.blocks += w.row_blocks[k] * w.segments[k];
