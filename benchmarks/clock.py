@@ -41,6 +41,25 @@ def _on_gpu(run: Callable[[], Any], calls: int) -> tuple[Any, float]:
     return out, start.elapsed_time(end) * 1e-3 / calls
 
 
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as a CUDA graph: replays it, and returns what it returned. Its leaves must not have met autograd before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def peak_mib(device: str = "cpu", reset: bool = False) -> float | None:
     """The most memory held since the last reset: by PyTorch on the GPU, or by this process, where Linux tells."""
     if device != "cpu":

@@ -8,7 +8,7 @@ both backends there, "cuda" and "triton", stand beside what "auto" takes.
 * conv: forward and gradients of one layer, 28x28. "dense" is conv2d(x, weight * mask); "cropped" leaves the rows below
   out (a kernel of r + 1 rows on an image padded above): the fastest plain form. Both channels-last.
 * step: forward and backward pass of the decoder R64 (7 gated layers of 64 maps), bits, batch 32; the plain one has
-  cropped convolutions, channels-last.
+  cropped convolutions, channels-last. On a GPU both also as a CUDA graph, which no host holds up.
 * sample: R64, 28x28 bits. "plain cached" computes every number once, in PyTorch; "naive" is the plain network's time
   for one pass times 784.
 * nll: the discretised logistic mixture of PixelCNN++, 10 components, 3x32x32, in both memory layouts of the params;
@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.clock import machine, measure
+from benchmarks.clock import captured, machine, measure
 from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler, discretized_logistic_mixture_nll
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-OURS = ("infovae_fast", "cuda", "triton")
+OURS = ("infovae_fast", "cuda", "triton", "infovae_fast graph")
 MOST_DIFFERENT = 0.02  # share of sampled images
 ROUNDS = 9
 
@@ -181,6 +181,8 @@ def step_case(batch: int, compiled: bool, where: Where) -> dict[str, Implementat
     every = [p for network in (ours, exact, *backends.values()) for p in network.named_parameters()]
     shared = {id(p) for name, p in every if name.endswith("bias") or name.startswith("condition")}
     found = {"infovae_fast": step(ours), **{name: step(m) for name, m in backends.items()}, "cropped": step(plain)}
+    if where[0] == "cuda":  # before autograd meets their leaves
+        found |= {f"{name} graph": captured(found[name]) for name in ("infovae_fast", "cropped")}
     found |= {"torch.compile": step(torch.compile(plain))} if compiled else {}
     return held("step R64", found, {name: run() for name, run in found.items()}, step(exact)(), 10 * limit)
 

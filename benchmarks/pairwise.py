@@ -6,12 +6,13 @@ through `torch.compile`; and the libraries KeOps and GeomLoss, where they are in
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import captured
 from infovae_fast import IMQ, RBF, mmd, stein_direction, wae_imq
 from infovae_fast.pairwise import CUDA_MOST_PRODUCTS_DIM
 from infovae_fast.radial import Kernel
@@ -110,24 +111,14 @@ def ours(backend: str, estimator: str = "unbiased") -> Callable[[Case, Tensor, T
 
 def graphed(run: Callable[[Case, Tensor, Tensor], Result]) -> Callable[[Case, Tensor, Tensor], Result]:
     """`run` as a CUDA graph, captured at the first call of a case and replayed."""
-    captured: dict[Case, tuple[torch.cuda.CUDAGraph, Result, tuple[Tensor, Tensor]]] = {}
+    graphs: dict[Case, tuple[Callable[[], Result], Tensor, Tensor]] = {}
 
     def replay(case: Case, x: Tensor, y: Tensor) -> Result:
-        if case not in captured or captured[case][2][0] is not x:
-            captured.clear()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                leaf = x.detach().requires_grad_(x.requires_grad)  # autograd waits for the stream where a leaf was used
-                for _ in range(3):
-                    run(case, leaf, y)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                out = run(case, leaf, y)
-            captured[case] = graph, out, (x, y)
-        captured[case][0].replay()
-        return captured[case][1]
+        if case not in graphs or graphs[case][1] is not x:
+            graphs.clear()
+            leaf = x.detach().requires_grad_(x.requires_grad)  # autograd waits for the stream where a leaf was used
+            graphs[case] = captured(partial(run, case, leaf, y)), x, y
+        return graphs[case][0]()
 
     return replay
 
