@@ -185,9 +185,9 @@ struct Conv : torch::autograd::Function<Conv> {
     }
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
-        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
             const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&,
-            at::IntArrayRef, at::IntArrayRef, std::string_view, bool, bool, bool, bool, bool, bool);
+            at::IntArrayRef, at::IntArrayRef, std::string_view, bool, bool, bool, bool, bool, bool, bool);
         static const auto op = find<Op>("infovae_fast::masked_conv_backward");
         const variable_list saved = context->get_saved_variables();
         const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
@@ -206,15 +206,14 @@ struct Conv : torch::autograd::Function<Conv> {
         const Maybe to_f_directly = gate.empty() ? Maybe() : maybe(gradients[1]);
         {
             const at::AutoDispatchBelowADInplaceOrView below;
-            auto [to_x, to_weight, to_link, to_link_weight, to_f, sums] =
+            auto [to_x, to_weight, to_link, to_link_weight, to_f, to_bias, to_condition] =
                 op.call(gradients[0], to_f_directly, x, weight, maybe(saved[3]), maybe(saved[4]), saved[2],
                         context->saved_data["taps"].toIntVector(), context->saved_data["colours"].toIntVector(), gate,
-                        need_x, need_weight, link, link_weight, condition == 4, bias || condition == 2);
+                        need_x, need_weight, link, link_weight, condition == 4, bias, condition == 2);
             if (need_x) out[0] = to_x;
             if (need_weight) out[1] = to_weight;
-            const at::ScalarType type = x.scalar_type();
-            if (bias) out[2] = sums.sum(0).to(type);
-            if (condition > 0) out[3] = condition == 2 ? sums.to(type) : gate.empty() ? gradients[0] : to_f;
+            if (bias) out[2] = to_bias;
+            if (condition > 0) out[3] = condition == 2 ? to_condition : gate.empty() ? gradients[0] : to_f;
             if (link) out[4] = to_link;
             if (link_weight) out[5] = to_link_weight;
         }

@@ -212,24 +212,24 @@ std::tuple<Tensor, Tensor> masked_conv_forward_empty(const Tensor& x, const Tens
     return {image(x, gated ? cout / 2 : cout), image(x, gated && keep ? cout : 0)};
 }
 
-using ConvBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ConvBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ConvBackward masked_conv_backward_empty(const Tensor& /*gradient*/, const Maybe& /*f_gradient*/, const Tensor& x,
                                         const Tensor& weight, const Maybe& link, const Maybe& link_weight,
                                         const Tensor& /*f*/, at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/,
                                         std::string_view gate, bool to_x, bool to_weight, bool to_link,
-                                        bool to_link_weight, bool to_f, bool sums) {
+                                        bool to_link_weight, bool to_f, bool to_bias, bool to_condition) {
     const auto make = [&](bool wanted, c10::SymIntArrayRef shape) {
         return wanted ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
     };
-    const at::TensorOptions sum = x.options().dtype(c10::promoteTypes(x.scalar_type(), at::kFloat));
     to_link = to_link && link.has_value(), to_link_weight = to_link_weight && link_weight.has_value();
     return {image(x, to_x ? x.sym_size(1) : 0),
             make(to_weight, weight.sym_sizes()),
             image(x, to_link ? link->sym_size(1) : 0),
             make(to_link_weight, to_link_weight ? link_weight->sym_sizes() : weight.sym_sizes()),
             image(x, to_f && gate_of(gate) != Gate::none ? weight.sym_size(2) : 0),
-            sums ? at::empty_symint({x.sym_size(0), weight.sym_size(2)}, sum) : at::empty({0}, sum)};
+            make(to_bias, {weight.sym_size(2)}),
+            make(to_condition, {x.sym_size(0), weight.sym_size(2)})};
 }
 
 MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, at::IntArrayRef colours,
@@ -353,13 +353,14 @@ std::tuple<Tensor, Tensor> masked_conv_forward_native(const Tensor& x, const Ten
 ConvBackward masked_conv_backward_native(const Tensor& gradient, const Maybe& extra, const Tensor& x, const Tensor& weight,
                                          const Maybe& link, const Maybe& link_weight, const Tensor& f, at::IntArrayRef taps,
                                          at::IntArrayRef colours, std::string_view gate, bool to_x, bool to_weight,
-                                         bool to_link, bool to_link_weight, bool to_f, bool sums) {
+                                         bool to_link, bool to_link_weight, bool to_f, bool to_bias, bool to_condition) {
     const MaskedConv conv = conv_of(x, weight, taps, colours, gate);
     auto out = masked_conv_backward_empty(gradient, extra, x, weight, link, link_weight, f, taps, colours, gate, to_x,
-                                          to_weight, to_link, to_link_weight, to_f, sums);
-    auto& [x_gradient, weight_gradient, link_gradient, link_weight_gradient, f_gradient, pixel_sums] = out;
+                                          to_weight, to_link, to_link_weight, to_f, to_bias, to_condition);
+    auto& [x_gradient, weight_gradient, link_gradient, link_weight_gradient, f_gradient, bias_gradient,
+           condition_gradient] = out;
     if (x.numel() == 0) {
-        weight_gradient.zero_(), link_weight_gradient.zero_(), pixel_sums.zero_();
+        weight_gradient.zero_(), link_weight_gradient.zero_(), bias_gradient.zero_(), condition_gradient.zero_();
         return out;
     }
     const bool gated = gate_of(gate) != Gate::none;
@@ -372,7 +373,8 @@ ConvBackward masked_conv_backward_native(const Tensor& gradient, const Maybe& ex
         using T = std::remove_pointer_t<decltype(type)>;
         const auto result = [](const Tensor& t) { return static_cast<T*>(raw_result(t)); };
         return ConvGradients<T>{result(x_gradient), result(weight_gradient), result(link_gradient),
-                                result(link_weight_gradient), result(f_gradient), result(pixel_sums)};
+                                result(link_weight_gradient), result(f_gradient), result(bias_gradient),
+                                result(condition_gradient)};
     };
 #ifdef WITH_CUDA
     if (x.is_cuda()) {
@@ -657,11 +659,12 @@ TORCH_LIBRARY(infovae_fast, m) {
           "int[] taps, int[] colours, str gate, bool keep) -> (Tensor out, Tensor f)",
           {at::Tag::pt2_compliant_tag});
     // From the gradients to out and, with a gate, to the f that was kept: to what is asked for, with a gate also to f in
-    // all, and its sums over the pixels, [N, Cout].
+    // all. `condition_gradient` is that to a condition of all pixels, [N, Cout]; that to a spatial one is f's.
     m.def("masked_conv_backward(Tensor gradient, Tensor? f_gradient, Tensor x, Tensor weight, Tensor? link, "
           "Tensor? link_weight, Tensor f, int[] taps, int[] colours, str gate, bool to_x, bool to_weight, bool to_link, "
-          "bool to_link_weight, bool to_f, bool sums) -> (Tensor x_gradient, Tensor weight_gradient, Tensor link_gradient, "
-          "Tensor link_weight_gradient, Tensor f_gradient, Tensor sums)",
+          "bool to_link_weight, bool to_f, bool to_bias, bool to_condition) -> (Tensor x_gradient, Tensor weight_gradient, "
+          "Tensor link_gradient, Tensor link_weight_gradient, Tensor f_gradient, Tensor bias_gradient, "
+          "Tensor condition_gradient)",
           {at::Tag::pt2_compliant_tag});
     // -log P of each example, [N], and if wanted its gradient to params.
     m.def("logistic_mixture(Tensor params, Tensor x, int levels, bool gradient) -> (Tensor nll, Tensor gradient)",

@@ -56,7 +56,7 @@ template <typename T>
 struct ConvGradients {
     T *x, *weight, *link, *link_weight;
     T* f;     // [n, h, w, cout]
-    T* sums;  // [n, cout], of those to f over the pixels of each image
+    T *bias, *condition;  // [cout], [n, cout]: the sums of those to f over all pixels, over those of each image
 };
 
 // From a gradient to out, [n, h, w, cout / 2] with a gate, and one to f itself, if not null.

@@ -33,10 +33,8 @@ def radial(d2, bandwidth, weight, SCALES: tl.constexpr, KIND: tl.constexpr, ALPH
         else:
             base = 1.0 + (rate / ALPHA) * d2
             if ALPHA == 1.0:
-                if d2.dtype == tl.float32:
-                    p = tl.div_rn(w + tl.zeros_like(base), base)  # "/" is off by 2^-23 to one side: sums would show it
-                else:
-                    p = w / base
+                # In float32 "/" is off by 2^-23, to one side: the sums of an MMD would show it.
+                p = tl.div_rn(w + tl.zeros_like(base), base) if d2.dtype == tl.float32 else w / base
             elif ALPHA == 0.5:
                 p = w * tl.rsqrt(base)
             else:

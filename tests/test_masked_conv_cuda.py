@@ -159,7 +159,7 @@ def test_the_operators_are_well_formed(dtype):
     f = ops.masked_conv_forward(*tensors, *settings, True)[1]
     x, weight, _, _, *link = tensors
     torch.library.opcheck(ops.masked_conv_forward.default, (*tensors, *settings, True), test_utils="test_schema")
-    arguments = (upstream.cuda(), extra.cuda(), x, weight, *link, f, *settings, *(True,) * 6)
+    arguments = (upstream.cuda(), extra.cuda(), x, weight, *link, f, *settings, *(True,) * 7)
     torch.library.opcheck(ops.masked_conv_backward.default, arguments)
     torch.library.opcheck(ops.masked_conv.default, (x.requires_grad_(), *tensors[1:], *settings, True))
 

@@ -230,7 +230,7 @@ def test_what_has_no_room_is_said():
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 @pytest.mark.parametrize(("source", "count"), [(SOURCES[0], 28), (SOURCES[1], 38)])
 def test_what_it_takes_of_a_gpu(source, count, architecture, tmp_path):
-    """No kernel spills, but those on tensor cores: at most 32 registers, of what their loop over sources does not need."""
+    """No kernel spills, but those on tensor cores: up to 32 registers that their loop over sources does not need."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode"]

@@ -366,12 +366,14 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
     const int64_t image_size = apart ? pixels * q.cout : round_up(pixels * q.cout, 64);
     const bool store = gated && result.f == nullptr;  // the gradient to f is for us alone
     Workspace workspace;
-    T *sums = nullptr, *own_f = nullptr, *working = nullptr;
+    const bool add_pixels = result.bias != nullptr || result.condition != nullptr;
+    T *sums = nullptr, *own_f = nullptr, *working = nullptr, *image_sums = nullptr;
     Carver memory{nullptr};
     const auto carve = [&] {
         sums = memory.take<T>(groups * sums_size);
         own_f = memory.take<T>(store ? (apart ? q.n : threads) * image_size : 0);
         working = memory.take<T>(threads * scratch);
+        image_sums = memory.take<T>(add_pixels ? q.n * q.cout : 0);
     };
     carve();
     memory = Carver{workspace.reserve(memory.used)};
@@ -404,7 +406,7 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
             std::fill_n(sums + group * sums_size, sums_size, T(0));
             for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
                 const T* g = f_gradient_of(image);
-                if (result.sums != nullptr) pixel_sums(q, g, result.sums + image * q.cout);
+                if (add_pixels) pixel_sums(q, g, image_sums + image * q.cout);
                 for (const auto& [input, to] : inputs) {
                     for (int64_t y0 = 0; !apart && y0 < q.h; y0 += input.step) to_inputs(input, to, image, g, y0);
                 }
@@ -427,6 +429,12 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
                 to_inputs(convolution, result_of, image, f_gradient_of(image), task % blocks * convolution.step);
             }
         });
+    }
+    if (result.condition != nullptr) std::copy_n(image_sums, q.n * q.cout, result.condition);
+    for (int64_t c = 0; result.bias != nullptr && c < q.cout; ++c) {
+        double sum = 0;
+        for (int64_t image = 0; image < q.n; ++image) sum += double(image_sums[image * q.cout + c]);
+        result.bias[c] = T(sum);
     }
     int64_t before = 0;
     for (const auto& [gradient, values, to] : weights) {

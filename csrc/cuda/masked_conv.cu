@@ -515,17 +515,16 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
     });
 }
 
-// out[outer, e] = sum over count of parts[outer, count, e], rounded to T if `out` is to have it, else `sums`.
+// out[outer, e] = sum over count of parts[outer, count, e]
 template <typename T>
 struct Addition {
     const SumOf<T>* parts;
     int64_t outer, count, size;
     T* out;
-    SumOf<T>* sums;
 };
 template <typename T>
 struct Additions {
-    Addition<T> each[3];
+    Addition<T> each[4];  // to weight, bias, condition, link_weight
     int number = 0;
 };
 
@@ -547,11 +546,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ A
     __syncthreads();
     if (line > 0 || at >= w.outer * w.size) return;
     for (int k = 1; k < lines; ++k) total += sums[k][lane];
-    if (w.out != nullptr) {
-        w.out[at] = rounded<T>(total);
-    } else {
-        w.sums[at] = total;
-    }
+    w.out[at] = rounded<T>(total);
 }
 
 int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -624,7 +619,7 @@ public:
             const dim3 grid(unsigned(parts_of(rows, Product<T>::rows)), unsigned(parts_of(q.cout, NB)), unsigned(count));
             return launch(weight_kernel<T, NB>, grid, Room<T, NB>::all, stream_, w);
         };
-        additions.each[additions.number++] = {parts, 1, count, rows * q.cout, out, nullptr};
+        additions.each[additions.number++] = {parts, 1, count, rows * q.cout, out};
         return wide(q.cout) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
     }
 
@@ -696,7 +691,7 @@ struct Plan {
         const Conv<T> own(conv, true, nullptr), linked(link_conv, true, nullptr);
         const int64_t f_size = conv.n * conv.h * conv.w * conv.cout;
         sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
-        weight = sums + room(result.sums != nullptr, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
+        weight = sums + room(result.bias != nullptr || result.condition != nullptr, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
         link_weight = weight + room(result.weight != nullptr, own.weight_parts(processors), sizeof(SumOf<T>));
         all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(processors), sizeof(SumOf<T>));
     }
@@ -763,15 +758,16 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
         const T* g = in(out_gradient);
         Errors errors;
         Additions<T> additions;
-        if (conv.gated || result.sums != nullptr) {
+        const bool add_pixels = result.bias != nullptr || result.condition != nullptr;
+        if (conv.gated || add_pixels) {
             T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
                                                      : reinterpret_cast<T*>(room(plan.f_gradient));
-            SumOf<T>* const sums = result.sums != nullptr ? parts(plan.sums) : nullptr;
+            SumOf<T>* const sums = add_pixels ? parts(plan.sums) : nullptr;
             errors += own.to_f(in(f), g, in(extra), f_gradient, sums, gate);
-            if (sums != nullptr) {
-                additions.each[additions.number++] = {sums, conv.n, own.blocks(), conv.cout, nullptr,
-                                                      static_cast<SumOf<T>*>(result.sums)};
-            }
+            const auto add = [&](int64_t outer, int64_t count, void* out) {
+                if (out != nullptr) additions.each[additions.number++] = {sums, outer, count, conv.cout, to(out)};
+            };
+            add(1, conv.n * own.blocks(), result.bias), add(conv.n, own.blocks(), result.condition);
             if (conv.gated) g = f_gradient;
         }
         const auto products = [&](const Conv<T>& c, const void* source, const void* matrix, void* to_source, void* to_matrix,

@@ -23,14 +23,14 @@ extern "C" const char* conv_forward(int number, bool exact, const int64_t* sizes
                             Gate(sizes[9]), out, f, nullptr);
 }
 
-// results: to x, weight, link, link_weight, f, and the sums; each may be null.
+// results: to x, weight, link, link_weight, f, bias and condition; each may be null.
 extern "C" const char* conv_backward(int number, bool exact, const int64_t* sizes, const int64_t* taps, int64_t count,
                                      const void* x, const void* weight, const void* link, const void* link_weight,
                                      const void* f, const void* gradient, const void* extra, void* const* results,
                                      int processors) {
     const MaskedConv conv = conv_of(sizes, taps, count);
     const Link<void> linked{link, link_weight, sizes[5]};
-    const ConvGradients<void> wanted{results[0], results[1], results[2], results[3], results[4], results[5]};
+    const ConvGradients<void> wanted{results[0], results[1], results[2], results[3], results[4], results[5], results[6]};
     const size_t bytes = masked_conv_cuda_workspace(Number(number), conv, linked.channels, wanted, processors);
     std::vector<unsigned char> workspace(bytes + 256, 0xff);
     void* const aligned = workspace.data() + (256 - uintptr_t(workspace.data()) % 256) % 256;

@@ -59,18 +59,17 @@ class _Conv(torch.autograd.Function):
             gradient = torch.zeros_like(_image(x, weight.shape[2] // ctx.mask.halves))
         spatial = need_condition and ctx.condition.ndim == 4
         cout = weight.shape[2]
-        sums = need_bias or (need_condition and not spatial)
-        wide = torch.promote_types(x.dtype, torch.float32)
         results = (
             _image(x, x.shape[1] if need_x else 0),
             x.new_full(weight.shape if need_weight else (0,), torch.nan),
             _image(x, link.shape[1] if need_link else 0),
             x.new_full(link_weight.shape if need_matrix else (0,), torch.nan),
             _image(x, cout if spatial and ctx.mask.gate else 0),
-            x.new_full((len(x), cout) if sums else (0,), torch.nan, dtype=wide),
+            x.new_full((cout if need_bias else 0,), torch.nan),
+            x.new_full((len(x), cout) if need_condition and not spatial else (0,), torch.nan),
         )
         if x.numel():
-            pointers = (ctypes.c_void_p * 6)(*(t.data_ptr() if t.numel() else None for t in results))
+            pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() if t.numel() else None for t in results))
             _call(
                 "conv_backward", ctx.exact, ctx.mask, x, weight, link, *_rows(x, weight), *_rows(link, link_weight),
                 _pixels(f) if ctx.mask.gate else None, _pixels(gradient), None if extra is None else _pixels(extra),
@@ -79,12 +78,12 @@ class _Conv(torch.autograd.Function):
         else:
             for t in results:
                 t.zero_()
-        to_condition = (results[4] if ctx.mask.gate else gradient) if spatial else results[5].to(x.dtype)
+        to_condition = (results[4] if ctx.mask.gate else gradient) if spatial else results[6]
         return (
             *(None,) * 3,
             results[0] if need_x else None,
             results[1] if need_weight else None,
-            results[5].sum(0).to(x.dtype) if need_bias else None,
+            results[5] if need_bias else None,
             to_condition if need_condition else None,
             results[2] if need_link else None,
             results[3] if need_matrix else None,
