@@ -20,6 +20,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/elementary.h"
 #include "cuda/products.h"
 #include "cuda/shared_memory.h"
 #include "masked_conv.h"
@@ -81,36 +82,35 @@ __device__ __forceinline__ void write(T* to, const Vector<SumOf<T>, V>& numbers)
     *reinterpret_cast<Vector<T, V>*>(to) = some;
 }
 
-// A function of the gate and its derivative, with all digits of S; of 16 bit numbers with those of T and some more.
+// A(a) sigmoid(b), A = tanh or the identity, and its derivatives to a and b.
 template <typename S>
-struct Curve {
-    S value, slope;
+struct Gated {
+    S value, by_a, by_b;
 };
-template <typename T, typename S>
-__device__ __forceinline__ S exp_minus(S x) {
-    if constexpr (sizeof(T) == 2) return __expf(-x);
-    return exp(-x);
+// With all digits of S.
+template <typename S>
+__device__ __forceinline__ Gated<S> gated(Gate gate, S a, S b) {
+    const S small = exp(-(b < 0 ? -b : b)), sigmoid = (b < 0 ? small : S(1)) / (1 + small), slope = small / (1 + small) / (1 + small);
+    if (gate != Gate::tanh) return {a * sigmoid, sigmoid, a * slope};
+    const S e = exp(-2 * (a < 0 ? -a : a)), A = tanh(a);
+    return {A * sigmoid, 4 * e / (1 + e) / (1 + e) * sigmoid, A * slope};
 }
-template <typename T, typename S>
-__device__ __forceinline__ S quotient(S x, S y) {
-    if constexpr (sizeof(T) == 2) return __fdividef(x, y);
-    return x / y;
+// With those of 16 bit numbers and some more: with x = exp(-2 |a|), y = exp(-|b|), for 1 / ((1 + x) (1 + y)) one reciprocal.
+__device__ __forceinline__ Gated<float> gated_16(Gate gate, float a, float b) {
+    const bool curved = gate == Gate::tanh;
+    constexpr float kLog2e = 1.44269504f;
+    const float size = fabsf(a), x = curved ? power_of_2(-2 * kLog2e * size) : 0.0f, y = power_of_2(-kLog2e * fabsf(b));
+    const float r = near_reciprocal((1 + x) * (1 + y)), of_x = r * (1 + y), of_y = r * (1 + x), up = b < 0 ? y : 1.0f;
+    const float A = !curved ? a : copysignf(size < 0x1p-11f ? size * (1 + x) : 1 - x, a);  // times 1 + x; 1 - x loses digits
+    return {A * up * r, (curved ? 4 * x * of_x : 1.0f) * up * r, A * y * r * of_y};
 }
-template <typename T, typename S>
-__device__ __forceinline__ Curve<S> sigmoid(S b) {
-    const S e = exp_minus<T>(b < 0 ? -b : b);
-    return {quotient<T>(b < 0 ? e : S(1), 1 + e), quotient<T>(quotient<T>(e, 1 + e), 1 + e)};
-}
-template <typename T, typename S>
-__device__ __forceinline__ Curve<S> of_a(Gate gate, S a) {
-    if (gate != Gate::tanh) return {a, S(1)};
-    const S e = exp_minus<T>(2 * (a < 0 ? -a : a)), slope = quotient<T>(quotient<T>(4 * e, 1 + e), 1 + e);
-    if constexpr (sizeof(T) == 2) {  // next to 0 by its series, where 1 - e loses digits
-        const S large = quotient<T>(1 - e, 1 + e), square = a * a;
-        const S small = a * (1 + square * (S(-1.0 / 3) + S(2.0 / 15) * square));
-        return {square < S(0.01) ? small : a < 0 ? -large : large, slope};
+template <typename T>
+__device__ __forceinline__ Gated<SumOf<T>> gated_of(Gate gate, SumOf<T> a, SumOf<T> b) {
+    if constexpr (sizeof(T) == 2) {
+        return gated_16(gate, a, b);
+    } else {
+        return gated(gate, a, b);
     }
-    return {tanh(a), slope};
 }
 
 struct ShortTap {
@@ -262,7 +262,7 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) 
     __syncthreads();
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int kMostBlocks = 2;  // more would not fit shared memory
 #else
 constexpr int kMostBlocks = 3;
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
             if (halves == 2) {
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
-                    value[0].x[e] = of_a<T>(w.gate, value[0].x[e]).value * sigmoid<T>(value[1].x[e]).value;
+                    value[0].x[e] = gated_of<T>(w.gate, value[0].x[e], value[1].x[e]).value;
                 }
             }
             write(w.out + pixel * w.out_channels + channel, value[0]);
@@ -476,7 +476,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
         const int lane = int(threadIdx.x) % across, line = int(threadIdx.x) / across;
         const int column = int(blockIdx.y) * kGateColumns + lane * V;
         Vector<S, V> sum[2] = {};
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
         for (int row = block * rows + line; row < end && column < w.half; row += lines) {
             const int64_t pixel = image * w.size + row, at = pixel * halves * w.half + column;
             Vector<S, V> to[2] = {widened(vector_at<V>(w.gradient + pixel * w.half + column)), {}};
@@ -490,8 +490,8 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
                     const S g = to[0].x[e];
-                    const Curve<S> by_a = of_a<T>(w.gate, widened(f[0].x[e])), by_b = sigmoid<T>(widened(f[1].x[e]));
-                    to[0].x[e] = g * by_b.value * by_a.slope, to[1].x[e] = g * by_a.value * by_b.slope;
+                    const Gated<S> at = gated_of<T>(w.gate, widened(f[0].x[e]), widened(f[1].x[e]));
+                    to[0].x[e] = g * at.by_a, to[1].x[e] = g * at.by_b;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
