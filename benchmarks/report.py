@@ -2,7 +2,8 @@
 
 Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
 those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of
-medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out.
+medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out. Rows of a GPU go
+to tables of their own, `speed on a GPU` and `speed masked_conv on a GPU`.
 """
 
 import json
@@ -88,6 +89,59 @@ def conv_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def newest(rows: list[dict[str, Any]]) -> dict[Any, dict[str, dict[str, Any]]]:
+    """By case the rows of its last run, by implementation; ours is the first of a run."""
+    cases: dict[Any, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        case = row["what"], row["n"], row["d"], row["gradient"], row.get("dtype", "float32")
+        if row["implementation"] == OURS:
+            cases[case] = {}
+        cases.setdefault(case, {})[row["implementation"]] = row
+    return cases
+
+
+def milliseconds(row: dict[str, Any] | None) -> str:
+    return f"{row['median_s'] * 1e3:.3g} ms" if row else "–"
+
+
+def ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
+    if not (row and to):
+        return "–"
+    times = row["median_s"] / to["median_s"]
+    return f"{times:,.{2 if times < 10 else 0}f}x"
+
+
+def gpu_table(rows: list[dict[str, Any]]) -> str:
+    found, graph = newest(rows), f"{OURS} graph"
+    head = ["", "ours", "as a CUDA graph", "eager, expanded", "`torch.compile`", "gradient error: ours, eager"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for case in pairwise.GPU_CASES:
+        by = found.get((case.what, case.n, case.d, case.gradient, case.dtype), {})
+        if OURS not in by:
+            continue
+        name = f"{NAMES[case.what]}, N = {case.n:,}" + ("" if case.what == "stein" else " = M") + f", D = {case.d}"
+        name += ("" if case.gradient else ", value alone") + ("" if case.dtype == "float32" else f", {case.dtype}")
+        errors = ", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "eager expanded") if "error" in by.get(k, {}))
+        cells = [milliseconds(by[OURS]), milliseconds(by.get(graph))]
+        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors or "–"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
+    titles = ("cropped", "graph: cropped to ours", "`torch.compile`", "eager", "cached, in PyTorch", "naive")
+    lines = ["| | ours | as a CUDA graph | " + " | ".join(titles) + " | error: ours, cropped |", "|" + "---|" * 10]
+    for (what, n, _, gradient, dtype), by in newest(rows).items():
+        pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
+        ours, graph = by[OURS], by.get(f"{OURS} graph")
+        cells = [milliseconds(ours), milliseconds(graph), ratio(by.get("cropped"), ours)]
+        cells += [ratio(by.get("cropped graph"), graph)]
+        cells += [ratio(by.get(k), ours) for k in ("torch.compile", "eager", "plain cached", "naive")]
+        cells += [", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "cropped") if "error" in by.get(k, {})) or "–"]
+        lines.append(f"| {what}, batch {n}, {dtype}{pass_} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def replaced(text: str, marker: str, table: str) -> str:
     before, start, rest = text.partition(f"<!-- {marker} -->\n")
     _, end, after = rest.partition(f"<!-- /{marker} -->")
@@ -134,6 +188,8 @@ def plot(rows: Rows, path: Path) -> None:
 
 def main() -> None:
     every = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    on_gpu = [row for row in every if "cuda" in row]
+    every = [row for row in every if "cuda" not in row]
     rows: Rows = {
         ((row["what"], row["n"], row["d"]), row["implementation"], row["malloc"]): row
         for row in every
@@ -147,6 +203,10 @@ def main() -> None:
         plot(rows, ROOT / "docs" / "speed.png")
     if convs:
         text = replaced(text, "speed masked_conv", conv_table(convs))
+    if some := [row for row in on_gpu if row["op"] == "pairwise"]:
+        text = replaced(text, "speed on a GPU", gpu_table(some))
+    if some := [row for row in on_gpu if row["op"] in ("masked_conv", "logistic_mixture")]:
+        text = replaced(text, "speed masked_conv on a GPU", gpu_conv_table(some))
     readme.write_text(text)
 
 
