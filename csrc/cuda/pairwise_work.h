@@ -157,52 +157,33 @@ size_t partial_bytes(const Work<T>& w, int64_t clouds, int64_t rows) {
 template <int COUNT, typename T>
 __device__ __forceinline__ void radial_of(const T (&t)[COUNT], const Work<T>& work, const Mixture<T>& mixture,
                                           T (&phi)[COUNT], T (&g)[COUNT]) {
-    using Scale = typename Mixture<T>::Scale;
-    const auto add = [&](int e, const Scale& scale, T p, T slope) {
-        phi[e] += p * scale.weight, g[e] += slope * scale.weighted_rate;
-    };
 #pragma unroll
     for (int e = 0; e < COUNT; ++e) phi[e] = g[e] = T(0);
-    int s = 0;
+    const auto add_scales = [&](auto one) {  // phi and the slope of a scale, at t
+#pragma unroll 1
+        for (int s = 0; s < work.scales; ++s) {
+            const typename Mixture<T>::Scale scale = mixture.scale[s];
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                T p, slope;
+                one(t[e], scale, p, slope);
+                phi[e] += p * scale.weight, g[e] += slope * scale.weighted_rate;
+            }
+        }
+    };
     if (work.rbf) {
-#pragma unroll 1
-        for (; s < work.scales; ++s) {
-            const Scale scale = mixture.scale[s];
-#pragma unroll
-            for (int e = 0; e < COUNT; ++e) {
-                const T p = power_of_2(t[e] * scale.rate);
-                add(e, scale, p, p);
-            }
-        }
+        add_scales([](T t, const auto& scale, T& p, T& slope) { p = slope = power_of_2(t * scale.rate); });
     } else if (work.alpha == 1) {
-#pragma unroll 1
-        for (; s + 1 < work.scales; s += 2) {  // 1 / x and 1 / y from 1 / (x y): reciprocals are what takes long
-            const Scale one = mixture.scale[s], two = mixture.scale[s + 1];
-#pragma unroll
-            for (int e = 0; e < COUNT; ++e) {
-                const T x = T(1) - t[e] * one.rate_by_alpha, y = T(1) - t[e] * two.rate_by_alpha;
-                const T both = near_reciprocal(x * y), p = y * both, q = x * both;
-                add(e, one, p, p * p), add(e, two, q, q * q);
-            }
-        }
-        if (s < work.scales) {
-            const Scale scale = mixture.scale[s];
-#pragma unroll
-            for (int e = 0; e < COUNT; ++e) {
-                const T p = near_reciprocal(T(1) - t[e] * scale.rate_by_alpha);
-                add(e, scale, p, p * p);
-            }
-        }
+        add_scales([](T t, const auto& scale, T& p, T& slope) {
+            p = near_reciprocal(T(1) - t * scale.rate_by_alpha);
+            slope = p * p;
+        });
     } else {
-#pragma unroll 1
-        for (; s < work.scales; ++s) {
-            const Scale scale = mixture.scale[s];
-#pragma unroll
-            for (int e = 0; e < COUNT; ++e) {
-                const T u = -t[e] * scale.rate_by_alpha, p = power_of_2(T(-work.alpha) * log2_1p(u));
-                add(e, scale, p, p * near_reciprocal(T(1) + u));
-            }
-        }
+        add_scales([&](T t, const auto& scale, T& p, T& slope) {
+            const T u = -t * scale.rate_by_alpha;
+            p = power_of_2(T(-work.alpha) * log2_1p(u));
+            slope = p * near_reciprocal(T(1) + u);
+        });
     }
 }
 

@@ -141,7 +141,7 @@ void run(const Problem& p, Random& random) {
     compare("f", p, f.value, f.largest(), kept);
 
     Sums to_x(p.x.size()), to_weight(p.weight.size()), to_link(p.link.size()), to_link_weight(p.link_weight.size());
-    Sums sums(q.n * q.cout);
+    Sums to_bias(q.cout), to_condition(q.n * q.cout);
     p.each([&](int64_t to, int64_t from, int64_t t) {
         for (int64_t ci = 0; ci < q.cin; ++ci) {
             for (int64_t co = 0; co < q.cout; ++co) {
@@ -155,7 +155,7 @@ void run(const Problem& p, Random& random) {
     for (int64_t pixel = 0; pixel < p.pixels(); ++pixel) {
         for (int64_t co = 0; co < q.cout; ++co) {
             const double g = to_f[pixel * q.cout + co];
-            sums.add(pixel / (q.h * q.w) * q.cout + co, g);
+            to_bias.add(co, g), to_condition.add(pixel / (q.h * q.w) * q.cout + co, g);
             for (int64_t k = 0; k < p.links; ++k) {
                 to_link.add(pixel * p.links + k, g * p.link_weight[k * q.cout + co]);
                 to_link_weight.add(k * q.cout + co, g * p.link[pixel * p.links + k]);
@@ -166,8 +166,9 @@ void run(const Problem& p, Random& random) {
     const Array<T> f_in(f.value, gated), upstream(p.upstream), extra(p.extra, p.with_extra);
     const Array<T> gx(to_x.value.size(), wanted()), gw(to_weight.value.size(), wanted());
     const Array<T> gl(to_link.value.size(), p.links > 0 && wanted()), gm(to_link_weight.value.size(), p.links > 0 && wanted());
-    const Array<T> gf(to_f.size(), gated && wanted()), gs(sums.value.size(), wanted());
-    masked_conv_gradients<T>(q, x, weight, links, p.gate, f_in, upstream, extra, {gx, gw, gl, gm, gf, gs});
+    const Array<T> gf(to_f.size(), gated && wanted());
+    const Array<T> gb(to_bias.value.size(), wanted()), gc(to_condition.value.size(), wanted());
+    masked_conv_gradients<T>(q, x, weight, links, p.gate, f_in, upstream, extra, {gx, gw, gl, gm, gf, gb, gc});
     double largest = 0;
     for (const double g : to_f) largest = std::max(largest, std::abs(g));
     compare("x_gradient", p, to_x.value, to_x.largest(), gx);
@@ -175,7 +176,8 @@ void run(const Problem& p, Random& random) {
     compare("link_gradient", p, to_link.value, to_link.largest(), gl);
     compare("link_weight_gradient", p, to_link_weight.value, to_link_weight.largest(), gm);
     compare("f_gradient", p, to_f, largest, gf);
-    compare("sums", p, sums.value, sums.largest(), gs);
+    compare("bias_gradient", p, to_bias.value, to_bias.largest(), gb);
+    compare("condition_gradient", p, to_condition.value, to_condition.largest(), gc);
     ++problems;
 }
 
