@@ -57,6 +57,8 @@ struct ConvGradients {
     T *x, *weight, *link, *link_weight;
     T* f;     // [n, h, w, cout]
     T *bias, *condition;  // [cout], [n, cout]: the sums of those to f over all pixels, over those of each image
+
+    bool of_pixels() const { return bias != nullptr || condition != nullptr; }
 };
 
 // From a gradient to out, [n, h, w, cout / 2] with a gate, and one to f itself, if not null.

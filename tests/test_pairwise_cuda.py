@@ -137,6 +137,18 @@ def test_tensor_cores_hold_the_rule_far_from_the_bandwidth():
                 check(F[rows], truth[1][rows], yardstick[1][rows], scale[1][rows])
 
 
+@pytest.mark.parametrize("kernel", [RBF(1.0), wae_imq(4), RationalQuadratic(1.5, 0.5)], ids=["one", "several", "power"])
+def test_points_at_one_place(kernel):
+    """Where nothing is far from the centre in units of anything, and a tile has room for more points."""
+    lonely = torch.zeros(700, 20)
+    lonely[5] = 1  # not in the sample that tells the centre
+    for x, y in ((torch.full((100, 20), 0.1), None), (torch.ones(10, 20), torch.ones(10, 20)), (lonely, None)):
+        E, F, *_ = run(x, y, kernel=kernel)
+        truth = pairwise_reference(x.double(), None if y is None else y.double(), None, kernel, WEIGHTS, True, True)
+        assert E.item() == pytest.approx(truth[0].item(), rel=1e-6)
+        assert (F.double() - truth[1]).abs().max() <= 1e-6 * max(1.0, truth[1].abs().max().item())
+
+
 def test_many_targets_a_lane():
     """From 8,192 points on; a part of them is compared."""
     for kernel in (RBF(1.3), IMQ(1.0)):

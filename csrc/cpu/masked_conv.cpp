@@ -366,14 +366,13 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
     const int64_t image_size = apart ? pixels * q.cout : round_up(pixels * q.cout, 64);
     const bool store = gated && result.f == nullptr;  // the gradient to f is for us alone
     Workspace workspace;
-    const bool add_pixels = result.bias != nullptr || result.condition != nullptr;
     T *sums = nullptr, *own_f = nullptr, *working = nullptr, *image_sums = nullptr;
     Carver memory{nullptr};
     const auto carve = [&] {
         sums = memory.take<T>(groups * sums_size);
         own_f = memory.take<T>(store ? (apart ? q.n : threads) * image_size : 0);
         working = memory.take<T>(threads * scratch);
-        image_sums = memory.take<T>(add_pixels ? q.n * q.cout : 0);
+        image_sums = memory.take<T>(result.of_pixels() ? q.n * q.cout : 0);
     };
     carve();
     memory = Carver{workspace.reserve(memory.used)};
@@ -406,7 +405,7 @@ void masked_conv_gradients(const MaskedConv& q, const T* x, const T* weight, con
             std::fill_n(sums + group * sums_size, sums_size, T(0));
             for (int64_t image = q.n * group / groups; image < q.n * (group + 1) / groups; ++image) {
                 const T* g = f_gradient_of(image);
-                if (add_pixels) pixel_sums(q, g, image_sums + image * q.cout);
+                if (result.of_pixels()) pixel_sums(q, g, image_sums + image * q.cout);
                 for (const auto& [input, to] : inputs) {
                     for (int64_t y0 = 0; !apart && y0 < q.h; y0 += input.step) to_inputs(input, to, image, g, y0);
                 }

@@ -490,8 +490,8 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
                     const S g = to[0].x[e];
-                    const Gated<S> at = gated_of<T>(w.gate, widened(f[0].x[e]), widened(f[1].x[e]));
-                    to[0].x[e] = g * at.by_a, to[1].x[e] = g * at.by_b;
+                    const Gated<S> one = gated_of<T>(w.gate, widened(f[0].x[e]), widened(f[1].x[e]));
+                    to[0].x[e] = g * one.by_a, to[1].x[e] = g * one.by_b;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
@@ -532,11 +532,11 @@ struct Additions {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ Additions<T> additions) {
     constexpr int lines = kThreads / 32;
-    __shared__ SumOf<T> sums[lines][32];
+    __shared__ double sums[lines][32];
     const Addition<T>& w = additions.each[blockIdx.y];
     const int lane = int(threadIdx.x) % 32, line = int(threadIdx.x) / 32;
     const int64_t at = int64_t(blockIdx.x) * 32 + lane;
-    SumOf<T> total = 0;
+    double total = 0;  // the parts may be thousands
     if (at < w.outer * w.size) {
         const SumOf<T>* from = w.parts + at / w.size * w.count * w.size + at % w.size;
 #pragma unroll 8
@@ -546,7 +546,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ A
     __syncthreads();
     if (line > 0 || at >= w.outer * w.size) return;
     for (int k = 1; k < lines; ++k) total += sums[k][lane];
-    w.out[at] = rounded<T>(total);
+    w.out[at] = rounded<T>(SumOf<T>(total));
 }
 
 int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -691,7 +691,7 @@ struct Plan {
         const Conv<T> own(conv, true, nullptr), linked(link_conv, true, nullptr);
         const int64_t f_size = conv.n * conv.h * conv.w * conv.cout;
         sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
-        weight = sums + room(result.bias != nullptr || result.condition != nullptr, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
+        weight = sums + room(result.of_pixels(), conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
         link_weight = weight + room(result.weight != nullptr, own.weight_parts(processors), sizeof(SumOf<T>));
         all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(processors), sizeof(SumOf<T>));
     }
@@ -758,11 +758,10 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
         const T* g = in(out_gradient);
         Errors errors;
         Additions<T> additions;
-        const bool add_pixels = result.bias != nullptr || result.condition != nullptr;
-        if (conv.gated || add_pixels) {
+        if (conv.gated || result.of_pixels()) {
             T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
                                                      : reinterpret_cast<T*>(room(plan.f_gradient));
-            SumOf<T>* const sums = add_pixels ? parts(plan.sums) : nullptr;
+            SumOf<T>* const sums = result.of_pixels() ? parts(plan.sums) : nullptr;
             errors += own.to_f(in(f), g, in(extra), f_gradient, sums, gate);
             const auto add = [&](int64_t outer, int64_t count, void* out) {
                 if (out != nullptr) additions.each[additions.number++] = {sums, outer, count, conv.cout, to(out)};

@@ -10,8 +10,8 @@
 //     g   one for each target, which changes when a larger g comes. Of one RBF scale it is added to t, where it costs
 //         nothing: phi is a power of two itself
 //
-// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or sources, and what is more is added up in
-// float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
+// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates, the first of them to -h, or 32 sources, and
+// what is more is added up in float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
 // A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j instead.
 //
 // A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
@@ -40,6 +40,7 @@ constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
 constexpr int kFirstShift = 126;   // of t, before the first g is known
 constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
+constexpr float kLeastUnit = 0x1p-50f;   // where its square, and 1 by it, are far from the ends of float
 
 // The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
 //
@@ -48,6 +49,7 @@ constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding l
 //     pairs                   [tile / 2, 4], -h / unit^2 as a product adds it: of points 2 k and 2 k + 1, twice
 //     a                       [tile]
 //     unit, value_unit        [units], of so many points of the tile each
+//     there                   [1], how many points there are; the others are padding
 struct Shape {
     int dp, tile, pitch, array, arrays, units, bytes;
 
@@ -55,18 +57,18 @@ struct Shape {
         : dp(dp), tile(dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16),  // two in 99 KiB
           pitch(dp + 8),  // eight rows lie in different banks
           array(tile * pitch), arrays(values ? 4 : 2), units(tile > kUnit ? tile / kUnit : 1),
-          bytes(2 * arrays * array + 4 * (3 * tile + (2 * units + 3) / 4 * 4)) {}
+          bytes(2 * arrays * array + 4 * (3 * tile + (2 * units + 4) / 4 * 4)) {}
 };
 
 struct Tile16 {
     __half *high, *low, *value_high, *value_low;
-    float *pairs, *a, *unit, *value_unit;
+    float *pairs, *a, *unit, *value_unit, *there;
 
     __device__ __forceinline__ Tile16(const Shape& s, unsigned char* at) {
         high = reinterpret_cast<__half*>(at), low = high + s.array;
         value_high = s.arrays == 4 ? low + s.array : high, value_low = s.arrays == 4 ? value_high + s.array : low;
         pairs = reinterpret_cast<float*>(high + s.arrays * s.array), a = pairs + 2 * s.tile;
-        unit = a + s.tile, value_unit = unit + s.units;
+        unit = a + s.tile, value_unit = unit + s.units, there = value_unit + s.units;
     }
 };
 
@@ -79,24 +81,20 @@ struct Points {
     }
 };
 
-template <int DP, bool VALUES>
+template <int DP, bool FORCE, bool VALUES>
 struct Layout {  // of shared memory: the sums of the threads, then the tiles
     static constexpr Shape shape{DP, VALUES};
-    static constexpr size_t totals = kRows * DP * sizeof(double), bytes = totals + kStages * shape.bytes;
+    static constexpr size_t totals = FORCE ? kRows * DP * sizeof(double) : 0, bytes = totals + kStages * shape.bytes;
     static_assert(kUnit % kRows == 0 && kGroup % shape.tile == 0 && shape.bytes % 16 == 0);
     static constexpr size_t others = 2 * ((VALUES ? 0 : sizeof(Mixture<float>)) + (kWarps + 4) * sizeof(double));
     static_assert(bytes + others <= 99 << 10);
 };
 
-constexpr int blocks_at_once(int dp, bool usual) {  // on a processor
-    return dp == 16 ? (usual ? 5 : 4) : dp == 32 && usual ? 3 : 2;
-}
-
 template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
     static constexpr int groups = DP <= (usual ? 64 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
-    static constexpr int blocks = blocks_at_once(DP, usual);
+    static constexpr int blocks = DP == 16 ? (usual ? 5 : 4) : DP == 32 && usual ? 3 : 2;  // of a processor
 };
 
 // ---- numbers ----
@@ -231,10 +229,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     if (place % kUnit == 0 && part == 0) {
         tile.unit[place / kUnit] = unit;
         if (VALUES) tile.value_unit[place / kUnit] = value_unit;
+        if (place == 0) tile.there[0] = float(n < first + row ? 0 : n - first - row < shape.tile ? n - first - row : shape.tile);
     }
     double square = 0;  // of high high + 2 high low
+    alignas(16) unsigned words[2][4];
     const auto eight = [&](int c, float by, auto number, __half* high, __half* low) {
-        unsigned words[2][4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) split(number(c + 2 * e) * by, number(c + 2 * e + 1) * by, words[0][e], words[1][e]);
         const int at = place * shape.pitch + c;
@@ -244,9 +243,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     for (int c = 8 * part; c < dp; c += 8 * kParts) {
         const auto number = [&](int at) { return u[row * (dp + 1) + at]; };
         eight(c, inverse_power(unit), number, tile.high, tile.low);
+        __half halves[2][8];
+        std::memcpy(halves, words, sizeof halves);
+#pragma unroll
         for (int e = 0; e < 8; ++e) {
-            const int at = place * shape.pitch + c + e;
-            const double a = double(__half2float(tile.high[at])), b = double(__half2float(tile.low[at]));
+            const double a = double(__half2float(halves[0][e])), b = double(__half2float(halves[1][e]));
             square += a * (a + 2 * b);
         }
         if constexpr (VALUES) {
@@ -258,7 +259,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     for (int offset = kParts / 2; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
     if (part == 0) {
         const bool there = first + row < n;
-        const double far_away = fmax(1e4 / (double(unit) * double(unit)), 1.0);
+        // Far away, t < -10^4 (if `unit` is so large that 1 is far), or what is hidden (if it is too small for that).
+        const double far_away = fmin(fmax(1e4 / (double(unit) * double(unit)), 1.0), 0x1p120);
         float* const pair = tile.pairs + place / 2 * 4 + place % 2;
         pair[0] = pair[2] = float(there ? -square / 2 : -far_away);
         tile.a[place] = !there ? 0.0f : work.a[own] == nullptr ? 1.0f : work.a[own][cloud * n + first + row];
@@ -274,8 +276,8 @@ public:
     explicit __device__ Copies(unsigned char* slots) : slots_(slots) {
 #if __CUDA_ARCH__ >= 900
         if (threadIdx.x == 0) {
-            for (int slot = 0; slot < kStages; ++slot) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrived(slot)));
-            asm volatile("fence.mbarrier_init.release.cluster;");
+            for (int slot = 0; slot < kStages; ++slot) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrived(slot)) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
         __syncthreads();
 #endif
@@ -325,7 +327,7 @@ private:
 // PLAIN: one RBF scale and no weights of points. FORCE: also the sums of g u.
 template <int DP, bool PLAIN, bool FORCE, bool VALUES>
 __device__ __forceinline__ void sum_share(const Work<float>& work, const Points& x, const Points& y, const Share& share) {
-    using L = Layout<DP, VALUES>;
+    using L = Layout<DP, FORCE, VALUES>;
     using R = Registers<DP, PLAIN, VALUES>;
     constexpr Shape kShape = L::shape;
     constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = kShape.tile, kPitch = kShape.pitch;
@@ -405,9 +407,12 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const bool within = k < share.own_count;
         const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
         const double w = within ? work.within[own] : work.between;
-        if (FORCE && k % (kGroup / kTile) == 0) flush();
+        if constexpr (FORCE) {
+            if (k % (kGroup / kTile) == 0) flush();
+        }
 
-        // 16 kGroups sources. CAREFUL: some may be hidden, of another unit, or so far away that rounding moves t beyond 0.
+        // 16 kGroups sources. CAREFUL: some may be hidden, of another unit or a tiny one, or so far away that rounding moves
+        // t beyond 0.
         const auto add_sources = [&](int first, auto careful) {
             constexpr bool CAREFUL = decltype(careful)::value;
             const float units = own_unit * unit;
@@ -474,8 +479,9 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                         phi[e] *= a, g[e] *= a;
                     }
                     if constexpr (CAREFUL) {
-                        const int own_row = row0 + 8 * half, other = ahead + first + column_of(e);
-                        if (within && (full ? other == own_row : other <= own_row)) phi[e] = g[e] = 0.0f;
+                        const int own_row = row0 + 8 * half, at = first + column_of(e), other = ahead + at;
+                        const bool hidden = within && (full ? other == own_row : other <= own_row);
+                        if (hidden || at >= int(source.there[0])) phi[e] = g[e] = 0.0f;
                     }
                     A_here[half] += phi[e];
                     if constexpr (FORCE && !PLAIN) {
@@ -494,7 +500,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                     for (int e = 2 * half; e < kNumbers; e += e % 2 == 0 ? 1 : 3) most = fmaxf(most, phi[e]);
                     most = of_row(most);
                     if (!(of_row(A_here[half]) > kLargest)) continue;
-                    const int less = int(__float_as_uint(most) >> 23) - 127 - 1;  // for g between 2 and 4
+                    const int less = int(__float_as_uint(most) >> 23) - 127 - 4;  // for g between 16 and 32
                     A_cloud[half] *= double(exact_power(-less));
                     shift[half] -= less;
                     start_at_shift(half);
@@ -557,7 +563,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                 if constexpr (FORCE) flush();
                 unit = unit_here, value_unit = value_unit_here;
                 back = VALUES ? double(value_unit) : w * outer * per_phi * double(unit);
-                other_unit = unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
+                other_unit = unit != own_unit || unit < kLeastUnit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
             }
             const auto add_piece = [&](auto careful) {
 #pragma unroll 1
@@ -626,7 +632,7 @@ template <int DP, bool PLAIN, bool FORCE, bool VALUES>
 __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks)
     products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
                     const __grid_constant__ Points y) {
-    const Share share(work, blockIdx.x, kRows, Layout<DP, VALUES>::shape.tile);
+    const Share share(work, blockIdx.x, kRows, Layout<DP, FORCE, VALUES>::shape.tile);
     if constexpr (FORCE) {
         if (work.force[share.own] != nullptr) return sum_share<DP, PLAIN, true, VALUES>(work, x, y, share);
     }
@@ -723,9 +729,9 @@ template <int DP>
 cudaError_t sum(const Plan& p, cudaStream_t stream) {
     const bool force = p.work.force[0] != nullptr || p.work.force[1] != nullptr;
     const auto launch = [&](auto plain, auto forces, auto values) {
-        constexpr bool kValues = decltype(values)::value;
-        return start(products_kernel<DP, decltype(plain)::value, decltype(forces)::value, kValues>, p.work.blocks, p.clouds,
-                     kThreads, Layout<DP, kValues>::bytes, stream, p.work, p.points[0], p.points[1]);
+        constexpr bool kForces = decltype(forces)::value, kValues = decltype(values)::value;
+        return start(products_kernel<DP, decltype(plain)::value, kForces, kValues>, p.work.blocks, p.clouds, kThreads,
+                     Layout<DP, kForces, kValues>::bytes, stream, p.work, p.points[0], p.points[1]);
     };
     using Yes = std::true_type;
     using No = std::false_type;

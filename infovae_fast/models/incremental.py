@@ -89,7 +89,7 @@ def _places(structure: Structure) -> Weights:
     def new(*shape: int) -> Tensor:
         nonlocal count
         count += math.prod(shape)
-        return torch.arange(count - math.prod(shape), count).view(shape)
+        return torch.arange(count - math.prod(shape), count, device="cpu").view(shape)
 
     def sorted_columns(t: Tensor, halves: int = 1) -> Tensor:
         return t[..., _order(t.shape[-1], groups, halves)]
@@ -136,7 +136,7 @@ def _matrix(mask: Mask, weight: Tensor) -> Tensor:
 
 
 @lru_cache
-def _order(channels: int, groups: int, halves: int = 1, device: torch.device | None = None) -> Tensor:
+def _order(channels: int, groups: int, halves: int = 1, device: torch.device | str = "cpu") -> Tensor:
     """The channels (half, map, group) in the order (group, half, map)."""
     return torch.arange(channels, device=device).view(halves, -1, groups).permute(2, 0, 1).flatten()
 
