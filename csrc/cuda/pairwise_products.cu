@@ -7,11 +7,10 @@
 //
 //     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0. (A point
 //         more than 10^5 times farther out than its 63 neighbours takes digits of theirs.)
-//     g   one for each target, which changes when a larger g comes. Of one RBF scale it is added to t, where it costs
-//         nothing: phi is a power of two itself
+//     g   one for each target, which changes when a larger g comes
 //
-// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates, the first of them to -h, or 32 sources, and
-// what is more is added up in float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
+// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or 32 sources, and what is more is added up in
+// float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
 // A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j instead.
 //
 // A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
@@ -38,15 +37,13 @@ constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
-constexpr int kFirstShift = 126;   // of t, before the first g is known
 constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
-constexpr float kLeastUnit = 0x1p-50f;   // where its square, and 1 by it, are far from the ends of float
 
 // The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
 //
 //     high, low               [tile, pitch], u = unit (high + low)
 //     value_high, value_low   the same; what g is multiplied with, if it is not u
-//     pairs                   [tile / 2, 4], -h / unit^2 as a product adds it: of points 2 k and 2 k + 1, twice
+//     minus_h                 [tile], -h / unit^2
 //     a                       [tile]
 //     unit, value_unit        [units], of so many points of the tile each
 //     there                   [1], how many points there are; the others are padding
@@ -57,17 +54,17 @@ struct Shape {
         : dp(dp), tile(dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16),  // two in 99 KiB
           pitch(dp + 8),  // eight rows lie in different banks
           array(tile * pitch), arrays(values ? 4 : 2), units(tile > kUnit ? tile / kUnit : 1),
-          bytes(2 * arrays * array + 4 * (3 * tile + (2 * units + 4) / 4 * 4)) {}
+          bytes(2 * arrays * array + 4 * (2 * tile + (2 * units + 4) / 4 * 4)) {}
 };
 
 struct Tile16 {
     __half *high, *low, *value_high, *value_low;
-    float *pairs, *a, *unit, *value_unit, *there;
+    float *minus_h, *a, *unit, *value_unit, *there;
 
     __device__ __forceinline__ Tile16(const Shape& s, unsigned char* at) {
         high = reinterpret_cast<__half*>(at), low = high + s.array;
         value_high = s.arrays == 4 ? low + s.array : high, value_low = s.arrays == 4 ? value_high + s.array : low;
-        pairs = reinterpret_cast<float*>(high + s.arrays * s.array), a = pairs + 2 * s.tile;
+        minus_h = reinterpret_cast<float*>(high + s.arrays * s.array), a = minus_h + s.tile;
         unit = a + s.tile, value_unit = unit + s.units, there = value_unit + s.units;
     }
 };
@@ -105,7 +102,6 @@ __device__ __forceinline__ float power_below(float x) {  // 2^floor(log2 x); x i
 __device__ __forceinline__ float inverse_power(float power) {  // of a power of two
     return __uint_as_float(0x7f000000u - __float_as_uint(power));
 }
-__device__ __forceinline__ float exact_power(int e) { return __uint_as_float(unsigned(e + 127) << 23); }  // 2^e
 __device__ __forceinline__ float minimum_or_nan(float x, float limit) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     float y;
@@ -218,8 +214,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
             }
         }
     }
-    const auto unit_of = [&](float x) {  // the power of two that brings x below 2^14
-        return power_below(fminf(fmaxf(x, 0x1p-100f), 0x1p126f)) * 0x1p-13f;
+    const auto unit_of = [&](float x) {  // the power of two that brings x below 2^14; its square is a normal number
+        return power_below(fminf(fmaxf(x, 0x1p-40f), 0x1p126f)) * 0x1p-13f;
     };
     const float unit = fmaxf(unit_of(float(4 * scale) * spread), unit_of(largest(most, of_warps[1])));
     const float value_unit = VALUES ? unit_of(largest(most_value, of_warps[2])) : 1.0f;
@@ -259,10 +255,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     for (int offset = kParts / 2; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
     if (part == 0) {
         const bool there = first + row < n;
-        // Far away, t < -10^4 (if `unit` is so large that 1 is far), or what is hidden (if it is too small for that).
-        const double far_away = fmin(fmax(1e4 / (double(unit) * double(unit)), 1.0), 0x1p120);
-        float* const pair = tile.pairs + place / 2 * 4 + place % 2;
-        pair[0] = pair[2] = float(there ? -square / 2 : -far_away);
+        const double far_away = fmax(1e4 / (double(unit) * double(unit)), 1.0);  // t < -10^4; a large unit is far
+        tile.minus_h[place] = float(there ? -square / 2 : -far_away);
         tile.a[place] = !there ? 0.0f : work.a[own] == nullptr ? 1.0f : work.a[own][cloud * n + first + row];
     }
 }
@@ -332,7 +326,6 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
     constexpr Shape kShape = L::shape;
     constexpr int kSteps = DP / 16, kGroups = R::groups, kTile = kShape.tile, kPitch = kShape.pitch;
     constexpr int kNumbers = 8 * kGroups, kPiece = kTile / kShape.units;  // sources of one unit
-    constexpr bool kShifts = PLAIN && FORCE;
     static_assert(kPiece % (16 * kGroups) == 0);
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ Mixture<float> mixture;
@@ -373,17 +366,14 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
     }
 
-    // What is in 16 bits is g times 2^shift, or times a factor.
     const float own_unit = own_tile(i0).unit[i0 % kTile / kUnit];
-    float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};
-    int shift[2] = {kShifts ? kFirstShift : 0, kShifts ? kFirstShift : 0};
-    const auto start_at_shift = [&](int half) {
+    float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};  // of g, for 16 bits
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
         const int64_t point = i0 + row0 + 8 * half;
-        const int at = int(point % kTile);
-        minus_h[half] = own_tile(point).pairs[at / 2 * 4 + at % 2] * own_unit * own_unit + float(shift[half]);
-    };
-    start_at_shift(0), start_at_shift(1);
-    double A[2] = {}, G[2] = {}, A_cloud[2] = {}, G_cloud[2] = {}, energy = 0;  // A_cloud times 2^shift, of one cloud's
+        minus_h[half] = own_tile(point).minus_h[point % kTile] * own_unit * own_unit;
+    }
+    double A[2] = {}, G[2] = {}, A_cloud[2] = {}, G_cloud[2] = {}, energy = 0;  // A_cloud: of one cloud
     typename P::Sums sum[FORCE ? kSteps : 1] = {};
     float unit = 0, value_unit = 0;
     double back = 0;  // what the sums are to be multiplied with
@@ -392,8 +382,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
 #pragma unroll
         for (int e = 0; e < 8 * kSteps; ++e) {
             float& part = sum[e / 8].x[e % 8 / 4][e % 4];
-            const int half = e % 4 / 2;
-            totals[e * kThreads] += back * double(part * (kShifts ? exact_power(-shift[half]) : inverse_power(factor[half])));
+            totals[e * kThreads] += back * double(part * inverse_power(factor[e % 4 / 2]));
             part = 0;
         }
     };
@@ -411,100 +400,65 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             if (k % (kGroup / kTile) == 0) flush();
         }
 
-        // 16 kGroups sources. CAREFUL: some may be hidden, of another unit or a tiny one, or so far away that rounding moves
-        // t beyond 0.
+        // 16 kGroups sources. CAREFUL: some may be hidden, of another unit, or so far away that rounding moves t beyond 0.
         const auto add_sources = [&](int first, auto careful) {
             constexpr bool CAREFUL = decltype(careful)::value;
             const float units = own_unit * unit;
+            [[maybe_unused]] const float ratio = fminf(unit * inverse_power(own_unit), 0x1p126f);  // 0 h is 0
+            [[maybe_unused]] const int there = CAREFUL ? int(source.there[0]) : 0;
+            typename P::Sums dots[kGroups];
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+                for (int g = 0; g < kGroups; ++g) {
+                    typename P::Right right_high, right_low;
+                    const int at = (first + 16 * g) * kPitch + 16 * s;
+                    P::template load<false>(right_high, source.high + at, kPitch);
+                    P::template load<false>(right_low, source.low + at, kPitch);
+                    typename P::Sums part = {};
+                    P::add(part, own_low[s], right_high);
+                    P::add(part, own_high[s], right_low);
+                    P::add(part, own_high[s], right_high);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) {
+                        float& number = dots[g].x[e / 4][e % 4];
+                        number = s == 0 ? part.x[e / 4][e % 4] : number + part.x[e / 4][e % 4];
+                    }
+                }
+            }
             float phi[kNumbers], g[kNumbers];  // of one scale g is phi
-            [[maybe_unused]] float top[2] = {}, A_here[2], G_here[2] = {};  // near equal numbers: few in float
-            const auto eight_of = [](int e) { return e / 4; };
-            const auto column_of = [&](int e) { return eight_of(e) * 8 + lane % 4 * 2 + e % 2; };
-            const auto of_row = [&](float x) {  // the largest of the four lanes of a target
-                x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-                return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
-            };
-            for (;;) {  // again with another shift where it was too large; now t has all its digits
-                typename P::Sums dots[kGroups];
+            const auto column_of = [&](int e) { return e / 4 * 8 + lane % 4 * 2 + e % 2; };
 #pragma unroll
-                for (int s = 0; s < kSteps; ++s) {
+            for (int e = 0; e < kNumbers; ++e) {
+                const float2 two = *reinterpret_cast<const float2*>(source.minus_h + first + column_of(e / 2 * 2));
+                const float h = e % 2 == 0 ? two.x : two.y;
+                float t = fmaf(dots[e / 8].x[e / 4 % 2][e % 4] + (CAREFUL ? h * ratio : h), units, minus_h[e % 4 / 2]);
+                if constexpr (CAREFUL || !PLAIN) t = minimum_or_nan(t, 0.0f);
+                phi[e] = PLAIN ? power_of_2(t) : t;
+            }
+            if constexpr (!PLAIN) {
+                float t[kNumbers];
 #pragma unroll
-                    for (int g = 0; g < kGroups; ++g) {
-                        typename P::Right right_high, right_low;
-                        const int at = (first + 16 * g) * kPitch + 16 * s;
-                        P::template load<false>(right_high, source.high + at, kPitch);
-                        P::template load<false>(right_low, source.low + at, kPitch);
-                        typename P::Sums part = {};
-                        if constexpr (!CAREFUL) {
-                            if (s == 0) {
+                for (int e = 0; e < kNumbers; ++e) t[e] = phi[e];
+                radial_of<kNumbers>(t, work, mixture, phi, g);
+            }
+            [[maybe_unused]] float top[2] = {}, A_here[2] = {}, G_here[2] = {};  // near equal numbers: few in float
 #pragma unroll
-                                for (int eight = 0; eight < 2; ++eight) {
-                                    const float* const pair = source.pairs + 2 * (first + 16 * g + 8 * eight) + lane % 4 * 4;
-                                    const float4 both = *reinterpret_cast<const float4*>(pair);
-                                    part.x[eight][0] = both.x, part.x[eight][1] = both.y;
-                                    part.x[eight][2] = both.z, part.x[eight][3] = both.w;
-                                }
-                            }
-                        }
-                        P::add(part, own_low[s], right_high);
-                        P::add(part, own_high[s], right_low);
-                        P::add(part, own_high[s], right_high);
-#pragma unroll
-                        for (int e = 0; e < 8; ++e) {
-                            float& number = dots[g].x[e / 4][e % 4];
-                            number = s == 0 ? part.x[e / 4][e % 4] : number + part.x[e / 4][e % 4];
-                        }
-                    }
-                }
-#pragma unroll
-                for (int e = 0; e < kNumbers; ++e) {
-                    const int half = e % 4 / 2, at = first + column_of(e);
-                    float t = fmaf(dots[e / 8].x[eight_of(e) % 2][e % 4], units, minus_h[half]);
-                    if constexpr (CAREFUL) t += source.pairs[at / 2 * 4 + at % 2] * unit * unit;
-                    if constexpr (CAREFUL || !PLAIN) t = minimum_or_nan(t, float(shift[half]));
-                    phi[e] = PLAIN ? power_of_2(t) : t;
-                }
+            for (int e = 0; e < kNumbers; ++e) {
+                const int half = e % 4 / 2;
                 if constexpr (!PLAIN) {
-                    float t[kNumbers];
-#pragma unroll
-                    for (int e = 0; e < kNumbers; ++e) t[e] = phi[e];
-                    radial_of<kNumbers>(t, work, mixture, phi, g);
+                    const float a = source.a[first + column_of(e)];
+                    phi[e] *= a, g[e] *= a;
                 }
-                for (float& x : A_here) x = 0;
-#pragma unroll
-                for (int e = 0; e < kNumbers; ++e) {
-                    const int half = e % 4 / 2;
-                    if constexpr (!PLAIN) {
-                        const float a = source.a[first + column_of(e)];
-                        phi[e] *= a, g[e] *= a;
-                    }
-                    if constexpr (CAREFUL) {
-                        const int own_row = row0 + 8 * half, at = first + column_of(e), other = ahead + at;
-                        const bool hidden = within && (full ? other == own_row : other <= own_row);
-                        if (hidden || at >= int(source.there[0])) phi[e] = g[e] = 0.0f;
-                    }
-                    A_here[half] += phi[e];
-                    if constexpr (FORCE && !PLAIN) {
-                        G_here[half] += g[e];
-                        top[half] = fmaxf(top[half], fabsf(g[e]));
-                    }
+                if constexpr (CAREFUL) {
+                    const int own_row = row0 + 8 * half, at = first + column_of(e), other = ahead + at;
+                    const bool hidden = within && (full ? other == own_row : other <= own_row);
+                    if (hidden || at >= there) phi[e] = g[e] = 0.0f;
                 }
-                bool over = false;
-                if constexpr (kShifts) over = __any_sync(kAll, A_here[0] > kLargest || A_here[1] > kLargest);
-                if (!over) break;
-                flush();
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float most = 0;
-#pragma unroll
-                    for (int e = 2 * half; e < kNumbers; e += e % 2 == 0 ? 1 : 3) most = fmaxf(most, phi[e]);
-                    most = of_row(most);
-                    if (!(of_row(A_here[half]) > kLargest)) continue;
-                    const int less = int(__float_as_uint(most) >> 23) - 127 - 4;  // for g between 16 and 32
-                    A_cloud[half] *= double(exact_power(-less));
-                    shift[half] -= less;
-                    start_at_shift(half);
-                    minus_h[half] += most - most;  // infinity becomes NaN, and the loop ends
+                A_here[half] += phi[e];
+                if constexpr (FORCE && !PLAIN) {
+                    G_here[half] += g[e];
+                    top[half] = fmaxf(top[half], fabsf(g[e]));
                 }
             }
 #pragma unroll
@@ -512,19 +466,17 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                 A_cloud[half] += double(A_here[half]);
                 if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_here[half]);
             }
-            if constexpr (FORCE && !PLAIN) {
-                bool over = false;
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    top[half] = of_row(top[half]);
-                    over = over || top[half] * factor[half] > kLargest;
-                }
-                if (__any_sync(kAll, over)) {
+            if constexpr (FORCE) {  // is a g too large for its factor? Of one scale no g is larger than their sum
+                const float(&large)[2] = PLAIN ? A_here : top;
+                if (__any_sync(kAll, large[0] * factor[0] > kLargest || large[1] * factor[1] > kLargest)) {
                     flush();
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        if (top[half] * factor[half] <= kLargest) continue;
-                        factor[half] = inverse_power(power_below(fminf(top[half], 0x1p126f)) * 0x1p-13f);
+                        float most = large[half];
+                        most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
+                        most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
+                        if (most * factor[half] <= kLargest) continue;
+                        factor[half] = inverse_power(power_below(fminf(most, 0x1p126f)) * 0x1p-13f);
                     }
                 }
             }
@@ -533,9 +485,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
 #pragma unroll
                 for (int k = 0; k < 4 * kGroups; ++k) {  // (row, source) = (0, 0), (8, 0), (0, 8), (8, 8)
                     const int r = k % 4, e = k / 4 * 8 + r / 2 * 4 + r % 2 * 2;
-                    const float by = PLAIN ? 1.0f : factor[r % 2];
                     const float* const numbers = PLAIN ? phi : g;
-                    split(numbers[e] * by, numbers[e + 1] * by, high[k / 4].r[r], low[k / 4].r[r]);
+                    split(numbers[e] * factor[r % 2], numbers[e + 1] * factor[r % 2], high[k / 4].r[r], low[k / 4].r[r]);
                 }
 #pragma unroll
                 for (int c = 0; c < kSteps; ++c) {
@@ -563,7 +514,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                 if constexpr (FORCE) flush();
                 unit = unit_here, value_unit = value_unit_here;
                 back = VALUES ? double(value_unit) : w * outer * per_phi * double(unit);
-                other_unit = unit != own_unit || unit < kLeastUnit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
+                other_unit = unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
             }
             const auto add_piece = [&](auto careful) {
 #pragma unroll 1
@@ -577,7 +528,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const double times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const double potential = w * outer * double(exact_power(-shift[half])) * A_cloud[half];
+            const double potential = w * outer * A_cloud[half];
             const int64_t point = i0 + row0 + 8 * half;
             energy += times * potential * double(point < n ? (PLAIN ? 1.0f : own_tile(point).a[point % kTile]) : 0.0f);
             A[half] += potential, A_cloud[half] = 0;
