@@ -90,7 +90,8 @@ struct Gated {
 // With all digits of S.
 template <typename S>
 __device__ __forceinline__ Gated<S> gated(Gate gate, S a, S b) {
-    const S small = exp(-(b < 0 ? -b : b)), sigmoid = (b < 0 ? small : S(1)) / (1 + small), slope = small / (1 + small) / (1 + small);
+    const S small = exp(-(b < 0 ? -b : b)), sigmoid = (b < 0 ? small : S(1)) / (1 + small);
+    const S slope = small / (1 + small) / (1 + small);
     if (gate != Gate::tanh) return {a * sigmoid, sigmoid, a * slope};
     const S e = exp(-2 * (a < 0 ? -a : a)), A = tanh(a);
     return {A * sigmoid, 4 * e / (1 + e) / (1 + e) * sigmoid, A * slope};

@@ -9,9 +9,10 @@
 //         more than 10^5 times farther out than its 63 neighbours takes digits of theirs.)
 //     g   one for each target, which changes when a larger g comes
 //
-// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or 32 sources, and what is more is added up in
-// float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
-// A = sum_j phi_ij a_j and G are. With v, the second product is of phi and w slope u_j + weight v_j instead.
+// Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or 32 sources, and what is more is added up
+// in float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
+// A = sum_j phi_ij a_j and G are. phi has the same roundings in all rows, with forces or without, near the diagonal or not:
+// they cancel too. With v, the second product is of phi and w slope u_j + weight v_j instead.
 //
 // A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
 // between blocks: what they have summed is added up in a launch of its own, in order.
@@ -51,7 +52,8 @@ struct Shape {
     int dp, tile, pitch, array, arrays, units, bytes;
 
     constexpr Shape(int dp, bool values)
-        : dp(dp), tile(dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16),  // two in 99 KiB
+        : dp(dp),
+          tile(dp == 16 ? 128 : dp <= (values ? 48 : 80) ? 64 : dp <= (values ? 80 : 96) ? 32 : 16),  // two in 99 KiB
           pitch(dp + 8),  // eight rows lie in different banks
           array(tile * pitch), arrays(values ? 4 : 2), units(tile > kUnit ? tile / kUnit : 1),
           bytes(2 * arrays * array + 4 * (2 * tile + (2 * units + 4) / 4 * 4)) {}
@@ -145,7 +147,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
                                                                   const __grid_constant__ Shape shape,
                                                                   const __grid_constant__ Points x,
                                                                   const __grid_constant__ Points y) {
-    constexpr int kAtOnce = 8, kParts = kPrepareThreads / kUnit;  // loads, before the first is waited for; threads of a point
+    constexpr int kAtOnce = 8;  // loads, before the first is waited for
+    constexpr int kParts = kPrepareThreads / kUnit;  // threads of a point
     double* const centre = shared_memory<double>();  // [dp]
     float* const u = reinterpret_cast<float*>(centre + shape.dp);  // [64, dp + 1]
     __shared__ double sum_of[kPrepareThreads];
@@ -225,7 +228,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     if (place % kUnit == 0 && part == 0) {
         tile.unit[place / kUnit] = unit;
         if (VALUES) tile.value_unit[place / kUnit] = value_unit;
-        if (place == 0) tile.there[0] = float(n < first + row ? 0 : n - first - row < shape.tile ? n - first - row : shape.tile);
+        const int64_t there = n - (first + row);
+        if (place == 0) tile.there[0] = float(there < 0 ? 0 : there < shape.tile ? int(there) : shape.tile);
     }
     double square = 0;  // of high high + 2 high low
     alignas(16) unsigned words[2][4];
@@ -270,7 +274,9 @@ public:
     explicit __device__ Copies(unsigned char* slots) : slots_(slots) {
 #if __CUDA_ARCH__ >= 900
         if (threadIdx.x == 0) {
-            for (int slot = 0; slot < kStages; ++slot) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrived(slot)) : "memory");
+            for (int slot = 0; slot < kStages; ++slot) {
+                asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrived(slot)) : "memory");
+            }
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
         __syncthreads();
@@ -518,7 +524,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             }
             const auto add_piece = [&](auto careful) {
 #pragma unroll 1
-                for (int first = piece * kPiece; first < (piece + 1) * kPiece; first += 16 * kGroups) add_sources(first, careful);
+                for (int k = 0; k < kPiece / (16 * kGroups); ++k) add_sources(piece * kPiece + k * 16 * kGroups, careful);
             };
             overlaps || other_unit ? add_piece(std::true_type()) : add_piece(std::false_type());
         }
