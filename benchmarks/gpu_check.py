@@ -55,7 +55,7 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
     built = f"{python} -c {shlex.quote(missing)}"  # without it the tests of CUDA kernels would run them as C++
     return {
         "build": [f"INFOVAE_FAST_BUILD=cuda {python} setup.py build_ext --inplace", f"{python} -m infovae_fast"],
-        "test": [built, f"{python} -m pytest{workers} --maxfail 30 -rs {tests}"],
+        "test": [built, f"{python} -m pytest{workers} --maxfail 30 -rs -vv {tests}"],
         "sanitize": [
             built,
             *(sanitizer.format(tool, some) for some in SANITIZED for tool in ("memcheck", "racecheck")),
