@@ -55,10 +55,8 @@ def table(rows: Rows) -> str:
         errors = [ours, rows.get((case, "eager expanded", "default")) or rows.get((case, "eager expanded", "tuned"))]
         what, n, d = case
         name = f"{NAMES[what]}, N = {n:,}" + ("" if what == "stein" else f" = M, D = {d}")
-        seconds = ours["median_s"]
-        time = f"{seconds:.2f} s" if seconds >= 0.5 else f"{seconds * 1e3:.3g} ms"
         lines.append(
-            f"| {name} | {time} | "
+            f"| {name} | {duration(ours)} | "
             + " | ".join(cells)
             + " | "
             + ", ".join(f"{row['error']:.0e}" for row in errors if row)
@@ -100,8 +98,9 @@ def newest(rows: list[dict[str, Any]]) -> dict[Any, dict[str, dict[str, Any]]]:
     return cases
 
 
-def milliseconds(row: dict[str, Any] | None) -> str:
-    return f"{row['median_s'] * 1e3:.3g} ms" if row else "–"
+def duration(row: dict[str, Any] | None) -> str:
+    seconds = row["median_s"] if row else 0.0
+    return "–" if not row else f"{seconds:.2f} s" if seconds >= 0.5 else f"{seconds * 1e3:.3g} ms"
 
 
 def ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
@@ -122,7 +121,7 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
         name = f"{NAMES[case.what]}, N = {case.n:,}" + ("" if case.what == "stein" else " = M") + f", D = {case.d}"
         name += ("" if case.gradient else ", value alone") + ("" if case.dtype == "float32" else f", {case.dtype}")
         errors = ", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "eager expanded") if "error" in by.get(k, {}))
-        cells = [milliseconds(by[OURS]), milliseconds(by.get(graph))]
+        cells = [duration(by[OURS]), duration(by.get(graph))]
         cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors or "–"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -134,7 +133,7 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
     for (what, n, _, gradient, dtype), by in newest(rows).items():
         pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
         ours, graph = by[OURS], by.get(f"{OURS} graph")
-        cells = [milliseconds(ours), milliseconds(graph), ratio(by.get("cropped"), ours)]
+        cells = [duration(ours), duration(graph), ratio(by.get("cropped"), ours)]
         cells += [ratio(by.get("cropped graph"), graph)]
         cells += [ratio(by.get(k), ours) for k in ("torch.compile", "eager", "plain cached", "naive")]
         cells += [", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "cropped") if "error" in by.get(k, {})) or "–"]

@@ -32,7 +32,7 @@ namespace {
 using P = Product<__half>;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;  // targets of a block
-constexpr int kUnit = 64;     // points that share a power of two; both clouds are padded to a multiple
+constexpr int kUnit = 64;     // points that share a power of two; clouds are padded to a multiple of it and of a tile
 constexpr int kGroup = 512;   // sources that are added up in float
 constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
