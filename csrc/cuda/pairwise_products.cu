@@ -38,6 +38,7 @@ constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
+constexpr float kLeastMean = 0x1p-8f;  // of the phi of a group, to do without a factor in the next
 constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
 
 // The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
@@ -380,6 +381,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         minus_h[half] = own_tile(point).minus_h[point % kTile] * own_unit * own_unit;
     }
     double A[2] = {}, G[2] = {}, A_cloud[2] = {}, G_cloud[2] = {}, energy = 0;  // A_cloud: of one cloud
+    float A_group[2] = {}, G_group[2] = {};
+    [[maybe_unused]] bool scaled = true;  // are there factors other than 1
     typename P::Sums sum[FORCE ? kSteps : 1] = {};
     float unit = 0, value_unit = 0;
     double back = 0;  // what the sums are to be multiplied with
@@ -393,6 +396,19 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         }
     };
 
+    const auto close_group = [&] {
+        if constexpr (FORCE) flush();
+        if constexpr (FORCE && PLAIN) {
+            const bool small = __any_sync(kAll, fminf(A_group[0], A_group[1]) < kGroup / 4 * kLeastMean);
+            if (small != scaled) scaled = small, factor[0] = factor[1] = small ? 0x1p126f : 1.0f;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            A_cloud[half] += double(A_group[half]), A_group[half] = 0;
+            if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_group[half]), G_group[half] = 0;
+        }
+    };
+
     for (int k = 0; k < share.count; ++k) {
         copies.wait(k);
         __syncthreads();  // all are done with the slot that comes next
@@ -402,13 +418,11 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const bool within = k < share.own_count;
         const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
         const double w = within ? work.within[own] : work.between;
-        if constexpr (FORCE) {
-            if (k % (kGroup / kTile) == 0) flush();
-        }
+        if (k % (kGroup / kTile) == 0) close_group();
 
         // 16 kGroups sources. CAREFUL: some may be hidden, of another unit, or so far away that rounding moves t beyond 0.
-        const auto add_sources = [&](int first, auto careful) {
-            constexpr bool CAREFUL = decltype(careful)::value;
+        const auto add_sources = [&](int first, auto careful, auto with_factors) {
+            constexpr bool CAREFUL = decltype(careful)::value, SCALED = decltype(with_factors)::value;
             const float units = own_unit * unit;
             [[maybe_unused]] const float ratio = fminf(unit * inverse_power(own_unit), 0x1p126f);  // 0 h is 0
             [[maybe_unused]] const int there = CAREFUL ? int(source.there[0]) : 0;
@@ -469,10 +483,10 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                A_cloud[half] += double(A_here[half]);
-                if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_here[half]);
+                A_group[half] += A_here[half];
+                if constexpr (FORCE && !PLAIN) G_group[half] += G_here[half];
             }
-            if constexpr (FORCE) {  // is a g too large for its factor? Of one scale no g is larger than their sum
+            if constexpr (FORCE && SCALED) {  // is a g too large for its factor? Of one scale no g is larger than their sum
                 const float(&large)[2] = PLAIN ? A_here : top;
                 if (__any_sync(kAll, large[0] * factor[0] > kLargest || large[1] * factor[1] > kLargest)) {
                     flush();
@@ -492,7 +506,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                 for (int k = 0; k < 4 * kGroups; ++k) {  // (row, source) = (0, 0), (8, 0), (0, 8), (8, 8)
                     const int r = k % 4, e = k / 4 * 8 + r / 2 * 4 + r % 2 * 2;
                     const float* const numbers = PLAIN ? phi : g;
-                    split(numbers[e] * factor[r % 2], numbers[e + 1] * factor[r % 2], high[k / 4].r[r], low[k / 4].r[r]);
+                    const float by = SCALED ? factor[r % 2] : 1.0f;
+                    split(numbers[e] * by, numbers[e + 1] * by, high[k / 4].r[r], low[k / 4].r[r]);
                 }
 #pragma unroll
                 for (int c = 0; c < kSteps; ++c) {
@@ -522,14 +537,18 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
                 back = VALUES ? double(value_unit) : w * outer * per_phi * double(unit);
                 other_unit = unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
             }
-            const auto add_piece = [&](auto careful) {
+            using Yes = std::true_type;
+            using No = std::false_type;
+            const auto add_piece = [&](auto... how) {
 #pragma unroll 1
-                for (int k = 0; k < kPiece / (16 * kGroups); ++k) add_sources(piece * kPiece + k * 16 * kGroups, careful);
+                for (int k = 0; k < kPiece / (16 * kGroups); ++k) add_sources(piece * kPiece + k * 16 * kGroups, how...);
             };
-            overlaps || other_unit ? add_piece(std::true_type()) : add_piece(std::false_type());
+            if (overlaps || other_unit) add_piece(Yes(), Yes());
+            else if (FORCE && PLAIN && !scaled) add_piece(No(), std::bool_constant<!(FORCE && PLAIN)>());
+            else add_piece(No(), Yes());
         }
         if (k + 1 != share.own_count && k + 1 != share.count) continue;
-        if constexpr (FORCE) flush();  // the last tile of a cloud: w changes
+        close_group();  // the last tile of a cloud: w changes
         unit = 0;
         const double times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
 #pragma unroll
