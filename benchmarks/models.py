@@ -8,7 +8,7 @@ Images of 28x28 bits, latent dimension 10, the encoder of the paper; the weights
   of Adam. On a GPU also as one CUDA graph, and with the decoder in bfloat16.
 * epoch: 60,000 images that lie on the GPU, binarised anew, in such steps of R64 as CUDA graphs.
 * sample: images of the paper's network, each of their pixels drawn given those before.
-* likelihood: passes of the paper's decoder in `log_likelihood(proposal="prior")`, N of them; the paper's table took 1e8.
+* likelihood: N passes of the paper's decoder, in `log_likelihood(proposal="prior")`; the paper's table took 1e8.
 * PixelCNN++: a training step (5 x 160) on 3x32x32, and samples; "naive" is its time for one pass times 1,024.
 """
 

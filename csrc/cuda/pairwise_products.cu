@@ -38,7 +38,7 @@ constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
-constexpr float kLeastMean = 0x1p-8f;  // of the phi of a group, to do without a factor in the next
+constexpr float kLeastMean = 0x1p-8f;  // of the phi of a tile, for the group that follows to do without a factor
 constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
 
 // The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
@@ -381,7 +381,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         minus_h[half] = own_tile(point).minus_h[point % kTile] * own_unit * own_unit;
     }
     double A[2] = {}, G[2] = {}, A_cloud[2] = {}, G_cloud[2] = {}, energy = 0;  // A_cloud: of one cloud
-    float A_group[2] = {}, G_group[2] = {};
+    float A_tile[2] = {}, G_tile[2] = {};
     [[maybe_unused]] bool scaled = true;  // are there factors other than 1
     typename P::Sums sum[FORCE ? kSteps : 1] = {};
     float unit = 0, value_unit = 0;
@@ -396,17 +396,9 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         }
     };
 
-    const auto close_group = [&] {
-        if constexpr (FORCE) flush();
-        if constexpr (FORCE && PLAIN) {
-            const bool small = __any_sync(kAll, fminf(A_group[0], A_group[1]) < kGroup / 4 * kLeastMean);
-            if (small != scaled) scaled = small, factor[0] = factor[1] = small ? 0x1p126f : 1.0f;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            A_cloud[half] += double(A_group[half]), A_group[half] = 0;
-            if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_group[half]), G_group[half] = 0;
-        }
+    const auto close_group = [&](bool small) {  // are the phi that follow likely to be small
+        flush();
+        if (PLAIN && small != scaled) scaled = small, factor[0] = factor[1] = small ? 0x1p126f : 1.0f;
     };
 
     for (int k = 0; k < share.count; ++k) {
@@ -418,7 +410,13 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const bool within = k < share.own_count;
         const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
         const double w = within ? work.within[own] : work.between;
-        if (k % (kGroup / kTile) == 0) close_group();
+        if constexpr (FORCE) {
+            if (k % (kGroup / kTile) == 0 || k == 1 || k == share.own_count + 1) {  // of the last tile, none of a new cloud
+                close_group(__any_sync(kAll, fminf(A_tile[0], A_tile[1]) < kTile / 4 * kLeastMean));
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) A_tile[half] = G_tile[half] = 0;
 
         // 16 kGroups sources. CAREFUL: some may be hidden, of another unit, or so far away that rounding moves t beyond 0.
         const auto add_sources = [&](int first, auto careful, auto with_factors) {
@@ -483,8 +481,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                A_group[half] += A_here[half];
-                if constexpr (FORCE && !PLAIN) G_group[half] += G_here[half];
+                A_tile[half] += A_here[half];
+                if constexpr (FORCE && !PLAIN) G_tile[half] += G_here[half];
             }
             if constexpr (FORCE && SCALED) {  // is a g too large for its factor? Of one scale no g is larger than their sum
                 const float(&large)[2] = PLAIN ? A_here : top;
@@ -547,9 +545,14 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             else if (FORCE && PLAIN && !scaled) add_piece(No(), std::bool_constant<!(FORCE && PLAIN)>());
             else add_piece(No(), Yes());
         }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            A_cloud[half] += double(A_tile[half]);
+            if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_tile[half]);
+        }
         if (k + 1 != share.own_count && k + 1 != share.count) continue;
-        close_group();  // the last tile of a cloud: w changes
-        unit = 0;
+        if constexpr (FORCE) close_group(true);  // the last tile of a cloud: w changes
+        A_tile[0] = A_tile[1] = 0, unit = 0;
         const double times = within ? (full ? 1.0 : 2.0) : work.share_of_other;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
