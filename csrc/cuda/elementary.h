@@ -34,6 +34,16 @@ __device__ __forceinline__ float reciprocal(float x) {  // of a normal number
     return y + y * (1.0f - x * y);
 }
 
+__device__ __forceinline__ float near_tanh(float x) {  // relative error 2^-11
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return tanhf(x);
+#endif
+}
+
 // log2(1 + u), u > -1/2: 1 + u = 2^e m with m in [sqrt(1/2), sqrt(2)); log2 m = s Q(s^2), s = (m - 1) / (m + 1).
 __device__ __forceinline__ float log2_1p(float u) {
     const float x = 1.0f + u, lost = u - (x - 1.0f);

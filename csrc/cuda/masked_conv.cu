@@ -10,8 +10,9 @@
 // and condition and compute the gate. Columns of a block are of one group of colours, the same in both halves of a gate.
 // What an output may not see is zero where it is loaded, data and weights both: 0 * NaN never happens.
 //
-// 16 bit numbers are multiplied as they are and summed in float; float as four products of TF32, which keep its digits,
-// or one where that is allowed. There are no atomics: the bits do not change from run to run.
+// 16 bit numbers are multiplied as they are and summed in float (where the weights fit shared memory, by a kernel of their
+// own: masked_conv_kept.h); float as four products of TF32, which keep its digits, or one where that is allowed. There are
+// no atomics: the bits do not change from run to run.
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
@@ -20,124 +21,19 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/elementary.h"
+#include "cuda/masked_conv_kept.h"
+#include "cuda/masked_conv_work.h"
 #include "cuda/products.h"
 #include "cuda/shared_memory.h"
-#include "masked_conv.h"
 
 namespace infovae_fast {
 namespace {
 
 constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
 constexpr int kStepBytes = 80 << 10;  // of the steps of a product in shared memory, wanted
-constexpr int kMaxTaps = 512;
 constexpr int kBlocksPerProcessor = 2;  // of the gradient to weight, wanted
 constexpr int kGateRows = 128, kGateColumns = 64;
 constexpr int kNoRow = -(1 << 20);  // where no tap leads back into the image
-
-template <typename T>
-constexpr int kVector = 16 / int(sizeof(T));  // numbers that are copied at a time
-
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ double widened(double x) { return x; }
-__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T>
-__device__ __forceinline__ T rounded(SumOf<T> x) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __float2half_rn(x);
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        return __float2bfloat16_rn(x);
-    } else {
-        return x;
-    }
-}
-
-// V numbers side by side, which are read and written at once.
-template <typename T, int V>
-struct __align__(V * sizeof(T)) Vector {
-    T x[V];
-};
-template <typename S, int V>
-__device__ __forceinline__ void operator+=(Vector<S, V>& to, const Vector<S, V>& more) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) to.x[e] += more.x[e];
-}
-template <typename T, int V>
-__device__ __forceinline__ Vector<SumOf<T>, V> widened(const Vector<T, V>& some) {
-    Vector<SumOf<T>, V> to;
-#pragma unroll
-    for (int e = 0; e < V; ++e) to.x[e] = widened(some.x[e]);
-    return to;
-}
-template <int V, typename T>
-__device__ __forceinline__ Vector<T, V> vector_at(const T* from) {
-    return *reinterpret_cast<const Vector<T, V>*>(from);
-}
-template <typename T, int V>
-__device__ __forceinline__ void write(T* to, const Vector<SumOf<T>, V>& numbers) {
-    Vector<T, V> some;
-#pragma unroll
-    for (int e = 0; e < V; ++e) some.x[e] = rounded<T>(numbers.x[e]);
-    *reinterpret_cast<Vector<T, V>*>(to) = some;
-}
-
-// A(a) sigmoid(b), A = tanh or the identity, and its derivatives to a and b.
-template <typename S>
-struct Gated {
-    S value, by_a, by_b;
-};
-// With all digits of S.
-template <typename S>
-__device__ __forceinline__ Gated<S> gated(Gate gate, S a, S b) {
-    const S small = exp(-(b < 0 ? -b : b)), sigmoid = (b < 0 ? small : S(1)) / (1 + small);
-    const S slope = small / (1 + small) / (1 + small);
-    if (gate != Gate::tanh) return {a * sigmoid, sigmoid, a * slope};
-    const S e = exp(-2 * (a < 0 ? -a : a)), A = tanh(a);
-    return {A * sigmoid, 4 * e / (1 + e) / (1 + e) * sigmoid, A * slope};
-}
-// With those of 16 bit numbers and some more: with x = exp(-2 |a|), y = exp(-|b|), for 1 / ((1 + x) (1 + y)) one reciprocal.
-__device__ __forceinline__ Gated<float> gated_16(Gate gate, float a, float b) {
-    const bool curved = gate == Gate::tanh;
-    constexpr float kLog2e = 1.44269504f;
-    const float size = fabsf(a), x = curved ? power_of_2(-2 * kLog2e * size) : 0.0f, y = power_of_2(-kLog2e * fabsf(b));
-    const float r = near_reciprocal((1 + x) * (1 + y)), of_x = r * (1 + y), of_y = r * (1 + x), up = b < 0 ? y : 1.0f;
-    const float A = !curved ? a : copysignf(size < 0x1p-11f ? size * (1 + x) : 1 - x, a);  // times 1 + x; 1 - x loses digits
-    return {A * up * r, (curved ? 4 * x * of_x : 1.0f) * up * r, A * y * r * of_y};
-}
-template <typename T>
-__device__ __forceinline__ Gated<SumOf<T>> gated_of(Gate gate, SumOf<T> a, SumOf<T> b) {
-    if constexpr (sizeof(T) == 2) {
-        return gated_16(gate, a, b);
-    } else {
-        return gated(gate, a, b);
-    }
-}
-
-struct ShortTap {
-    short dy, dx;
-};
-
-// One product: of the convolution, or of its gradient to x (`mirrored`), or of that to weight.
-template <typename T>
-struct Work {
-    const T *source, *weight, *bias, *condition, *link, *link_weight;  // see MaskedConv; the last four may be null
-    const T* gradient;   // to f, for that to weight
-    T *out, *f;          // f may be null
-    SumOf<T>* parts;     // of the gradient to weight, [segments, taps in, out]
-    int64_t pixels, segment;
-    int h, w, in, out_channels, links, taps;
-    int groups, grouped;  // `grouped` channels of the source are grouped together, or of f in the gradient to weight
-    bool interleaved, own, spatial, exact;
-    bool wide_source, wide_weight, wide_out;  // rows may be read and written in vectors
-    Gate gate;
-    ShortTap tap[kMaxTaps];
-
-    __device__ int group_of(int channel, int channels) const {  // of one half or two
-        if (channel >= channels) channel -= channels;
-        return interleaved ? channel % groups : channel * groups / channels;
-    }
-};
 
 // Number k of the sum over (tap, channel).
 struct Column {
@@ -168,12 +64,6 @@ __device__ __forceinline__ Place<T> place_of(const Work<T>& w, const Column& c, 
     if (!seen) return {w.source, kNoRow, 0, 0};
     const int dy = MIRRORED ? -w.tap[c.tap].dy : w.tap[c.tap].dy, dx = MIRRORED ? -w.tap[c.tap].dx : w.tap[c.tap].dx;
     return {w.source + (first + dy * w.w + dx) * w.in + c.channel, dy, dx, w.in};
-}
-
-// Is y, x of an image? kNoRow is not.
-template <typename T>
-__device__ __forceinline__ bool inside(const Work<T>& w, int y, int x) {
-    return unsigned(y) < unsigned(w.h) && unsigned(x) < unsigned(w.w);
 }
 
 // V numbers to shared memory, or as many zeros. More than one come later, when the pipeline says so.
@@ -385,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
             if (halves == 2) {
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
-                    value[0].x[e] = gated_of<T>(w.gate, value[0].x[e], value[1].x[e]).value;
+                    value[0].x[e] = gate_value<T>(w.gate, value[0].x[e], value[1].x[e]);
                 }
             }
             write(w.out + pixel * w.out_channels + channel, value[0]);
@@ -660,6 +550,22 @@ private:
     template <bool MIRRORED>
     cudaError_t by_width(const Work<T>& w, int halves) const {
         const int64_t part = w.out_channels / w.groups;
+        if constexpr (sizeof(T) == 2) {
+            // A link would have to fit too, or to be waited for. The gradient to x of one tap has little to keep.
+            if (keeps(w) && w.links == 0 && !(MIRRORED && w.taps == 1)) {
+                const Kept kept(w, MIRRORED);
+                int device = 0, processors = 0, shared = 0;
+                cudaError_t error = cudaGetDevice(&device);
+                if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+                if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+                if (error != cudaSuccess) return error;
+                if (const int blocks = kept.blocks_of_processor(shared)) {
+                    const int64_t columns = parts_of(part * halves, kKeptColumns), most = parts_of(processors * blocks, columns);
+                    const dim3 grid(unsigned(parts_of(kept.tiles, parts_of(kept.tiles, most))), unsigned(columns));
+                    return launch(kept_kernel<T, MIRRORED>, grid, kept.bytes, stream_, w, kept);
+                }
+            }
+        }
         const auto run = [&](auto columns) {
             constexpr int NB = decltype(columns)::value;
             const dim3 grid(unsigned(parts_of(w.pixels, Product<T>::rows)), unsigned(w.groups * parts_of(part, NB / halves)));
