@@ -7,7 +7,7 @@
                several processes: most of their time goes to compilers
     sanitize   compute-sanitizer memcheck and racecheck over the CUDA kernels
     bound      the ceilings of this GPU, and what ours reaches of the bound
-    bench      `benchmarks.run` and `benchmarks.masked_conv` on the GPU
+    bench      `pairwise_alone.cu`, `run`, `masked_conv` and `models` of benchmarks/
 
 Each step writes OUT/STEP.log, and each of its commands has --limit seconds; the rows go to OUT/rows.jsonl. A step that
 fails does not stop the others; the exit status tells, and the table in the end which one it was.
@@ -48,6 +48,7 @@ SANITIZED = (  # some of each file with CUDA kernels
 
 
 def commands(out: Path, tests: str) -> dict[str, list[str]]:
+    alone, program = "benchmarks/pairwise_alone", shlex.quote(str(out / "pairwise_alone"))
     python, rows = shlex.quote(sys.executable), shlex.quote(str(out / "rows.jsonl"))
     sanitizer = f"compute-sanitizer --error-exitcode 9 --tool {{}} {python} -m pytest -x {{}}"
     workers = f" -n {min(8, os.cpu_count() or 1)}" if find_spec("xdist") else ""  # they share the GPU
@@ -62,8 +63,11 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
         ],
         "bound": [f"{python} -m benchmarks.bound --device cuda --out {rows}"],
         "bench": [
+            f"nvcc -std=c++17 -O3 -Icsrc -arch=native {alone}.cu csrc/cuda/pairwise*.cu -o {program}",
+            f"{program} $(git describe --always --dirty) >> {rows}",
             f"{python} -m benchmarks.run --device cuda --compile --resume --memory 40 --out {rows}",
             f"{python} -m benchmarks.masked_conv --device cuda --compile --out {rows}",
+            f"{python} -m benchmarks.models --device cuda --out {rows}",
         ],
     }
 

@@ -3,7 +3,7 @@
 Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
 those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of
 medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out. Rows of a GPU go
-to tables of their own, `speed on a GPU` and `speed masked_conv on a GPU`.
+to tables of their own, `speed on a GPU`, `speed masked_conv on a GPU` and `speed models on a GPU`.
 """
 
 import json
@@ -35,6 +35,7 @@ LINES = {  # in both pictures, by colour
     "torch.compile": "tab:red",
 }
 
+ALONE = f"{OURS} alone"  # benchmarks/pairwise_alone.cu
 Case = tuple[str, int, int]
 Rows = dict[tuple[Case, str, str], dict[str, Any]]  # of case, implementation, malloc
 README: list[Case] = [(case.what, case.n, case.d) for case in pairwise.README]
@@ -88,12 +89,12 @@ def conv_table(rows: list[dict[str, Any]]) -> str:
 
 
 def newest(rows: list[dict[str, Any]]) -> dict[Any, dict[str, dict[str, Any]]]:
-    """By case the rows of its last run, by implementation; ours is the first of a run."""
+    """By case the rows of its last run, by implementation; ours is the first of a run. ALONE has runs of its own."""
     cases: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in rows:
         case = row["what"], row["n"], row["d"], row["gradient"], row.get("dtype", "float32")
         if row["implementation"] == OURS:
-            cases[case] = {}
+            cases[case] = {name: kept for name, kept in cases.get(case, {}).items() if name == ALONE}
         cases.setdefault(case, {})[row["implementation"]] = row
     return cases
 
@@ -112,7 +113,8 @@ def ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
 
 def gpu_table(rows: list[dict[str, Any]]) -> str:
     found, graph = newest(rows), f"{OURS} graph"
-    head = ["", "ours", "as a CUDA graph", "eager, expanded", "`torch.compile`", "gradient error: ours, eager"]
+    head = ["", "ours", "as a CUDA graph", "kernels alone", "eager, expanded", "`torch.compile`"]
+    head += ["gradient error: ours, alone, eager"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in pairwise.GPU_CASES:
         by = found.get((case.what, case.n, case.d, case.gradient, case.dtype), {})
@@ -120,9 +122,10 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
             continue
         name = f"{NAMES[case.what]}, N = {case.n:,}" + ("" if case.what == "stein" else " = M") + f", D = {case.d}"
         name += ("" if case.gradient else ", value alone") + ("" if case.dtype == "float32" else f", {case.dtype}")
-        errors = ", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "eager expanded") if "error" in by.get(k, {}))
-        cells = [duration(by[OURS]), duration(by.get(graph))]
-        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors or "–"]
+        known = [by.get(k, {}).get("error") for k in (OURS, ALONE, "eager expanded")]
+        errors = ", ".join("–" if e is None else f"{e:.0e}" for e in known)
+        cells = [duration(by[OURS]), duration(by.get(graph)), duration(by.get(ALONE))]
+        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -138,6 +141,14 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
         cells += [ratio(by.get(k), ours) for k in ("torch.compile", "eager", "plain cached", "naive")]
         cells += [", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "cropped") if "error" in by.get(k, {})) or "–"]
         lines.append(f"| {what}, batch {n}, {dtype}{pass_} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def models_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| | ours | as a CUDA graph | naive |", "|" + "---|" * 4]
+    for (what, n, _, _, dtype), by in newest(rows).items():
+        cells = [duration(by[OURS]), duration(by.get(f"{OURS} graph")), ratio(by.get("naive"), by[OURS])]
+        lines.append(f"| {what}, N = {n:,}, {dtype} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -206,6 +217,8 @@ def main() -> None:
         text = replaced(text, "speed on a GPU", gpu_table(some))
     if some := [row for row in on_gpu if row["op"] in ("masked_conv", "logistic_mixture")]:
         text = replaced(text, "speed masked_conv on a GPU", gpu_conv_table(some))
+    if some := [row for row in on_gpu if row["op"] == "models"]:
+        text = replaced(text, "speed models on a GPU", models_table(some))
     readme.write_text(text)
 
 
