@@ -34,9 +34,11 @@ whatever it may not see. Hence products of matrices, whose rows never meet: 0 * 
 and a convolution library may transform whole tiles (Winograd, FFT).
 
 * Differentiable to x, weight, bias, condition and link; by the reference to any order, by the fast backends once.
-* Half precision is computed in float32 and returned as it came; where it meets float32 (under autocast) all is float32.
-  `cuda` and `triton` multiply half precision as it came, sum and gate in float32, and round f and its gradient in
-  between to the dtype of x.
+* Half precision is computed in float32 and returned as it came; where it meets float32 all is float32. `cuda` and
+  `triton` multiply half precision as it came, sum and gate in float32, and round f and its gradient in between to the
+  dtype of x.
+* Under autocast on a GPU float32 becomes its half precision, as for `conv2d`, and gradients are float32 again; float64
+  stays. On the CPU, where half precision would be no faster, nothing changes.
 * The sum over (tap, input channel; by group where there are colours) is one matrix product, so that the reference
   holds taps * Cin values for each pixel. Bias, condition and link are added to it, in any order; then comes the gate.
 * bias, condition and link are never masked: an output sees all of its own pixel there. What links a vertical stack to a
@@ -56,6 +58,7 @@ from torch import Tensor, nn
 
 from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
 
+AUTOCAST = ("cuda",)  # devices whose autocast counts
 Link = tuple[Tensor, Tensor]  # values [N, Clink, H, W], weight [Clink, Cout]
 
 
@@ -445,6 +448,10 @@ def _check_weight(mask: Mask, weight: Tensor) -> None:
     _check_channels(mask, weight.shape[1], weight.shape[2])
 
 
+def _autocast_to(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if device in AUTOCAST and torch.is_autocast_enabled(device) else None
+
+
 def _checked(
     mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, link: Link | None
 ) -> list[Any]:
@@ -460,8 +467,10 @@ def _checked(
             raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor")
         if not t.is_floating_point() or t.dtype.itemsize == 1:
             raise TypeError(f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
-    if len({t.dtype for t in given.values()}) > 1 and all(t.dtype.itemsize <= 4 for t in given.values()):
-        given = {name: t.float() for name, t in given.items()}
+    if all(t.dtype.itemsize <= 4 for t in given.values()):
+        half = _autocast_to(given["x"].device.type)
+        if half is not None or len({t.dtype for t in given.values()}) > 1:
+            given = {name: t.to(half or torch.float32) for name, t in given.items()}
     x, weight = given["x"], given["weight"]
     for name, t in given.items():
         if t.dtype != x.dtype:

@@ -251,6 +251,29 @@ def test_half_precision_is_computed_in_float32(conv, dtype):
         assert torch.equal(conv(x.float(), weight.float(), kernel_size=3, **layout), exact)
 
 
+def test_autocast_of_a_gpu_multiplies_in_half_precision(conv, monkeypatch):
+    """As conv2d does: float32 is cast, and its gradients are float32; float64 stays."""
+    x, dense, layout = problem("H", gate="tanh", cin=8, cout=12)
+    weight, link = from_dense(dense, **layout), (torch.randn(2, 3, *x.shape[2:]), torch.randn(3, 12))
+    tensors = [t.float().requires_grad_() for t in (x, weight, torch.randn(12), torch.randn(len(x), 12), *link)]
+
+    def run(x, weight, bias, condition, values, matrix):
+        return conv(x, weight, bias, condition=condition, link=(values, matrix), kernel_size=3, **layout)
+
+    def gradients(out, tensors):
+        return torch.autograd.grad(out.float().square().sum(), tensors)
+
+    half = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    meant, device = run(*half), THERE if conv.func is conv_there else "cpu"
+    monkeypatch.setattr("infovae_fast.masked_conv.AUTOCAST", (device,))
+    with torch.autocast(device, torch.bfloat16):
+        out = run(*tensors)
+        assert conv(x.double(), weight.double(), kernel_size=3, **layout).dtype == torch.float64
+    assert out.dtype == torch.bfloat16 and torch.equal(out, meant)
+    for found, other in zip(gradients(out, tensors), gradients(meant, half), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, other.float())
+
+
 def visibility(window, k, position, h, w, g_in, g_out):  # [H, W] bool: which inputs of g_in the output looks at
     dy, dx = (range(-at, size - at) for at, size in zip(position, (h, w), strict=True))
     near = k // 2

@@ -129,6 +129,32 @@ def test_killed_and_resumed_from_the_command_line(tmp_path):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_mixed_precision(tmp_path, monkeypatch):
+    """Products in bfloat16; weights, z and the loss in float32. A run resumes as it began, also one of before."""
+    seen = {}
+    loss = InfoVAE.loss
+
+    def watched(self, x):
+        terms, posterior = loss(self, x), self.encode(x)
+        seen.update(hidden=self.encoder[1](x.flatten(1)).dtype, z=posterior.mu.dtype, loss=terms.loss.dtype)
+        return terms
+
+    monkeypatch.setattr(InfoVAE, "loss", watched)
+    half = {"precision": "bf16-mixed", "out": str(tmp_path / "half"), **SMALL}
+    folder = train(epochs=2, **half)
+    assert seen == {"hidden": torch.bfloat16, "z": torch.float32, "loss": torch.float32}
+    assert all(not t.is_floating_point() or t.dtype == torch.float32 for t in weights(folder).values())
+    whole = train(epochs=3, **half | {"out": str(tmp_path / "whole")})
+    assert same(weights(train(resume=str(folder), epochs=3, progress=False)), weights(whole))
+
+    exact = train(epochs=1, **half | {"precision": "32-true", "out": str(tmp_path / "exact")})
+    config = json.loads((exact / "config.json").read_text())
+    del config["precision"]
+    (exact / "config.json").write_text(json.dumps(config))
+    train(resume=str(exact), epochs=2, progress=False)
+    assert json.loads((exact / "config.json").read_text())["precision"] == "32-true" and seen["hidden"] == torch.float32
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path):
     train(out=str(tmp_path / "a"), epochs=2, **SMALL)
     train(resume=str(tmp_path / "a"), epochs=4, progress=False)
@@ -237,6 +263,7 @@ def test_refusals(tmp_path):
         ({"train_size": 10**6}, "train_size"),
         ({"alpha": 0.0, "lambda_": 0.5}, "a negative weight rewards mismatch"),
         ({"likelihood": "poisson"}, "poisson"),
+        ({"precision": "16"}, "precision: got '16'; accepted: '32-true', 'bf16-mixed'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             train(out=str(tmp_path / "other"), **options)
