@@ -38,7 +38,7 @@ constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
 constexpr int kPrepareThreads = 256, kGatherThreads = 256;
 constexpr float kLargest = 32768;  // that a scaled g may be
-constexpr float kLeastMean = 0x1p-8f;  // of the phi of a tile, for the group that follows to do without a factor
+constexpr float kLeastMean = 0x1p-6f;  // of the phi of a tile, for the group that follows to do without a factor
 constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
 
 // The points of a cloud as tensor cores take them, in tiles that lie in memory as in shared memory:
