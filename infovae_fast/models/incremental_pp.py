@@ -40,18 +40,33 @@ class _Rows:
 
 
 class _Pixels:
-    """The row above and the row so far of what a 2 x 2 convolution of stream ul reads, after a column of zeros."""
+    """The row so far of what a 2 x 2 convolution of stream ul reads, after a column of zeros: until a pixel is written,
+    what lies there is the row above. The views of its pixels are made once."""
 
     def __init__(self, conv: _Conv, n: int, width: int, options: dict[str, Any]) -> None:
-        self.matrix, self.bias = _table(conv, options)
-        self.rows = torch.zeros(n, 2, 1 + width, len(self.matrix) // 4, **options)
+        matrix, self.bias = _table(conv, options)  # rows: (above, here) x (left, here) x C
+        above, self.matrix = matrix.chunk(2)
+        self.above_left, self.above_here = above.chunk(2)
+        self.row = torch.zeros(n, 1 + width, len(matrix) // 4, **options)
+        self.at = self.row[:, 1:].unbind(1)  # [n, C], to write to
+        self.seen = [self.row[:, j : j + 2].flatten(1) for j in range(width)]  # [n, 2 C]
 
-    def push(self, j: int, value: Tensor) -> Tensor:  # [n, C] -> [n, 4 C]
-        self.rows[:, 1, 1 + j] = value
-        return self.rows[:, :, j : j + 2].flatten(1)
+    def above(self) -> Tensor:  # [n, w, C'], what comes from the row above, before the first pixel of a row
+        return self.row[:, :-1] @ self.above_left + self.row[:, 1:] @ self.above_here
 
-    def finish_row(self) -> None:
-        self.rows[:, 0] = self.rows[:, 1]
+
+class _BothOfPixels(_Pixels):
+    """Of e(values)."""
+
+    def __init__(self, conv: _Conv, n: int, width: int, options: dict[str, Any]) -> None:
+        super().__init__(conv, n, width, options)
+        self.halves = [pixel.unflatten(1, (2, -1)) for pixel in self.at]  # [n, 2, C / 2]
+        self.signs = torch.tensor([[1.0], [-1.0]], **options)
+
+    def write(self, j: int, value: Tensor) -> Tensor:  # [n, C / 2] -> [n, 2 C]
+        torch.mul(value.unsqueeze(1), self.signs, out=self.halves[j])
+        F.elu_(self.at[j])
+        return self.seen[j]
 
 
 class _Larger:
@@ -79,39 +94,40 @@ class _Layer:
         self.first, self.second = (_Rows(conv, n, width, options) for conv in (u.first, u.second))
         self.aside = None if u.aside is None else _table(u.aside, options)
         self.code, self.conditions = code, [_condition(block, options) for block in (u, ul)]
-        self.ul_first, self.ul_second = (_Pixels(conv, n, width, options) for conv in (ul.first, ul.second))
+        self.ul_first, self.ul_second = (_BothOfPixels(conv, n, width, options) for conv in (ul.first, ul.second))
         # e(a) of a = [u, ul'] is [u, ul', -u, -ul'] under elu.
         maps, (matrix, bias) = u.first.bias.numel(), _table(ul.aside, options)
         parts = matrix.unflatten(0, (2, -1, maps))  # [2, 1 or 2, F, F]
         self.from_u, self.from_passed = parts[:, 0].flatten(0, 1), parts[:, 1:].flatten(0, 2)
         self.first_bias = bias + self.ul_first.bias
-        self.base: tuple[
-            Tensor, Tensor
-        ]  # of the row: all of c and of f that is not read from ul, [n, F, w], [n, 2F, w]
+        # Of the row: all of c and of f that is not read from its pixels of ul, [n, w, F] and [n, w, 2F].
+        self.base = [torch.zeros(n, width, channels, **options) for channels in (maps, 2 * maps)]
+        self.base_c, self.base_f = (base.unbind(1) for base in self.base)
 
     def row(self, i: int, u: Tensor, passed: Tensor | None = None) -> Tensor:  # [n, F, w] -> [n, F, w]
         c = self.first(_both(u))
         if passed is not None and self.aside is not None:
             matrix, bias = self.aside
             c = c + (_both(passed).mT @ matrix + bias).mT
-        conditions = [self._condition(i, matrix) for matrix in self.conditions]  # [n, 2F, 1 or w] or 0
-        u = u + gated(self.second(_both(c)) + conditions[0], "glu")
-        second = self.ul_second.bias[:, None] + conditions[1] + torch.zeros_like(u[:1, :1])  # [n or 1, 2F, w]
-        self.base = (_both(u).mT @ self.from_u + self.first_bias).mT, second.expand(len(u), -1, -1)
+        conditions = [self._condition(i, matrix) for matrix in self.conditions]  # [n, 1 or w, 2F] or 0
+        of_u = conditions[0] if isinstance(conditions[0], float) else conditions[0].mT
+        u = u + gated(self.second(_both(c)) + of_u, "glu")
+        self.base[0].copy_(_both(u).mT @ self.from_u + self.first_bias + self.ul_first.above())
+        self.base[1].copy_(self.ul_second.above() + (self.ul_second.bias + conditions[1]))
         return u
 
     def _condition(self, i: int, matrix: Tensor | None) -> Tensor | float:
         if matrix is None or self.code is None:
             return 0.0
-        return (self.code[:, :, min(i, self.code.shape[2] - 1)].mT @ matrix).mT
+        return self.code[:, :, min(i, self.code.shape[2] - 1)].mT @ matrix
 
-    def pixel(self, j: int, ul: Tensor, passed: Tensor | None = None) -> Tensor:  # [n, F] -> [n, F]
-        first, second = self.base
-        c = torch.addmm(first[:, :, j], self.ul_first.push(j, _both(ul)), self.ul_first.matrix)
+    def pixel(self, j: int, ul: Tensor, passed: Tensor | None = None) -> Tensor:
+        """ul [n, F] and e(passed) [n, 2F] -> [n, F]. Afterwards ul_first.at[j] is e(ul)."""
+        c = torch.addmm(self.base_c[j], self.ul_first.write(j, ul), self.ul_first.matrix)
         if passed is not None:
-            c = torch.addmm(c, _both(passed), self.from_passed)
-        f = torch.addmm(second[:, :, j], self.ul_second.push(j, _both(c)), self.ul_second.matrix)
-        return ul + gated(f, "glu")
+            c.addmm_(passed, self.from_passed)
+        f = torch.addmm(self.base_f[j], self.ul_second.write(j, c), self.ul_second.matrix)
+        return F.glu(f, 1).add_(ul)
 
 
 class IncrementalPlusPlus:
@@ -129,6 +145,7 @@ class IncrementalPlusPlus:
         # By resolution: blocks of the way up and of the way down, and what leads to the next coarser one and back.
         self.up, self.down = ([list[_Layer]() for _ in widths] for _ in range(2))
         self.smaller: list[tuple[_Rows, _Pixels]] = []
+        self.start: dict[int, Tensor] = {}  # by resolution: what ul's convolution to the next reads above, [n, w, F]
         self.larger: list[tuple[_Larger, _Larger]] = []
         for blocks, layers in ((decoder.up, self.up), (decoder.down, self.down)):
             for block in blocks:
@@ -169,7 +186,6 @@ class IncrementalPlusPlus:
                 x[:, :, i, j] = value
                 y[:, :-1, 1, 1 + j] = 2 * value - 1
                 y[:, -1, 1, 1 + j] = 1
-            self._finish_row(i)
             if callback is not None:
                 callback(i + 1, self.height)
         return x
@@ -188,6 +204,7 @@ class IncrementalPlusPlus:
             smaller, larger = self.smaller[r][0], self.larger[r][0]
             smaller.push(u)
             if i % 2 == 0:
+                self.start[r] = self.smaller[r][1].above() + self.smaller[r][1].bias
                 larger.row(self._row(r + 1, i // 2, smaller.convolved()))
             u = larger.rows[:, i % 2].mT
         else:
@@ -198,31 +215,21 @@ class IncrementalPlusPlus:
 
     def _pixel(self, r: int, i: int, j: int, ul: Tensor) -> Tensor:
         """Stream ul of a pixel, likewise: [n, F] -> [n, F]."""
-        passed = [ul]
+        passed = []  # e of what the blocks read, and of what the last one gives
         for layer in self.up[r]:
             ul = layer.pixel(j, ul)
-            passed.append(ul)
+            passed.append(layer.ul_first.at[j])
         if r < RESOLUTIONS - 1:
             smaller, larger = self.smaller[r][1], self.larger[r][1]
-            seen = smaller.push(j, ul)
+            smaller.at[j].copy_(ul)
+            passed.append(_both(ul))
             if i % 2 == j % 2 == 0:
-                coarse = self._pixel(r + 1, i // 2, j // 2, torch.addmm(smaller.bias, seen, smaller.matrix))
-                larger.pixel(j, coarse)
+                start = torch.addmm(self.start[r][:, j], smaller.seen[j], smaller.matrix)
+                larger.pixel(j, self._pixel(r + 1, i // 2, j // 2, start))
             ul = larger.rows[:, i % 2, j]
-        else:
-            passed.pop()
         for layer in self.down[r]:
             ul = layer.pixel(j, ul, passed.pop())
         return ul
-
-    def _finish_row(self, i: int) -> None:
-        for r in range(RESOLUTIONS):
-            if i % 2**r == 0:
-                for layer in self.up[r] + self.down[r]:
-                    layer.ul_first.finish_row()
-                    layer.ul_second.finish_row()
-                if r < RESOLUTIONS - 1:
-                    self.smaller[r][1].finish_row()
 
 
 def _table(conv: _Conv, options: dict[str, Any]) -> Table:
