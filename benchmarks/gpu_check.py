@@ -63,11 +63,11 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
         ],
         "bound": [f"{python} -m benchmarks.bound --device cuda --out {rows}"],
         "bench": [
-            f"nvcc -std=c++17 -O3 -Icsrc -arch=native {alone}.cu csrc/cuda/pairwise*.cu -o {program}",
-            f"{program} $(git describe --always --dirty) >> {rows}",
             f"{python} -m benchmarks.run --device cuda --compile --resume --memory 40 --out {rows}",
             f"{python} -m benchmarks.masked_conv --device cuda --compile --out {rows}",
             f"{python} -m benchmarks.models --device cuda --out {rows}",
+            f"nvcc -std=c++17 -O3 -Icsrc -arch=native {alone}.cu csrc/cuda/pairwise*.cu -o {program}",
+            f"{program} $(git describe --always --dirty) >> {rows}",
         ],
     }
 

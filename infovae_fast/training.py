@@ -95,7 +95,7 @@ class InfoVAETraining(pl.LightningModule):
             self._check(terms)
         optimizer = self._optimizers()[0]
         optimizer.zero_grad()
-        self.manual_backward(terms.loss)
+        self._backward(terms.loss)
         if self.gradient_clip is not None:
             self.clip_gradients(optimizer, self.gradient_clip, "norm")
         optimizer.step()
@@ -125,8 +125,12 @@ class InfoVAETraining(pl.LightningModule):
                 z = self.model.encode(x).rsample()
             loss = adversary.critic_loss(z, self.model.prior.sample(len(z)))
             optimizer.zero_grad()
-            self.manual_backward(loss)
+            self._backward(loss)
             optimizer.step()
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):  # each gradient in the precision of its forward pass
+            self.manual_backward(loss)
 
     def _optimizers(self) -> Sequence[Any]:
         optimizers = self.optimizers()
@@ -282,8 +286,8 @@ def train(
         batch_size: images a step.
         lr: learning rate of Adam.
         gradient_clip: largest norm of the gradient, or null.
-        precision: "32-true", or "bf16-mixed": bfloat16 in convolutions and products of matrices, which a GPU does many
-            times faster; weights, z and the loss stay float32.
+        precision: "32-true", or "bf16-mixed": bfloat16 in convolutions and products of matrices, for GPUs; weights, z
+            and the loss stay float32.
         seed: of the weights, the order of the examples and the noise.
         out: folder of the run; default runs/DATA-PRESET-SEED.
         resume: folder of a run to continue with its own settings; only epochs and progress may be given with it.

@@ -17,7 +17,7 @@ from infovae_fast.masked_conv import Mask, masked_conv2d
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from tests import test_masked_conv_triton as shared
 from tests.oracle import check, near
-from tests.simt import ROOT
+from tests.simt import ROOT, load
 from tests.simt.masked_conv import SOURCES
 from tests.simt.masked_conv import run as simt
 
@@ -44,6 +44,8 @@ KEPT = [
     (3, 9, 10, 64, 72, Mask("B", 3), 0, 0),
     (5, 20, 23, 48, 32, Mask("A", 5, 1, "interleaved", "tanh"), 0, 0),
     (9, 4, 9, 80, 40, Mask("H", 3), 2, 0),
+    (9, 16, 16, 16, 48, Mask("V", 3, 1, "interleaved", "tanh"), 2, 0),
+    (40, 5, 9, 32, 80, Mask("H", 3, 1, "interleaved", "glu"), 2, 0),
 ]
 
 
@@ -59,6 +61,17 @@ def test_it_meets_the_rule(case):
 @pytest.mark.parametrize("case", [*shared.CASES[1:18:4], *LARGE, *KEPT], ids=str)
 def test_half_precision_meets_the_rule(case, dtype):
     shared.meets_the_rule(case, dtype, case[5].gate is not None, backend="cuda")
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/simt tells which kernel ran")
+def test_weights_that_fit_stay_in_shared_memory():
+    """A block then takes several tiles, and there are fewer blocks than tiles."""
+    n, h, w, _, _, mask, *_ = KEPT[6]
+    (x, weight, bias, *_), _ = shared.problem(*KEPT[6])
+    for dtype, kept in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        simt(x.to(dtype), weight.to(dtype), bias.to(dtype), None, None, mask)
+        blocks = load(SOURCES).last_grid()
+        assert blocks < n * h * w // 256 if kept else blocks >= n * h * w // 128
 
 
 @pytest.mark.parametrize("case", [KEPT[0], KEPT[2], KEPT[4]], ids=str)
@@ -117,7 +130,9 @@ def test_twice_the_same():
 
 @pytest.mark.skipif(ON_GPU, reason="tests/simt decides in which order threads run")
 @pytest.mark.parametrize(
-    "case, dtype", [(LARGE[0], None), (LARGE[1], None), (shared.CASES[1], None), (KEPT[0], torch.bfloat16)], ids=str
+    "case, dtype",
+    [(LARGE[0], None), (LARGE[1], None), (shared.CASES[1], None), (KEPT[0], torch.bfloat16), (KEPT[6], torch.bfloat16)],
+    ids=str,
 )
 def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(case, dtype, monkeypatch):
     found = []

@@ -234,6 +234,18 @@ def test_own_modules(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("network", ["mlp", "dcgan", "pixelcnn"])
+def test_a_model_of_another_dtype(network, dtype):
+    encoder = "mlp" if network == "pixelcnn" else network
+    model = InfoVAE.from_config((1, 16, 16), 4, encoder=encoder, decoder=network).to(dtype)
+    x = torch.rand(3, 1, 16, 16).round().to(dtype)
+    loss = model.loss(x).loss
+    loss.backward()
+    assert loss.isfinite() and model.encode(x).mu.dtype == dtype
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_large_logvar_stays_finite():
     model = InfoVAE.from_config(SHAPE, 2, objective="elbo")
     nn.init.constant_(model.encoder[-1].bias, 1e4)

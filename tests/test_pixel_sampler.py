@@ -89,6 +89,18 @@ def test_all_strategies_draw_the_same_images(name, size, backend):
             torch.testing.assert_close(again, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("strategy", ["naive", "cached", "fixed_point"])
+def test_autocast_changes_no_sample(strategy, monkeypatch):
+    monkeypatch.setattr("infovae_fast.masked_conv.AUTOCAST", (oracle.device,))
+    sample = sampler("grey", 6, 7, "auto")
+    sample.decoder.float()
+    z = codes(3).float()
+    wanted, params = sample.sample(z, strategy=strategy), sample.params(z, torch.zeros(3, *sample.image_shape).to(z))
+    with torch.autocast(oracle.device, torch.bfloat16):
+        assert torch.equal(sample.sample(z, strategy=strategy), wanted)
+        assert torch.equal(sample.params(z, torch.zeros(3, *sample.image_shape).to(z)), params)
+
+
 @pytest.mark.parametrize("unit", ["avx512", "avx2", "baseline"])
 def test_every_vector_unit_gives_the_params_of_the_whole_image(unit):
     """In a process of its own, held to the unit; a machine without it runs the best it has below that."""

@@ -137,12 +137,14 @@ def test_mixed_precision(tmp_path, monkeypatch):
     def watched(self, x):
         terms, posterior = loss(self, x), self.encode(x)
         seen.update(hidden=self.encoder[1](x.flatten(1)).dtype, z=posterior.mu.dtype, loss=terms.loss.dtype)
+        if terms.loss.requires_grad:
+            terms.loss.register_hook(lambda _: seen.update(backward=torch.is_autocast_enabled("cpu")))
         return terms
 
     monkeypatch.setattr(InfoVAE, "loss", watched)
     half = {"precision": "bf16-mixed", "out": str(tmp_path / "half"), **SMALL}
     folder = train(epochs=2, **half)
-    assert seen == {"hidden": torch.bfloat16, "z": torch.float32, "loss": torch.float32}
+    assert seen == {"hidden": torch.bfloat16, "z": torch.float32, "loss": torch.float32, "backward": False}
     assert all(not t.is_floating_point() or t.dtype == torch.float32 for t in weights(folder).values())
     whole = train(epochs=3, **half | {"out": str(tmp_path / "whole")})
     assert same(weights(train(resume=str(folder), epochs=3, progress=False)), weights(whole))

@@ -30,6 +30,7 @@ namespace infovae_fast {
 namespace {
 
 constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
+static_assert(kThreads == kKeptThreads);  // `launch` knows one number
 constexpr int kStepBytes = 80 << 10;  // of the steps of a product in shared memory, wanted
 constexpr int kBlocksPerProcessor = 2;  // of the gradient to weight, wanted
 constexpr int kGateRows = 128, kGateColumns = 64;
@@ -554,13 +555,11 @@ private:
             // A link would have to fit too, or to be waited for. The gradient to x of one tap has little to keep.
             if (keeps(w) && w.links == 0 && !(MIRRORED && w.taps == 1)) {
                 const Kept kept(w, MIRRORED);
-                int device = 0, processors = 0, shared = 0;
-                cudaError_t error = cudaGetDevice(&device);
-                if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-                if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-                if (error != cudaSuccess) return error;
-                if (const int blocks = kept.blocks_of_processor(shared)) {
-                    const int64_t columns = parts_of(part * halves, kKeptColumns), most = parts_of(processors * blocks, columns);
+                Limits here;
+                if (const cudaError_t error = here.find(); error != cudaSuccess) return error;
+                if (const int blocks = kept.blocks_of_processor(here.shared)) {
+                    const int64_t columns = parts_of(part * halves, kKeptColumns);
+                    const int64_t most = parts_of(here.processors * blocks, columns);
                     const dim3 grid(unsigned(parts_of(kept.tiles, parts_of(kept.tiles, most))), unsigned(columns));
                     return launch(kept_kernel<T, MIRRORED>, grid, kept.bytes, stream_, w, kept);
                 }

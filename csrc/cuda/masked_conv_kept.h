@@ -25,6 +25,21 @@ constexpr int kKeptMostTaps = 32;  // bits of a word
 constexpr int kKeptLeastSize = 32;  // pixels of an image
 constexpr int64_t kKeptMostPixels = 1 << 30;
 
+static_assert(kKeptRows == kKeptThreads);  // a thread tells which taps of a row lead into the image
+
+// What a block may have of the GPU at hand.
+struct Limits {
+    int processors = 0, shared = 0;  // shared: bytes
+
+    cudaError_t find() {
+        int device = 0;
+        cudaError_t error = cudaGetDevice(&device);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        return error;
+    }
+};
+
 // The division of the work, and of shared memory. In numbers, one after the other:
 //
 //     weights       [depth, pitch], mirrored [columns, pitch]

@@ -134,8 +134,9 @@ class InfoVAE(nn.Module):
                 f"the encoder returned shape {tuple(parameters.shape)}; accepted: {(len(x), 2 * self.latent_dim)}, "
                 "the mean and log-variance of q(z|x)"
             )
-        # Under autocast the encoder returns half precision, whose few digits would be those of z.
-        mu, logvar = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).chunk(2, dim=1)
+        # Autocast would leave z with the few digits of half precision.
+        parameters = parameters.to(next(self.encoder.parameters(), parameters).dtype)
+        mu, logvar = parameters.chunk(2, dim=1)
         return Posterior(mu, logvar.clamp(-30, 20))  # e^(logvar/2) and e^-logvar stay finite in float32
 
     @property

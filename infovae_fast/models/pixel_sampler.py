@@ -14,7 +14,8 @@ The uniforms are counted, not drawn: bits of a hash of (seed, sample, pixel, cha
 sample i does not depend on how many are drawn with it.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -91,6 +92,17 @@ BACKENDS = (
 )
 
 
+def _without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """All strategies compute in the decoder's dtype, lest their samples differ."""
+
+    @wraps(method)
+    def run(self: Any, *inputs: Any, **options: Any) -> Tensor:
+        with torch.autocast(self._like.device.type, enabled=False):
+            return method(self, *inputs, **options)
+
+    return run
+
+
 class PixelSampler:
     """Draws from p(x|z).
 
@@ -126,6 +138,7 @@ class PixelSampler:
             )
 
     @torch.no_grad()
+    @_without_autocast
     def sample(
         self,
         z: Tensor | None = None,
@@ -198,6 +211,7 @@ class PixelSampler:
         return pixel_uniforms(self._uniforms_shape(n), seed, first=first, device=self._like.device)
 
     @torch.no_grad()
+    @_without_autocast
     def params(self, z: Tensor | None, x: Tensor) -> Tensor:
         """decoder(z, x) as "cached" computes it, a pixel and colour at a time: [N, P, H, W], equal but for rounding."""
         z, n = self._codes(z, len(x))
