@@ -1,10 +1,11 @@
 """How near ours comes to what this machine can do: `python -m benchmarks.bound --out benchmarks/results/NAME.jsonl`.
 
 Value and gradient of the MMD of N = M points do 8 D N^2 flops in matrix products, if the pairs of one cloud are visited
-once, and 2 N^2 exponentials. Their times at the rates that PyTorch reaches make the bound: the sum on a CPU, where both
-use the same units, the longer one on a GPU. A product that keeps float32's digits is float32, or three of TF32. The
-rates are `mm` of square matrices, `exp` of what stays in the cache (on a GPU in registers), and a copy; all take turns
-with ours in one process; medians.
+once, and 2 N^2 exponentials; the value alone half the flops, a Stein direction 3 D N^2 and a quarter of the
+exponentials. Their times at the rates that PyTorch reaches make the bound: the sum on a CPU, where both use the same
+units, the longer one on a GPU. A product that keeps float32's digits is float32, or three of TF32; bfloat16 needs one.
+The rates are `mm` of square matrices, `exp` of what stays in the cache (on a GPU in registers), and a copy; all take
+turns with ours in one process; medians.
 """
 
 import argparse
@@ -82,8 +83,11 @@ def exponentials(device: str) -> tuple[float, Callable[[], Any]]:
 
 
 def bound(case: Case, rates: dict[str, float], device: str) -> float:
-    products = 8 * case.d * case.n**2 / max(rates["float32"], rates.get("tf32", 0) / 3)
-    exponentials = 2 * case.n**2 / rates["exp"]
+    """Seconds, of one RBF scale."""
+    flops, exps = (3, 0.5) if case.what == "stein" else (8 if case.gradient else 4, 2)
+    exact = max(rates["float32"], rates.get("tf32", 0) / 3)
+    products = flops * case.d * case.n**2 / (rates["bfloat16"] if case.dtype == "bfloat16" else exact)
+    exponentials = exps * case.n**2 / rates["exp"]
     return products + exponentials if device == "cpu" else max(products, exponentials)
 
 

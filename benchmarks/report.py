@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pairwise
+from benchmarks.bound import bound
 from benchmarks.pairwise import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ LINES = {  # in both pictures, by colour
     "torch.compile": "tab:red",
 }
 
+SHORTEST_BOUND_S = 1e-6  # below it the launches decide
 ALONE = f"{OURS} alone"  # benchmarks/pairwise_alone.cu
 Case = tuple[str, int, int]
 Rows = dict[tuple[Case, str, str], dict[str, Any]]  # of case, implementation, malloc
@@ -112,8 +114,9 @@ def ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
 
 
 def gpu_table(rows: list[dict[str, Any]]) -> str:
-    found, graph = newest(rows), f"{OURS} graph"
-    head = ["", "ours", "as a CUDA graph", "kernels alone", "eager, expanded", "`torch.compile`"]
+    found, graph = newest([row for row in rows if row["op"] == "pairwise"]), f"{OURS} graph"
+    rates = next((row["rates"] for row in reversed(rows) if row["op"] == "bound"), None)
+    head = ["", "ours", "as a CUDA graph", "kernels alone", "bound, reached", "eager, expanded", "`torch.compile`"]
     head += ["gradient error: ours, alone, eager"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in pairwise.GPU_CASES:
@@ -125,6 +128,10 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
         known = [by.get(k, {}).get("error") for k in (OURS, ALONE, "eager expanded")]
         errors = ", ".join("–" if e is None else f"{e:.0e}" for e in known)
         cells = [duration(by[OURS]), duration(by.get(graph)), duration(by.get(ALONE))]
+        best = min(by[name]["median_s"] for name in (OURS, graph, ALONE) if name in by)
+        least = bound(case, rates, "cuda") if rates and case.what in ("rbf", "stein") else None
+        known = least is not None and least > SHORTEST_BOUND_S
+        cells.append(f"{duration({'median_s': least})}, {least / best:.0%}" if known else "–")
         cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -213,7 +220,7 @@ def main() -> None:
         plot(rows, ROOT / "docs" / "speed.png")
     if convs:
         text = replaced(text, "speed masked_conv", conv_table(convs))
-    if some := [row for row in on_gpu if row["op"] == "pairwise"]:
+    if some := [row for row in on_gpu if row["op"] in ("pairwise", "bound")]:
         text = replaced(text, "speed on a GPU", gpu_table(some))
     if some := [row for row in on_gpu if row["op"] in ("masked_conv", "logistic_mixture")]:
         text = replaced(text, "speed masked_conv on a GPU", gpu_conv_table(some))
