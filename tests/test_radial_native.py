@@ -80,6 +80,7 @@ def test_native_is_the_formula(native, dtype, kind, alpha, mixture):
 
 def test_native_takes_any_shape_and_layout(native):
     bandwidth, weight = scales(MIXTURES[1], torch.float32)
+    torch.manual_seed(0)  # of one number alone the yardstick may be exact by chance
     whole = torch.rand(4, 6, 5)
     views = [whole[0, 0, 0], whole[:0], whole[:, :0, 0], whole.mT, whole[::2, 1:, ::3], whole[:1].expand(7, 6, 5)]
     for d2 in views:

@@ -2,6 +2,8 @@
 //
 //     rbf: u = (z - mean) sqrt(log2 e) / b_0, phi = 2^t        rational quadratic: u = (z - mean) / b_0, phi = (1 - t / alpha)^-alpha
 //
+// (where coordinates are few, by sqrt(1/2) more: then t is -|u_i - u_j|^2, without a factor)
+//
 // With g as the vector code computes it, phi' = -g / (2 b_0^2) for both, so that
 //
 //     F_i = -w / (b_0^2 scale) [ (sum_j a_j g_ij) u_i - sum_j g_ij a_j u_j ] + sum_j phi_ij v_j
@@ -59,6 +61,7 @@ struct Sources {
     const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
     T average_h;             // likewise
     double total_a;          // sum of |a|
+    bool ones;               // all a are 1
 };
 
 struct Factors {
@@ -113,7 +116,7 @@ struct Cloud {
     void fill(int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
         const int64_t L = targets_at_once<T>(), groups = round_up(n, L) / L;
         const auto centre = BEST(centre<T>);
-        const auto half_squares = BEST(half_squares<T>);
+        const auto norms = BEST(norms<T>);
         at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
             for (int64_t group = begin; group < end; ++group) {
                 const int64_t first = group * L, last = std::min(first + L, n);
@@ -129,7 +132,7 @@ struct Cloud {
                 for (int64_t c = 0; used > last - first && c < d; ++c) {
                     std::fill(transposed + c * L + (last - first), transposed + c * L + used, T(0));
                 }
-                half_squares(transposed, d, h + first);
+                norms(transposed, d, h + first);
                 for (int64_t j = first; j < first + L; ++j) a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
                 for (int64_t j = first; p != u && j < last; ++j) {
                     for (int64_t c = 0; c < d; ++c) {
@@ -160,7 +163,7 @@ struct Cloud {
 
     // `subtract`: whether a usual phi may be left out of the sums.
     Sources<T> sources(int64_t d, bool subtract) const {
-        return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
+        return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a, given_a == nullptr};
     }
 };
 
@@ -288,7 +291,7 @@ void pairwise(const PairwiseProblem<T>& q) {
         weighted_rate.push_back(T(q.radial.weight[k] * r));
     }
     const double outer = kind == Radial::rbf ? q.radial.weight[0] : 1;  // the vector code's rbf has no weight
-    const double scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0;
+    const double scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0 * (d > kFewest ? 1 : std::sqrt(0.5));
     const double slope = outer / (b0 * b0 * scale);
 
     const bool fold_v = q.v != nullptr && kind == Radial::rbf && q.w_xx != 0;
