@@ -10,10 +10,15 @@ Images of 28x28 bits, latent dimension 10, the encoder of the paper; the weights
 * sample: images of the paper's network, each of their pixels drawn given those before.
 * likelihood: N passes of the paper's decoder, in `log_likelihood(proposal="prior")`; the paper's table took 1e8.
 * PixelCNN++: a training step (5 x 160) on 3x32x32, and samples; "naive" is its time for one pass times 1,024.
+
+"error" is that of the decoder's params against the reference in float64 with the same weights, relative to the largest;
+of samples the share that one pass of the decoder over them would draw otherwise. What is above `LARGEST_ERROR` (of a
+whole network ten times that of a layer) or `MOST_DIFFERENT` is not timed, nor training whose loss grows.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.clock import captured, machine, measure
+from benchmarks.masked_conv import LARGEST_ERROR, MOST_DIFFERENT, Inaccurate
 from infovae_fast import DiscretizedLogisticMixture, InfoVAE, PixelSampler
 from infovae_fast.models.networks import PAPER_PIXELCNN_ENCODER
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
@@ -32,9 +38,11 @@ from infovae_fast.models.pixelcnn_pp import PIXELCNN_PP, PixelCNNPlusPlus
 OURS = "infovae_fast"
 DECODERS = {"R64": R64, "paper": PAPER_PIXELCNN}
 EPOCH = 60_000  # images
+LEARNING = 20  # steps after which the loss must be smaller
 
 Run = Callable[[], Any]
-Case = tuple[dict[str, Any], Callable[[], dict[str, tuple[Run, int]]], int]  # what, {name: (call, times)}, rounds
+Runs = dict[str, tuple[Run, int, float | None]]  # by name the call, how often it counts, and its error
+Case = tuple[dict[str, Any], Callable[[], Runs], int]  # what, the runs, rounds
 
 
 class InBfloat16(nn.Module):
@@ -59,7 +67,34 @@ def model(decoder: str, device: str, dtype: torch.dtype = torch.float32) -> Info
     return found.to(device)
 
 
+@torch.no_grad()
+def decoder_error(vae: InfoVAE, decoder: str, dtype: torch.dtype) -> float:
+    """Of the params of two images."""
+    device = next(vae.parameters()).device
+    z, x = torch.randn(2, 10, device=device), torch.rand(2, 1, 28, 28, device=device).round()
+    options = DECODERS[decoder] | {"backend": "reference"}
+    exact = InfoVAE.from_config((1, 28, 28), 10, decoder=options).decoder.to(device).double()
+    exact.load_state_dict(getattr(vae.decoder, "decoder", vae.decoder).state_dict())
+    truth = exact(z.to(dtype).double(), x.double())
+    found = ((vae.decoder(z, x) - truth).abs().max() / truth.abs().max()).item()
+    if not found <= 10 * LARGEST_ERROR[dtype]:
+        raise Inaccurate(f"{decoder}: error {found:.1e}, allowed {10 * LARGEST_ERROR[dtype]:.1e}: not timed")
+    return found
+
+
+@torch.no_grad()
+def redrawn(sampler: PixelSampler, z: Tensor | None, n: int) -> float:
+    """The share of the numbers of n samples that a pass of the decoder over them draws otherwise."""
+    x = sampler.sample(z, n, strategy="cached")
+    again = sampler.likelihood.draw(sampler.decoder(z, x), sampler.uniforms(n))
+    if not (found := (again != x).float().mean().item()) <= MOST_DIFFERENT:
+        raise Inaccurate(f"samples: {found:.0%} of their numbers are drawn otherwise: not timed")
+    return found
+
+
 def train(module: nn.Module, loss: Callable[[], Tensor], graph: bool) -> Run:
+    with torch.no_grad():
+        first = loss().item()
     adam = torch.optim.Adam(module.parameters(), 1e-4, fused=True, capturable=graph)
 
     def step() -> Tensor:
@@ -69,24 +104,30 @@ def train(module: nn.Module, loss: Callable[[], Tensor], graph: bool) -> Run:
         adam.step()
         return value.detach()
 
-    return captured(step) if graph else step
+    run = captured(step) if graph else step
+    for _ in range(LEARNING):
+        last = run()
+    if not last.item() < first:
+        raise Inaccurate(f"training: the loss went from {first:g} to {last.item():g}: not timed")
+    return run
 
 
 def graphs(device: str) -> dict[str, bool]:
     return {OURS: False} | ({f"{OURS} graph": True} if device == "cuda" else {})
 
 
-def train_case(decoder: str, batch: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Run, int]]:
-    runs = {}
+def train_case(decoder: str, batch: int, device: str, dtype: torch.dtype) -> Runs:
+    runs: Runs = {}
     for name, graph in graphs(device).items():
         vae, x = model(decoder, device, dtype), torch.rand(batch, 1, 28, 28, device=device).round()
-        runs[name] = train(vae, lambda vae=vae, x=x: vae.loss(x).loss, graph), 1
+        error = decoder_error(vae, decoder, dtype)
+        runs[name] = train(vae, lambda vae=vae, x=x: vae.loss(x).loss, graph), 1, error
     return runs
 
 
-def epoch_case(batch: int, images: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Run, int]]:
+def epoch_case(batch: int, images: int, device: str, dtype: torch.dtype) -> Runs:
     vae, grey = model("R64", device, dtype), torch.rand(images, 1, 28, 28, device=device)
-    x = grey[:batch].round()
+    error, x = decoder_error(vae, "R64", dtype), grey[:batch].round()
     step = train(vae, lambda: vae.loss(x).loss, device == "cuda")
 
     def epoch() -> Any:
@@ -95,17 +136,18 @@ def epoch_case(batch: int, images: int, device: str, dtype: torch.dtype) -> dict
             x.copy_(torch.bernoulli(grey[some]))
             step()
 
-    return {OURS: (epoch, 1)}
+    return {OURS: (epoch, 1, error)}
 
 
-def sample_case(n: int, device: str) -> dict[str, tuple[Run, int]]:
+def sample_case(n: int, device: str) -> Runs:
     sampler, z = PixelSampler(model("paper", device).eval()), torch.randn(n, 10, device=device)
-    return {OURS: (lambda: sampler.sample(z), 1)}
+    return {OURS: (lambda: sampler.sample(z), 1, redrawn(sampler, z[:100], min(n, 100)))}
 
 
-def likelihood_case(n: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Run, int]]:
+def likelihood_case(n: int, device: str, dtype: torch.dtype) -> Runs:
     vae, x = model("paper", device, dtype).eval(), torch.rand(100, 1, 28, 28, device=device).round()
-    return {OURS: (lambda: vae.log_likelihood(x, n // len(x), chunk=20, proposal="prior"), 1)}
+    error = decoder_error(vae, "paper", dtype)
+    return {OURS: (lambda: vae.log_likelihood(x, n // len(x), chunk=20, proposal="prior"), 1, error)}
 
 
 def plus_plus(device: str, dtype: torch.dtype) -> tuple[PixelCNNPlusPlus, DiscretizedLogisticMixture]:
@@ -117,8 +159,8 @@ def plus_plus(device: str, dtype: torch.dtype) -> tuple[PixelCNNPlusPlus, Discre
     return decoder.to(dtype), likelihood
 
 
-def pp_train_case(batch: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Run, int]]:
-    runs = {}
+def pp_train_case(batch: int, device: str, dtype: torch.dtype) -> Runs:
+    runs: Runs = {}
     for name, graph in graphs(device).items():
         decoder, likelihood = plus_plus(device, dtype)
         x = torch.randint(256, (batch, 3, 32, 32), device=device) / 255
@@ -126,11 +168,11 @@ def pp_train_case(batch: int, device: str, dtype: torch.dtype) -> dict[str, tupl
         def loss(decoder: Any = decoder, likelihood: Any = likelihood, x: Tensor = x) -> Tensor:
             return likelihood.nll(decoder(None, x.to(dtype)).float(), x).mean()
 
-        runs[name] = train(decoder, loss, graph), 1
+        runs[name] = train(decoder, loss, graph), 1, None  # all of it is PyTorch's
     return runs
 
 
-def pp_sample_case(n: int, device: str) -> dict[str, tuple[Run, int]]:
+def pp_sample_case(n: int, device: str) -> Runs:
     decoder, likelihood = plus_plus(device, torch.float32)
     sampler, x = PixelSampler(decoder.eval(), likelihood), torch.rand(n, 3, 32, 32, device=device)
 
@@ -138,7 +180,8 @@ def pp_sample_case(n: int, device: str) -> dict[str, tuple[Run, int]]:
     def naive() -> Tensor:
         return likelihood.draw(decoder(None, x), sampler.uniforms(n))
 
-    return {OURS: (lambda: sampler.sample(n=n, strategy="cached"), 1), "naive": (naive, 32 * 32)}
+    run = partial(sampler.sample, n=n, strategy="cached")
+    return {OURS: (run, 1, redrawn(sampler, None, n)), "naive": (naive, 32 * 32, None)}
 
 
 def cases(device: str) -> list[Case]:
@@ -166,20 +209,23 @@ def cases(device: str) -> list[Case]:
     return found
 
 
-def bench(what: dict[str, Any], runs: dict[str, tuple[Run, int]], rounds: int, device: str) -> list[dict[str, Any]]:
+def bench(what: dict[str, Any], runs: Runs, rounds: int, device: str) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run, _ in runs.values():
+    for run, _, _ in runs.values():
         run()
     for _ in range(rounds):
-        for name, (run, repeated) in runs.items():
+        for name, (run, repeated, _) in runs.items():
             times[name].append(measure(run, device)[1] * repeated)
     rows = []
     for name, taken in times.items():
         low, *_, high = quantiles(taken, n=5) if len(taken) > 1 else taken * 2
         row = {"implementation": name, "median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": rounds}
+        if (error := runs[name][2]) is not None:
+            row["error"] = error
         rows.append(what | row)
         case = f"{what['what']:<18} N={what['n']:<6} {what['dtype']:<8}"
-        print(f"{case} {name:<18} {row['median_s']:10.6f} s", flush=True)
+        shown = f"  error {row['error']:.1e}" if "error" in row else ""
+        print(f"{case} {name:<18} {row['median_s']:10.6f} s{shown}", flush=True)
     return rows
 
 
@@ -189,14 +235,21 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases with this in their name: train, epoch, sample, ...")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    refused = False
     for what, case, rounds in cases(options.device):
         if options.only not in what["what"]:
             continue
-        rows = bench(what, case(), rounds, options.device)
+        try:
+            rows = bench(what, case(), rounds, options.device)
+        except Inaccurate as why:
+            print(f"{what['what']} {what['dtype']} {why}", flush=True)
+            refused = True
+            continue
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
                 file.write("".join(json.dumps(row | machine(options.device)) + "\n" for row in rows))
+    sys.exit(refused)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,10 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
 
 
 def models_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | ours | as a CUDA graph | naive |", "|" + "---|" * 4]
+    lines = ["| | ours | as a CUDA graph | naive | error |", "|" + "---|" * 5]
     for (what, n, _, _, dtype), by in newest(rows).items():
         cells = [duration(by[OURS]), duration(by.get(f"{OURS} graph")), ratio(by.get("naive"), by[OURS])]
+        cells.append(f"{by[OURS]['error']:.0e}" if "error" in by[OURS] else "–")
         lines.append(f"| {what}, N = {n:,}, {dtype} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -18,7 +18,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <cmath>
 #include <type_traits>
 
 #include "cuda/masked_conv_kept.h"

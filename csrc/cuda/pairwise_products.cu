@@ -8,12 +8,12 @@
 //     u   one for each 64 points, nearly always that of a sample; 2 h = high high + 2 high low, so that t_ii = 0. (A point
 //         more than 10^5 times farther out than its 63 neighbours takes digits of theirs.)
 //     g   one for each target, which changes when a larger g comes; or none, where the phi of the tile before had a mean of
-//         2^-6 or more: then g is off by at most 2^-25, like a float of that size
+//         2^-6 or more: then g is off by at most 2^-25
 //
 // Tensor cores cut sums off, always towards zero. So they add up 16 coordinates or 32 sources, and what is more is added up
 // in float; the sums over two clouds nearly cancel, and those over groups of sources are added up in double, as those of
-// A = sum_j phi_ij a_j and G over tiles are. phi has the same roundings in all rows, with forces or without, near the diagonal or not:
-// they cancel too. With v, the second product is of phi and w slope u_j + weight v_j instead.
+// A = sum_j phi_ij a_j and G over tiles are. phi has the same roundings in all rows, with forces or without, near the
+// diagonal or not: they cancel too. With v, the second product is of phi and w slope u_j + weight v_j instead.
 //
 // A block owns 64 targets, 16 for each of its four warps, in registers, and a segment of the sources. Nothing is shared
 // between blocks: what they have summed is added up in a launch of its own, in order.

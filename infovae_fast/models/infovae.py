@@ -135,7 +135,8 @@ class InfoVAE(nn.Module):
                 "the mean and log-variance of q(z|x)"
             )
         # Autocast would leave z with the few digits of half precision.
-        parameters = parameters.to(next(self.encoder.parameters(), parameters).dtype)
+        weight = next(self.encoder.parameters(), parameters)
+        parameters = parameters.to(torch.promote_types(parameters.dtype, weight.dtype))
         mu, logvar = parameters.chunk(2, dim=1)
         return Posterior(mu, logvar.clamp(-30, 20))  # e^(logvar/2) and e^-logvar stay finite in float32
 
