@@ -13,6 +13,7 @@ import torch
 
 import infovae_fast
 from infovae_fast.backends import native_missing
+from infovae_fast.cuda_graph import CudaGraph
 
 SHORTEST_S = 1e-3  # a GPU is timed over as many calls in a row as take this long,
 MOST_CALLS = 200  # but not more
@@ -42,22 +43,11 @@ def _on_gpu(run: Callable[[], Any], calls: int) -> tuple[Any, float]:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as a CUDA graph: replays it, and returns what it returned. Its leaves must not have met autograd before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = run()
-
-    def replay(kept: Callable[[], Any] = run) -> Any:  # what `run` holds on to is the graph's memory
-        graph.replay()
-        return out
-
-    return replay
+    """`run` as a CUDA graph that is recorded already. Its leaves must not have met autograd before."""
+    graph = CudaGraph(run)
+    for _ in range(graph.eager + 1):
+        graph()
+    return graph
 
 
 def peak_mib(device: str = "cpu", reset: bool = False) -> float | None:

@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,9 +25,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import ImageData, binarize, load_data, to_unit
 from infovae_fast.divergences import AdversarialLoss
 from infovae_fast.models import InfoVAE
@@ -48,6 +50,8 @@ class InfoVAETraining(pl.LightningModule):
         lr: learning rate of Adam. gradient_clip: largest norm of the gradient, or None.
         seed: of the noise, see the module's text.
         dynamic_binarization: draw every batch anew from Bernoulli with the grey values as probabilities.
+        cuda_graph: on a GPU, without a critic: loss and gradients as a CUDA graph, for models and divergences that do
+            not look at numbers; see `CudaGraph`.
     """
 
     def __init__(
@@ -58,11 +62,13 @@ class InfoVAETraining(pl.LightningModule):
         gradient_clip: float | None = None,
         seed: int = 0,
         dynamic_binarization: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the critic's step stands between the encoder's
         self.model, self.lr, self.gradient_clip, self.seed = model, lr, gradient_clip, seed
         self.dynamic_binarization = dynamic_binarization
+        self._graph = CudaGraph(self._gradients) if cuda_graph and self._adversary is None else None
 
     @property
     def _adversary(self) -> AdversarialLoss | None:
@@ -71,13 +77,10 @@ class InfoVAETraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         adversary = self._adversary
-        if adversary is None:
-            return torch.optim.Adam(self.model.parameters(), lr=self.lr)
-        critic = set(adversary.critic.parameters())
-        return [
-            torch.optim.Adam([p for p in self.model.parameters() if p not in critic], lr=self.lr),
-            adversary.critic_optimizer(),
-        ]
+        critic = set(adversary.critic.parameters()) if adversary is not None else set()
+        parameters = [p for p in self.model.parameters() if p not in critic]
+        adam = torch.optim.Adam(parameters, lr=self.lr, fused=parameters[0].is_cuda)
+        return adam if adversary is None else [adam, adversary.critic_optimizer()]
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(_stream(self.seed, self.current_epoch))
@@ -88,19 +91,25 @@ class InfoVAETraining(pl.LightningModule):
         try:
             if self._adversary is not None:
                 self._critic_steps(self._adversary, x)
-            terms = self.model.loss(x)
+            terms = self._graph(x) if self._graph is not None and x.is_cuda else self._gradients(x)
         except ValueError as error:  # a divergence met NaN
             raise TrainingDiverged(self._diverged(str(error))) from error
         if x.device.type == "cpu" or index % 50 == 0:  # on a GPU, looking at the loss waits for it
             self._check(terms)
         optimizer = self._optimizers()[0]
-        optimizer.zero_grad()
-        self._backward(terms.loss)
         if self.gradient_clip is not None:
-            self.clip_gradients(optimizer, self.gradient_clip, "norm")
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
         optimizer.step()
         self._means.add(terms, len(x))
         self._last = terms
+
+    def _gradients(self, x: Tensor) -> Terms:
+        """The terms of a batch; the gradients are left in the parameters."""
+        terms = self.model.loss(x)
+        self.zero_grad()
+        self._backward(terms.loss)
+        return replace(terms, loss=terms.loss.detach())
 
     def on_train_epoch_end(self) -> None:
         self._check(self._last)  # before the checkpoint of this epoch is written
@@ -160,7 +169,7 @@ class _Means:
     def add(self, terms: Terms, examples: int) -> None:
         self.examples += examples
         for name, value in terms.as_dict().items():
-            self.sums[name] = self.sums.get(name, 0) + examples * value.detach()
+            self.sums[name] = self.sums.get(name, 0) + examples * value
 
     def by_name(self, stage: str) -> dict[str, Tensor]:
         return {f"{stage}_{name}": total / self.examples for name, total in self.sums.items()}
@@ -257,6 +266,7 @@ def train(
     lr: float = 1e-3,
     gradient_clip: float | None = None,
     precision: Precision = "32-true",
+    cuda_graph: bool = True,
     seed: int = 0,
     out: str | None = None,
     resume: str | None = None,
@@ -288,6 +298,7 @@ def train(
         gradient_clip: largest norm of the gradient, or null.
         precision: "32-true", or "bf16-mixed": bfloat16 in convolutions and products of matrices, for GPUs; weights, z
             and the loss stay float32.
+        cuda_graph: on a GPU, send loss and gradients of a step as one CUDA graph (not with an adversarial divergence).
         seed: of the weights, the order of the examples and the noise.
         out: folder of the run; default runs/DATA-PRESET-SEED.
         resume: folder of a run to continue with its own settings; only epochs and progress may be given with it.
@@ -333,6 +344,7 @@ def train(
         gradient_clip=config["gradient_clip"],
         seed=config["seed"],
         dynamic_binarization=config["binarize"] == "dynamic",
+        cuda_graph=config["cuda_graph"],
     )
     batches = ImageDataModule(images, config["batch_size"], seed=config["seed"])
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -413,7 +425,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     defaults = {name: parameter.default for name, parameter in signature(train).parameters.items()}
-    config = {"precision": defaults["precision"]} | read_run(folder)  # runs of an earlier version do not name it
+    # Runs of an earlier version do not name these.
+    config = {name: defaults[name] for name in ("precision", "cuda_graph")} | read_run(folder)
     changed = [key for key, value in given.items() if value not in (defaults[key], config[key]) and key != "epochs"]
     if changed:
         raise ValueError(

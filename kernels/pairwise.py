@@ -12,7 +12,7 @@ The products run on tensor cores: as three TF32 products, which keep float32's d
 permits one ("high", "medium"). Where points have at most `DIRECT_MOST` dimensions, d2 is summed from their differences
 instead.
 
-Sums over `GROUP` sources are in the dtype of the samples, those over groups in float64. Each program owns its rows of
+Sums over a tile (for A) or `GROUP` sources are in the dtype of the samples, those of them in float64. Each program owns its rows of
 the result for a segment of the sources; there are no atomics, and the bits do not change from run to run.
 """
 
@@ -113,7 +113,7 @@ def pairwise_kernel(
     if UPPER:
         begin = tl.maximum(begin, first // BN * BN)
     for start in range(begin, end, GROUP):
-        A = tl.zeros([BM], dtype)
+        A = tl.zeros([BM], tl.float64)
         G = tl.zeros([BM], dtype)
         S = tl.zeros([BM, DC], dtype)
         V = tl.zeros([BM, DC], dtype)
@@ -139,7 +139,7 @@ def pairwise_kernel(
                 phi = tl.where(keep, phi, 0.0)
                 dphi = tl.where(keep, dphi, 0.0)
             a = tl.load(source_a + cloud * m + j)[None, :]
-            A += tl.sum(phi * a, axis=1)
+            A += tl.sum(phi * a, axis=1).to(tl.float64)
             if FORCE:
                 dphi *= a
                 G += tl.sum(dphi, axis=1)
@@ -149,7 +149,7 @@ def pairwise_kernel(
                     right = tl.load(source_v + (cloud * m + j)[:, None] * DP + columns[None, :], mask=here, other=0.0)
                     V += tl.dot(phi, right, input_precision=PRECISION, out_dtype=dtype)
         if tl.program_id(2) == 0:
-            tl.store(A_out + out, tl.load(A_out + out) + A.to(tl.float64))
+            tl.store(A_out + out, tl.load(A_out + out) + A)
         if FORCE:
             if tl.program_id(2) == 0:
                 tl.store(G_out + out, tl.load(G_out + out) + G.to(tl.float64))

@@ -2,20 +2,25 @@
 
 Stream u of row i reads finished rows: once for the row at full resolution, where i is even once at half, and so on. So
 does what u gives to ul and to params: `base` of each block. What is left for a pixel is a product of matrices for each
-of ul's convolutions, at half the resolution for one pixel of four.
+of ul's convolutions, at half the resolution for one pixel of four. They are small: on a GPU the products of a pixel are
+recorded as a CUDA graph, which the pixels below it use again: of every `PERIOD` rows the same ones reach as deep.
 """
 
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.masked_conv import gated
 from infovae_fast.models.incremental import Callback, Chooser, params_of_pixels
 from infovae_fast.models.pixelcnn_pp import RESOLUTIONS, PixelCNNPlusPlus, _Block, _Blocks, _both, _Conv
 
 Table = tuple[Tensor, Tensor]  # matrix [inputs, outputs], bias [outputs]
+PERIOD = 2 ** (RESOLUTIONS - 1)  # rows of the image to one of the coarsest resolution
 
 
 class _Rows:
@@ -79,7 +84,7 @@ class _Larger:
 
     def row(self, coarse: Tensor) -> None:  # [n, F, w']
         rows = F.conv_transpose2d(coarse[:, :, None], self.weight, self.bias, 2)  # [n, F, 2, at least w]
-        self.rows = rows[..., self.left : self.left + self.width].permute(0, 2, 3, 1)
+        self.rows[:, :, : self.width] = rows[..., self.left : self.left + self.width].permute(0, 2, 3, 1)
 
     def pixel(self, j: int, coarse: Tensor) -> None:  # [n, F] -> pixels j and j + 1 of both rows
         four = coarse @ self.weight.flatten(1)  # [n, F 2 2]
@@ -145,7 +150,9 @@ class IncrementalPlusPlus:
         # By resolution: blocks of the way up and of the way down, and what leads to the next coarser one and back.
         self.up, self.down = ([list[_Layer]() for _ in widths] for _ in range(2))
         self.smaller: list[tuple[_Rows, _Pixels]] = []
-        self.start: dict[int, Tensor] = {}  # by resolution: what ul's convolution to the next reads above, [n, w, F]
+        # By resolution: what ul starts with there, but for what comes from its own row, [n, w, F].
+        maps = decoder.above.bias.numel()
+        self.start = [torch.zeros(n, width, maps, **options) for width in widths]
         self.larger: list[tuple[_Larger, _Larger]] = []
         for blocks, layers in ((decoder.up, self.up), (decoder.down, self.down)):
             for block in blocks:
@@ -161,34 +168,44 @@ class IncrementalPlusPlus:
             _Rows(conv, n, self.width, options) for conv in (decoder.above, decoder.row_above)
         )
         self.left = _table(decoder.left, options)
+        self.y = torch.zeros(n, self.channels + 1, 2, 1 + self.width, **options)  # row i - 1 and i, of 2 x - 1 and 1
         self.head = _table(decoder.head[1], options)
 
     @torch.no_grad()
     def run(self, choose: Chooser, callback: Callback | None = None) -> Tensor:
         """choose(i, j, 0, params [n, P]) -> pixel (i, j) [n, C]."""
         x = torch.zeros(self.n, self.channels, self.height, self.width, **self.options)
-        y = torch.zeros(
-            self.n, self.channels + 1, 2, 1 + self.width, **self.options
-        )  # row i - 1 and i, of 2 x - 1 and 1
-        matrix, bias = self.left
-        head, head_bias = self.head
+        y, graphs = self.y, self._graphs() if x.is_cuda and self.n else {}
         for i in range(self.height):
             if i:
                 self.above.push(y[:, :, 1, 1:])
                 self.row_above.push(y[:, :, 1, 1:])
             y[:, :, 0] = y[:, :, 1]
             self._row(0, i, self.above.convolved())
-            start = self.row_above.convolved() + bias[:, None]  # [n, F, w]
+            self.start[0].copy_((self.row_above.convolved() + self.left[1][:, None]).mT)
             for j in range(self.width):
-                seen = y[:, :, :, j].mT.flatten(1)  # [n, 2 (C + 1)]
-                ul = self._pixel(0, i, j, torch.addmm(start[:, :, j], seen, matrix))
-                value = choose(i, j, 0, torch.addmm(head_bias, F.elu(ul), head))
+                place = i % PERIOD, j
+                # The first row gets the libraries ready.
+                params = graphs[place]().clone() if i and graphs else self._params(*place)
+                value = choose(i, j, 0, params)
                 x[:, :, i, j] = value
                 y[:, :-1, 1, 1 + j] = 2 * value - 1
                 y[:, -1, 1, 1 + j] = 1
             if callback is not None:
                 callback(i + 1, self.height)
         return x
+
+    def _graphs(self) -> dict[tuple[int, int], CudaGraph[Tensor]]:
+        pool = torch.cuda.graph_pool_handle()
+        places = product(range(PERIOD), range(self.width))
+        return {place: CudaGraph(partial(self._params, *place), eager=0, pool=pool) for place in places}
+
+    def _params(self, i: int, j: int) -> Tensor:
+        """Of pixel (i, j), [n, P]; i counts modulo `PERIOD`."""
+        seen = self.y[:, :, :, j].mT.flatten(1)  # [n, 2 (C + 1)]
+        ul = self._pixel(0, i, j, torch.addmm(self.start[0][:, j], seen, self.left[0]))
+        matrix, bias = self.head
+        return torch.addmm(bias, F.elu(ul), matrix)
 
     def params(self, x: Tensor) -> Tensor:
         """Of every pixel of x, [n, P, H, W]."""
@@ -204,9 +221,9 @@ class IncrementalPlusPlus:
             smaller, larger = self.smaller[r][0], self.larger[r][0]
             smaller.push(u)
             if i % 2 == 0:
-                self.start[r] = self.smaller[r][1].above() + self.smaller[r][1].bias
+                self.start[r + 1].copy_((self.smaller[r][1].above() + self.smaller[r][1].bias)[:, ::2])
                 larger.row(self._row(r + 1, i // 2, smaller.convolved()))
-            u = larger.rows[:, i % 2].mT
+            u = larger.rows[:, i % 2, : larger.width].mT
         else:
             passed.pop()
         for layer in self.down[r]:
@@ -224,7 +241,7 @@ class IncrementalPlusPlus:
             smaller.at[j].copy_(ul)
             passed.append(_both(ul))
             if i % 2 == j % 2 == 0:
-                start = torch.addmm(self.start[r][:, j], smaller.seen[j], smaller.matrix)
+                start = torch.addmm(self.start[r + 1][:, j // 2], smaller.seen[j], smaller.matrix)
                 larger.pixel(j, self._pixel(r + 1, i // 2, j // 2, start))
             ul = larger.rows[:, i % 2, j]
         for layer in self.down[r]:
