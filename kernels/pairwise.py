@@ -12,8 +12,8 @@ The products run on tensor cores: as three TF32 products, which keep float32's d
 permits one ("high", "medium"). Where points have at most `DIRECT_MOST` dimensions, d2 is summed from their differences
 instead.
 
-Sums over a tile (for A) or `GROUP` sources are in the dtype of the samples, those of them in float64. Each program owns its rows of
-the result for a segment of the sources; there are no atomics, and the bits do not change from run to run.
+Sums over a tile (for A) or `GROUP` sources are in the dtype of the samples, those of them in float64. Each program owns
+its rows of the result for a segment of the sources; there are no atomics, and the bits do not change from run to run.
 """
 
 from collections.abc import Callable, Sequence

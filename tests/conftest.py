@@ -21,7 +21,7 @@ ARCHITECTURES = (80, 90)
 @pytest.fixture(scope="session", autouse=True)
 def gpu_kernels_without_a_gpu() -> None:
     """backend="cuda" runs its kernels as C++ and "triton" in the interpreter; "auto" never does, they come last."""
-    from infovae_fast import logistic_mixture, masked_conv, pairwise
+    from infovae_fast import gated_residual, logistic_mixture, masked_conv, pairwise
     from infovae_fast.backends import Backend, transforms, triton_missing
     from tests.simt.masked_conv import run as simt_conv
     from tests.simt.pairwise import leaf
@@ -40,6 +40,7 @@ def gpu_kernels_without_a_gpu() -> None:
 
     if not torch.cuda.is_available():
         if triton_missing() is None:
+            from infovae_fast.kernels import gated_residual as residual_kernels
             from infovae_fast.kernels import logistic_mixture as mixture_kernels
             from infovae_fast.kernels import masked_conv as conv_kernels
             from infovae_fast.kernels import pairwise as kernels
@@ -58,11 +59,13 @@ def gpu_kernels_without_a_gpu() -> None:
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
             mixture_kernels.BYTES *= 64
+            residual_kernels.BYTES *= 64
         masked_conv.BACKENDS += (Backend("cuda", cuda_conv_reason, simt_conv),)
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
             Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),
         )
+        gated_residual.BACKENDS += (Backend("triton", lambda s: triton_missing(), gated_residual.TRITON),)  # type: ignore[arg-type]
         logistic_mixture.BACKENDS += (
             Backend(
                 "triton",

@@ -4,6 +4,7 @@ in an InfoVAE."""
 import itertools
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -298,12 +299,13 @@ def test_several_codes_of_an_image(name):
 
 
 def recorded(model, z, x):
-    """The output of each convolution by name, and of the model."""
+    """The output of each convolution by name, with its bias, and of the model."""
     found = {}
-    hooks = [
-        conv.register_forward_hook(lambda _, __, out, name=name: found.update({name: out}))
-        for name, conv in convolutions(model).items()
-    ]
+
+    def note(name, conv, inputs, out):
+        found[name] = out + conv.bias[:, None, None] if conv.bare else out
+
+    hooks = [conv.register_forward_hook(partial(note, name)) for name, conv in convolutions(model).items()]
     params = model(z, x)
     for hook in hooks:
         hook.remove()

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infovae_fast.cuda_graph import CudaGraph
+from infovae_fast.gated_residual import elu_pair_reference
 from infovae_fast.masked_conv import gated
 from infovae_fast.models.incremental import Callback, Chooser, params_of_pixels
-from infovae_fast.models.pixelcnn_pp import RESOLUTIONS, PixelCNNPlusPlus, _Block, _Blocks, _both, _Conv
+from infovae_fast.models.pixelcnn_pp import RESOLUTIONS, PixelCNNPlusPlus, _Block, _Blocks, _Conv
 
 Table = tuple[Tensor, Tensor]  # matrix [inputs, outputs], bias [outputs]
 PERIOD = 2 ** (RESOLUTIONS - 1)  # rows of the image to one of the coarsest resolution
@@ -110,14 +111,14 @@ class _Layer:
         self.base_c, self.base_f = (base.unbind(1) for base in self.base)
 
     def row(self, i: int, u: Tensor, passed: Tensor | None = None) -> Tensor:  # [n, F, w] -> [n, F, w]
-        c = self.first(_both(u))
+        c = self.first(elu_pair_reference([u]))
         if passed is not None and self.aside is not None:
             matrix, bias = self.aside
-            c = c + (_both(passed).mT @ matrix + bias).mT
+            c = c + (elu_pair_reference([passed]).mT @ matrix + bias).mT
         conditions = [self._condition(i, matrix) for matrix in self.conditions]  # [n, 1 or w, 2F] or 0
         of_u = conditions[0] if isinstance(conditions[0], float) else conditions[0].mT
-        u = u + gated(self.second(_both(c)) + of_u, "glu")
-        self.base[0].copy_(_both(u).mT @ self.from_u + self.first_bias + self.ul_first.above())
+        u = u + gated(self.second(elu_pair_reference([c])) + of_u, "glu")
+        self.base[0].copy_(elu_pair_reference([u]).mT @ self.from_u + self.first_bias + self.ul_first.above())
         self.base[1].copy_(self.ul_second.above() + (self.ul_second.bias + conditions[1]))
         return u
 
@@ -239,7 +240,7 @@ class IncrementalPlusPlus:
         if r < RESOLUTIONS - 1:
             smaller, larger = self.smaller[r][1], self.larger[r][1]
             smaller.at[j].copy_(ul)
-            passed.append(_both(ul))
+            passed.append(elu_pair_reference([ul]))
             if i % 2 == j % 2 == 0:
                 start = torch.addmm(self.start[r + 1][:, j // 2], smaller.seen[j], smaller.matrix)
                 larger.pixel(j, self._pixel(r + 1, i // 2, j // 2, start))

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.masked_conv import gated
+from infovae_fast.gated_residual import TRITON, Operators, operators
 from infovae_fast.models.pixelcnn import Offsets, _SpatialCode
 
 PIXELCNN_PP = {"name": "pixelcnn_pp", "blocks": 5, "maps": 160, "dropout": 0.5}  # the paper's, for CIFAR-10
@@ -73,9 +73,10 @@ class PixelCNNPlusPlus(nn.Module):
         dropout: probability that `drop` sets a number to 0 in train mode; evaluate and sample in eval mode.
         condition: "global" or "spatial"; spatial_maps: C'.
         checkpoint_layers: keep each block's inputs only, and compute the rest again in the backward pass.
+        backend: of what is not a convolution (`infovae_fast.gated_residual`): "auto", "triton" or "reference".
 
     Raises:
-        ValueError: sizes that do not fit each other, unknown names.
+        ValueError: sizes that do not fit each other, unknown names. RuntimeError: the backend cannot run here.
     """
 
     autoregressive = True
@@ -92,10 +93,12 @@ class PixelCNNPlusPlus(nn.Module):
         condition: str = "global",
         spatial_maps: int = 16,
         checkpoint_layers: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         _check_sizes(locals())
         params, height, width = shape
+        self.backend = backend
         self.inputs, self.image_shape, self.data_channels = inputs, (image_channels, height, width), data_channels
         self.blocks, self.dropout = blocks, dropout
         self.checkpoint_layers, self.initialised = checkpoint_layers, False
@@ -163,14 +166,17 @@ class PixelCNNPlusPlus(nn.Module):
 
     def _params(self, z: Tensor | None, x: Tensor) -> Tensor:
         codes = [code(z) for code in self.codes] if self.inputs else [None] * RESOLUTIONS
+        y = torch.cat([2 * x - 1, torch.ones_like(x[:, :1])], 1)
+        between = operators(y, self.backend)
+        if between is TRITON:
+            y = y.contiguous(memory_format=torch.channels_last)
 
         def run(layer: Any, *streams: Tensor) -> tuple[Tensor, Tensor]:
-            code = codes[layer.resolution] if isinstance(layer, _Blocks) else None
+            of_block = (between, codes[layer.resolution]) if isinstance(layer, _Blocks) else ()
             if self.checkpoint_layers and torch.is_grad_enabled():
-                return checkpoint(layer, code, *streams, use_reentrant=False)
-            return layer(code, *streams)
+                return checkpoint(layer, *of_block, *streams, use_reentrant=False)
+            return layer(*of_block, *streams)
 
-        y = torch.cat([2 * x - 1, torch.ones_like(x[:, :1])], 1)
         u, ul = self.above(y), self.row_above(y) + self.left(y)
         if z is not None and len(z) != len(x):
             u, ul = (s.repeat(len(z) // len(x), 1, 1, 1) for s in (u, ul))
@@ -198,28 +204,34 @@ class PixelCNNPlusPlus(nn.Module):
 
 
 class _Conv(nn.Module):
-    """W * s + b over a rectangle, weight-normalised; `deviation` of its outputs at the start."""
+    """W * s + b over a rectangle, weight-normalised; `deviation` of its outputs at the start. `bare`: W * s alone, of
+    an s that has its zeros around."""
 
-    def __init__(self, cin: int, cout: int, rectangle: Rectangle, stride: int = 1, deviation: float = 1.0) -> None:
+    def __init__(
+        self, cin: int, cout: int, rectangle: Rectangle, stride: int = 1, deviation: float = 1.0, bare: bool = False
+    ) -> None:
         super().__init__()
-        (kernel, self.pad), self.stride, self.deviation = rectangle, stride, deviation
+        (kernel, self.pad), self.stride, self.deviation, self.bare = rectangle, stride, deviation, bare
         self.direction = nn.Parameter(0.05 * torch.randn(cout, cin, *kernel))  # v
         self.gain = nn.Parameter(torch.ones(cout))  # g
         self.bias = nn.Parameter(torch.zeros(cout))
 
     @property
     def weight(self) -> Tensor:  # [Cout, Cin, height, width]
-        return self.direction * (self.gain / self.direction.flatten(1).norm(dim=1))[:, None, None, None]
+        return torch._weight_norm(self.direction, self.gain[:, None, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bare:
+            return F.conv2d(x, self.weight, None, self.stride)
         return F.conv2d(F.pad(x, self.pad), self.weight, self.bias, self.stride)
 
     def start(self, inputs: tuple[Tensor, ...]) -> None:
         """A hook: g and b from the inputs that are about to be convolved."""
+        self.bias.zero_()
         std, mean = torch.std_mean(self.forward(*inputs), (0, 2, 3), correction=0)
         scale = torch.where(std > 1e-3, self.deviation / std, 1.0)
         self.gain.mul_(scale)
-        self.bias.sub_(mean).mul_(scale)
+        self.bias.copy_(-mean * scale)
 
 
 class _Larger(_Conv):
@@ -241,19 +253,23 @@ class _Block(nn.Module):
     def __init__(self, maps: int, aside: int, rectangle: Rectangle, dropout: float, code: int) -> None:
         super().__init__()
         self.dropout = dropout
-        self.first = _Conv(2 * maps, maps, rectangle)
-        self.aside: Any = _Conv(2 * aside, maps, PIXEL) if aside else None
-        self.second = _Conv(2 * maps, 2 * maps, rectangle, deviation=0.1)
+        self.first = _Conv(2 * maps, maps, rectangle, bare=True)
+        self.aside: Any = _Conv(2 * aside, maps, PIXEL, bare=True) if aside else None
+        self.second = _Conv(2 * maps, 2 * maps, rectangle, deviation=0.1, bare=True)
         if code:
             self.condition: Any = nn.Conv2d(code, 2 * maps, 1, bias=False)
             nn.init.normal_(self.condition.weight, std=0.05)
 
-    def forward(self, s: Tensor, code: Tensor | None, *a: Tensor) -> Tensor:
-        c = self.first(_both(s))
+    def forward(self, between: Operators, s: Tensor, code: Tensor | None, *a: Tensor) -> Tensor:
+        """`between`: what the convolutions have between them."""
+        c, bias = self.first(between.elu_pair([s], None, self.first.pad, 0.0)), self.first.bias
         if a:
-            c = c + self.aside(_both(torch.cat(a, 1)))
-        f = self.second(F.dropout(_both(c), self.dropout, self.training))
-        return s + gated(f if code is None else f + self.condition(code), "glu")
+            c, bias = c + self.aside(between.elu_pair(a, None, (), 0.0)), bias + self.aside.bias
+        f = self.second(between.elu_pair([c], bias, self.second.pad, self.dropout if self.training else 0.0))
+        condition = None if code is None else self.condition(code)
+        if condition is not None and condition.shape[2:] != (1, 1):
+            f, condition = f + condition, None
+        return between.gated_residual(s, f, self.second.bias, None if condition is None else condition[:, :, 0, 0])
 
 
 class _Blocks(nn.Module):
@@ -265,9 +281,11 @@ class _Blocks(nn.Module):
         self.u = _Block(maps, passed, DOWN, **options)
         self.ul = _Block(maps, maps + passed, DOWN_RIGHT, **options)
 
-    def forward(self, code: Tensor | None, u: Tensor, ul: Tensor, *passed: Tensor) -> tuple[Tensor, Tensor]:
-        u = self.u(u, code, *passed[:1])
-        return u, self.ul(ul, code, u, *passed[1:])
+    def forward(
+        self, between: Operators, code: Tensor | None, u: Tensor, ul: Tensor, *passed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u = self.u(between, u, code, *passed[:1])
+        return u, self.ul(between, ul, code, u, *passed[1:])
 
 
 class _Streams(nn.Module):
@@ -277,13 +295,8 @@ class _Streams(nn.Module):
         super().__init__()
         self.u, self.ul = u, ul
 
-    def forward(self, code: None, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
         return self.u(u), self.ul(ul)
-
-
-def _both(s: Tensor) -> Tensor:
-    """e(s), [N, 2F, h, w]."""
-    return F.elu(torch.cat([s, -s], 1))
 
 
 def _check_sizes(given: dict[str, Any]) -> None:

@@ -1,0 +1,112 @@
+"""OPERATORS: what stands between the convolutions of PixelCNN++ (arXiv 1701.05517), each in one pass over memory.
+
+    elu_pair(s_1, ..)      drop(elu([t, -t])),  t = [s_1, ..] + b, with zeros around     [N, F, H, W] -> [N, 2F, H', W']
+    gated_residual(s, f)   s + g_a sigmoid(g_b),  g = f + b + U z                        [N, 2F, H, W] -> [N, F, H, W]
+
+* b are the biases of the convolutions that made s and f, U z is one vector for an image; each may be missing.
+* drop sets a number to 0 with probability p and divides the others by 1 - p. The kernels round p to 1/65536, and which
+  numbers it meets is a hash of a seed that PyTorch's generator draws: no mask is kept for the backward pass.
+* Computed in float32 or better, results in the dtype of s. NaN in, NaN out; in `elu_pair` a pixel is a pixel's alone.
+* The kernels want and give channels-last tensors, as the tensor cores' convolutions do.
+
+The reference is differentiable any number of times, the kernels once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infovae_fast.backends import Backend, choose, transforms, triton_missing
+
+Pad = Sequence[int]  # zeros on the left, on the right, above, below; negative: so many pixels leave
+
+
+class Operators(NamedTuple):
+    """The functions of this page, positional arguments only."""
+
+    elu_pair: Callable[[Sequence[Tensor], Tensor | None, Pad, float], Tensor]
+    gated_residual: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def elu_pair_reference(s: Sequence[Tensor], bias: Tensor | None = None, pad: Pad = (), dropout: float = 0.0) -> Tensor:
+    """Plain PyTorch, for s [N, F, ...]."""
+    t = torch.cat([*s], 1) if len(s) > 1 else s[0]
+    t = t if bias is None else t + bias.to(t.dtype).view(-1, *[1] * (t.ndim - 2))
+    t = F.elu(torch.cat([t, -t], 1))
+    t = F.dropout(t, dropout) if dropout else t
+    return F.pad(t, [*pad]) if any(pad) else t
+
+
+def gated_residual_reference(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None) -> Tensor:
+    """Plain PyTorch."""
+    for added in (None if bias is None else bias[None], condition):
+        f = f if added is None else f + added.to(f.dtype)[:, :, None, None]
+    a, b = f.chunk(2, 1)
+    return s + a * b.sigmoid()
+
+
+def _kernels() -> Any:
+    from infovae_fast.kernels import gated_residual
+
+    return gated_residual
+
+
+class _EluPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor | None, pad: Pad, dropout: float, *s: Tensor) -> Tensor:
+        seed = torch.randint(2**31, (1,), device=s[0].device) if dropout else None
+        ctx.save_for_backward(bias, seed, *s)
+        ctx.options = tuple(pad) or (0, 0, 0, 0), dropout
+        return _kernels().elu_pair(s, bias, seed, *ctx.options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        bias, seed, *s = ctx.saved_tensors
+        *to_s, to_bias = _kernels().elu_pair_gradients(upstream, s, bias, seed, *ctx.options)
+        return None if bias is None else to_bias, None, None, *to_s
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None) -> Tensor:
+        ctx.save_for_backward(f, bias, condition)
+        return _kernels().gated_residual(s, f, bias, condition)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        f, bias, condition = ctx.saved_tensors
+        to_f, sums = _kernels().gated_residual_gradients(upstream, f, bias, condition)  # sums over pixels, [N, 2F]
+        to_bias = None if bias is None else sums.sum(0).to(bias.dtype)
+        return upstream, to_f, to_bias, None if condition is None else sums.to(condition.dtype)
+
+
+def _triton_elu_pair(s: Sequence[Tensor], bias: Tensor | None, pad: Pad, dropout: float) -> Tensor:
+    return _EluPair.apply(bias, pad, dropout, *s)
+
+
+def _triton_reason(s: Tensor) -> str | None:
+    if s.device.type != "cuda":
+        return f"it runs on GPUs, and s is on {s.device}"
+    return triton_missing() or transforms()
+
+
+TRITON = Operators(_triton_elu_pair, _GatedResidual.apply)
+BACKENDS = (
+    Backend("triton", _triton_reason, TRITON),  # type: ignore[arg-type]
+    Backend("reference", lambda s: None, Operators(elu_pair_reference, gated_residual_reference)),  # type: ignore[arg-type]
+)
+
+
+def operators(s: Tensor, backend: str = "auto") -> Operators:
+    """The functions of the backend that serves s.
+
+    Raises:
+        ValueError: an unknown backend. RuntimeError: the named one cannot run here; the message says why.
+    """
+    return choose("gated_residual", BACKENDS, backend, s)  # type: ignore[return-value]

@@ -1,0 +1,213 @@
+"""What stands between the convolutions of PixelCNN++: formulas by loops, the kernels in the interpreter or on a GPU."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from infovae_fast import PixelCNNPlusPlus, gated_residual
+from infovae_fast.backends import triton_missing
+from infovae_fast.gated_residual import operators
+from tests.conftest import launch_ahead
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [
+    pytest.param("reference", id="reference"),
+    pytest.param("triton", id="triton", marks=pytest.mark.skipif(triton_missing() is not None, reason="no Triton")),
+]
+both = pytest.mark.parametrize("backend", BACKENDS)
+EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 0.01}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random(*shape, dtype=torch.float64, last=False):
+    t = torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
+    t = t.contiguous(memory_format=torch.channels_last) if last else t
+    return t.requires_grad_()
+
+
+def elu(t):
+    return t if t > 0 else math.expm1(t)
+
+
+@both
+@pytest.mark.parametrize("pad", [(), (1, 1, 1, 0), (1, 0, 1, 0), (2, -1, -1, 3)], ids=str)
+@pytest.mark.parametrize("maps", [(3,), (5, 2)], ids=str)
+def test_elu_pair_by_loops(backend, maps, pad):
+    n, height, width = 2, 3, 4
+    s, bias = [random(n, m, height, width) for m in maps], random(sum(maps))
+    found = operators(s[0], backend).elu_pair(s, bias, pad, 0.0)
+    left, right, above, below = pad or (0, 0, 0, 0)
+    t = (torch.cat(s, 1) + bias[:, None, None]).cpu()
+    wanted = torch.zeros(n, 2 * sum(maps), height + above + below, width + left + right, dtype=torch.float64)
+    for i, c, y, x in itertools.product(*map(range, (n, sum(maps), height, width))):
+        if 0 <= (to_y := y + above) < wanted.shape[2] and 0 <= (to_x := x + left) < wanted.shape[3]:
+            wanted[i, c, to_y, to_x] = elu(t[i, c, y, x].item())
+            wanted[i, sum(maps) + c, to_y, to_x] = elu(-t[i, c, y, x].item())
+    torch.testing.assert_close(found.cpu().detach(), wanted, rtol=1e-13, atol=1e-15)
+
+
+@both
+def test_gated_residual_by_loops(backend):
+    n, maps, height, width = 2, 3, 2, 3
+    s, f, bias, z = random(n, maps, height, width), random(n, 6, height, width), random(6), random(n, 6)
+    found = operators(s, backend).gated_residual(s, f, bias, z).cpu()
+    g = (f + bias[:, None, None] + z[:, :, None, None]).cpu()
+    for i, c, y, x in itertools.product(*map(range, s.shape)):
+        wanted = s[i, c, y, x].item() + g[i, c, y, x].item() / (1 + math.exp(-g[i, maps + c, y, x].item()))
+        assert found[i, c, y, x].item() == pytest.approx(wanted, rel=1e-13)
+
+
+CASES = [(2, 3, 4, 5), (1, 32, 3, 3), (3, 37, 1, 7), (2, 160, 2, 1), (1, 1, 1, 1), (0, 4, 2, 2), (1, 300, 5, 9)]
+
+
+def gradients(out, inputs):
+    inputs = [t for t in inputs if t is not None]
+    upstream = torch.randn(out.shape, dtype=torch.float64).to(out)
+    return [out, *torch.autograd.grad(out, inputs, upstream)]
+
+
+def agree(found, truth, dtype):
+    for one, exact in zip(found, truth, strict=True):
+        assert one.shape == exact.shape and one.dtype == dtype
+        size = exact.abs().max().item() if exact.numel() else 0.0
+        torch.testing.assert_close(one.double(), exact.double(), rtol=EPS[dtype], atol=EPS[dtype] * (1 + size))
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason="no Triton")
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_agree_with_the_reference(case, dtype):
+    n, maps, height, width = case
+    for last, with_bias, more in itertools.product((True, False), (True, False), ((), (maps + 1,))):
+        s = [random(n, m, height, width, dtype=dtype, last=last) for m in (maps, *more)]
+        bias = random(sum(t.shape[1] for t in s), dtype=dtype) if with_bias else None
+        f, z = random(n, 2 * maps, height, width, dtype=dtype), random(n, 2 * maps, dtype=dtype) if more else None
+        gate_bias = random(2 * maps, dtype=dtype) if with_bias else None
+        found = {}
+        for backend, to in (("triton", dtype), ("reference", torch.float64)):
+            torch.manual_seed(1)
+            copies = [None if t is None else t.detach().to(to).requires_grad_() for t in (*s, bias)]
+            *inputs, b = copies
+            out = operators(s[0], backend).elu_pair(inputs, b, (1, 1, 1, 0), 0.0)
+            assert backend != "triton" or out.is_contiguous(memory_format=torch.channels_last)
+            inputs = [None if t is None else t.detach().to(to).requires_grad_() for t in (s[0], f, gate_bias, z)]
+            gate = operators(s[0], backend).gated_residual(*inputs)
+            found[backend] = gradients(out, copies) + gradients(gate, inputs)
+        agree(found["triton"], found["reference"], dtype)
+
+
+@both
+def test_near_zero_and_far(backend):
+    """float32: elu(t) keeps its digits where it is small; nothing overflows."""
+    t = torch.tensor([1e-20, 1e-6, 0.01, 0.2, 0.34, 0.36, 1.0, 20.0, 1e4, math.inf])
+    t = torch.cat([t, -t, torch.zeros(1)])
+    s = t.view(1, -1, 1, 1).to(DEVICE).requires_grad_()
+    out = operators(s, backend).elu_pair([s], None, (), 0.0)
+    exact = torch.cat([t.double(), -t.double()])
+    exact = torch.where(exact > 0, exact, exact.expm1())
+    torch.testing.assert_close(out.flatten().cpu().double().detach(), exact, rtol=3e-7, atol=0)
+    slope = torch.autograd.grad(out[:, : len(t)].sum(), s)[0].flatten().cpu()
+    torch.testing.assert_close(slope, torch.where(t > 0, 1.0, t.exp()), rtol=3e-7, atol=0)
+    f = torch.stack([t, t.flip(0)]).flatten().view(1, -1, 1, 1).clamp(-1e4, 1e4).to(DEVICE).requires_grad_()
+    gate = operators(s, backend).gated_residual(torch.zeros_like(s), f, None, None)
+    assert gate.isfinite().all() and torch.autograd.grad(gate.sum(), f)[0].isfinite().all()
+
+
+@both
+def test_nan_stays_in_its_pixel(backend):
+    s = random(1, 5, 3, 4).detach()
+    s[0, 2, 1, 2] = math.nan
+    out = operators(s, backend).elu_pair([s], None, (1, 1, 1, 0), 0.0)
+    assert out.isnan().nonzero().tolist() == [[0, 2, 2, 3], [0, 7, 2, 3]]
+
+
+@both
+@pytest.mark.parametrize("chance", [0.1, 0.5, 0.9])
+def test_dropout(backend, chance):
+    """Of each number by itself, rescaled, the same in the backward pass, and from PyTorch's seed."""
+    s, bias = random(3, 40, 16, 17), random(40)
+    pair = operators(s, backend).elu_pair
+    plain = pair([s], bias, (1, 0, 0, 0), 0.0)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(pair([s], bias, (1, 0, 0, 0), chance))
+    assert torch.equal(*outs[:2]) and not torch.equal(*outs[1:])
+    kept = (outs[0] != 0).double()
+    inside = kept[..., 1:]
+    deviation = math.sqrt(chance * (1 - chance) / inside.numel())
+    assert abs(inside.mean().item() - (1 - chance)) < 5 * deviation
+    halves = inside.chunk(2, 1)
+    joint = (halves[0] * halves[1]).mean().item()
+    assert abs(joint - (1 - chance) ** 2) < 10 * deviation
+    for other in (inside[:, :, 1:] * inside[:, :, :-1], inside[:, 1:] * inside[:, :-1], inside[1:] * inside[:-1]):
+        assert abs(other.mean().item() - (1 - chance) ** 2) < 10 * deviation
+    threshold = round(chance * 65536)
+    scale = 65536 / (65536 - threshold) if backend == "triton" else 1 / (1 - chance)
+    torch.testing.assert_close(outs[0], plain * kept * scale)
+    upstream = torch.randn(plain.shape, dtype=torch.float64).to(DEVICE)
+    found = torch.autograd.grad(outs[0], (s, bias), upstream)
+    wanted = torch.autograd.grad(plain, (s, bias), upstream * kept * scale)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason="no Triton")
+@pytest.mark.parametrize(
+    "options", [{}, {"condition": "spatial", "spatial_maps": 2, "checkpoint_layers": True}], ids=str
+)
+def test_a_network_of_them(options):
+    found = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        model = PixelCNNPlusPlus(2, (3, 5, 4), 3, blocks=1, maps=5, dropout=0.0, backend=backend, **options)
+        model = model.double().to(DEVICE).train()
+        z, x = (torch.rand(shape, dtype=torch.float64).to(DEVICE) for shape in ((3, 2), (3, 3, 5, 4)))
+        out = model(z, x)
+        out.square().sum().backward()
+        found[backend] = [out, *(p.grad for p in model.parameters())]
+    for one, exact in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-9, atol=1e-9 * (1 + exact.abs().max().item()))
+
+
+def test_a_second_derivative_is_refused_or_right():
+    for backend in ("reference",) if triton_missing() else ("reference", "triton"):
+        s = random(1, 2, 2, 2)
+        out = operators(s, backend).elu_pair([s], None, (), 0.0)
+        (slope,) = torch.autograd.grad(out.sum(), s, create_graph=True)
+        if backend == "triton":
+            with pytest.raises(RuntimeError):
+                slope.sum().backward()
+        else:
+            slope.sum().backward()
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason="no Triton")
+def test_gpus_have_room_for_the_kernels():
+    code = """
+import torch
+from infovae_fast.kernels import gated_residual as kernels
+for dtype in (torch.float32, torch.bfloat16):
+    for maps in (160, 32):
+        s, f = torch.zeros(1, maps, 3, 3, dtype=dtype), torch.zeros(1, 2 * maps, 3, 3, dtype=dtype)
+        seed, pad = torch.zeros(1, dtype=torch.int64), [1, 1, 1, 0]
+        bias, z = torch.zeros(2 * maps, dtype=dtype), torch.zeros(1, 2 * maps, dtype=dtype)
+        out = kernels.elu_pair([s], bias, seed, pad, 0.5)
+        kernels.elu_pair_gradients(out, [s], bias, seed, pad, 0.5)
+        kernels.gated_residual(s, f, bias, z)
+        kernels.gated_residual_gradients(s, f, bias, z)
+"""
+    found = launch_ahead(code)
+    assert len(found) == 2 * 2 * 2 * 4
+    assert all(one["local"] == 0 and one["stack"] == 0 for one in found), found
+
+
+def test_backends_are_explained():
+    with pytest.raises(ValueError, match="fastest"):
+        operators(torch.zeros(1, 1, 1, 1), "fastest")
+    assert [row.name for row in gated_residual.BACKENDS][:2] == ["triton", "reference"]
