@@ -60,7 +60,6 @@ class InBfloat16(nn.Module):
 
 def model(decoder: str, device: str, dtype: torch.dtype = torch.float32) -> InfoVAE:
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False
     found = InfoVAE.from_config((1, 28, 28), 10, encoder=PAPER_PIXELCNN_ENCODER, decoder=DECODERS[decoder])
     if dtype != torch.float32:
         found.decoder = InBfloat16(found.decoder)
@@ -235,6 +234,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases with this in their name: train, epoch, sample, ...")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False
     refused = False
     for what, case, rounds in cases(options.device):
         if options.only not in what["what"]:

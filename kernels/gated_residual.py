@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES = 4096  # of a tile as it is computed: pixels times a quarter of the channels
+BYTES = 2048  # of a tile as it is computed: pixels times a quarter of the channels
 WARPS = 4
+STEPS = 16  # tiles of a program that sums over pixels
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def kept(words, threshold, HALF: tl.constexpr):
 def words_of(seed, part, q, c, Q: tl.constexpr):
     """Four random words for each pixel and channel of a quarter."""
     offset = q[:, None] * Q + c[None, :]
-    return tl.randint4x(tl.load(seed) + part, offset.to(tl.int32))
+    return tl.randint4x(tl.load(seed) + part, offset)
 
 
 @triton.jit
@@ -63,12 +64,14 @@ def elu_pair_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Channels at .. at + F and half + at .. of `out`, that has 2 half channels; pixels are those of `out`."""
-    q = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    q = tl.program_id(0) * R + tl.arange(0, R)
     x = q % out_width - left
     row = q // out_width
     y = row % out_height - above
     inside = (q < pixels) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     source = (row // out_height * height + y) * width + x
+    to_pixel = out + q.to(tl.int64) * (2 * half) + at
+    from_pixel = s + source.to(tl.int64) * F
     c = tl.arange(0, BQ)
     if DROP:
         w0, w1, w2, w3 = words_of(seed, part, source, c, Q)
@@ -77,7 +80,7 @@ def elu_pair_kernel(
         channel = k * Q + c
         real = (c < Q) & (channel < F)
         there = inside[:, None] & real[None, :]
-        t = tl.load(s + source[:, None] * F + channel[None, :], mask=there, other=0.0).to(WIDE)
+        t = tl.load(from_pixel[:, None] + channel[None, :], mask=there, other=0.0).to(WIDE)
         if BIAS:
             t += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
         _, less = exponential(t)
@@ -86,7 +89,7 @@ def elu_pair_kernel(
             word = pick(w0, w1, w2, w3, k)
             plus = tl.where(kept(word, threshold, 0), plus * scale, 0.0)
             minus = tl.where(kept(word, threshold, 1), minus * scale, 0.0)
-        to = out + q[:, None] * (2 * half) + at + channel[None, :]
+        to = to_pixel[:, None] + channel[None, :]
         written = (q < pixels)[:, None] & real[None, :]
         tl.store(to, tl.where(there, plus, 0.0), mask=written)
         tl.store(to + half, tl.where(there, minus, 0.0), mask=written)
@@ -94,42 +97,64 @@ def elu_pair_kernel(
 
 @triton.jit
 def elu_pair_gradients_kernel(
-    upstream, s, bias, to_s, sums, seed, part, threshold, pixels, height, width, out_height, out_width, left,
+    upstream, s, bias, to_s, sums, seed, part, threshold, steps, pixels, height, width, out_height, out_width, left,
     above, at, half, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BIAS: tl.constexpr,
     DROP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Pixels are those of s. sums [programs, F]: of to_s over the pixels of a program."""
-    q = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    x = q % width + left
-    row = q // width
-    y = row % height + above
-    inside = (q < pixels) & (x >= 0) & (x < out_width) & (y >= 0) & (y < out_height)
-    source = (row // height * out_height + y) * out_width + x
+    """Pixels are those of s, `steps` tiles of them a program. sums [programs, F]: of to_s over those."""
     c = tl.arange(0, BQ)
-    if DROP:
-        w0, w1, w2, w3 = words_of(seed, part, q, c, Q)
+    sum_0 = tl.zeros([R, BQ], WIDE)
+    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
     scale = 65536 / (tl.zeros([1, 1], WIDE) + (65536 - threshold))
-    for k in tl.static_range(4):
-        channel = k * Q + c
-        real = (c < Q) & (channel < F)
-        there = (q < pixels)[:, None] & real[None, :]
-        t = tl.load(s + q[:, None] * F + channel[None, :], mask=there, other=0.0).to(WIDE)
-        if BIAS:
-            t += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
-        read = inside[:, None] & real[None, :]
-        start = upstream + source[:, None] * (2 * half) + at + channel[None, :]
-        plus = tl.load(start, mask=read, other=0.0).to(WIDE)
-        minus = tl.load(start + half, mask=read, other=0.0).to(WIDE)
+    for step in range(steps):
+        q = (tl.program_id(0) * steps + step) * R + tl.arange(0, R)
+        x = q % width + left
+        row = q // width
+        y = row % height + above
+        inside = (q < pixels) & (x >= 0) & (x < out_width) & (y >= 0) & (y < out_height)
+        source = (row // height * out_height + y) * out_width + x
+        own = q.to(tl.int64) * F
+        start = upstream + source.to(tl.int64) * (2 * half) + at
         if DROP:
-            word = pick(w0, w1, w2, w3, k)
-            plus = tl.where(kept(word, threshold, 0), plus * scale, 0.0)
-            minus = tl.where(kept(word, threshold, 1), minus * scale, 0.0)
-        e, _ = exponential(t)
-        slope = tl.where(t > 0, plus - e * minus, e * plus - minus)
-        tl.store(to_s + q[:, None] * F + channel[None, :], slope, mask=there)
-        if BIAS:
-            total = tl.sum(tl.where(there, slope, 0.0), axis=0)
-            tl.store(sums + tl.program_id(0).to(tl.int64) * F + channel, total, mask=real)
+            w0, w1, w2, w3 = words_of(seed, part, q, c, Q)
+        for k in tl.static_range(4):
+            channel = k * Q + c
+            real = (c < Q) & (channel < F)
+            there = (q < pixels)[:, None] & real[None, :]
+            t = tl.load(s + own[:, None] + channel[None, :], mask=there, other=0.0).to(WIDE)
+            if BIAS:
+                t += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
+            read = inside[:, None] & real[None, :]
+            plus = tl.load(start[:, None] + channel[None, :], mask=read, other=0.0).to(WIDE)
+            minus = tl.load(start[:, None] + half + channel[None, :], mask=read, other=0.0).to(WIDE)
+            if DROP:
+                word = pick(w0, w1, w2, w3, k)
+                plus = tl.where(kept(word, threshold, 0), plus * scale, 0.0)
+                minus = tl.where(kept(word, threshold, 1), minus * scale, 0.0)
+            e, _ = exponential(t)
+            slope = tl.where(t > 0, plus - e * minus, e * plus - minus)
+            tl.store(to_s + own[:, None] + channel[None, :], slope, mask=there)
+            if BIAS:
+                slope = tl.where(there, slope, 0.0)
+                if k == 0:
+                    sum_0 += slope
+                elif k == 1:
+                    sum_1 += slope
+                elif k == 2:
+                    sum_2 += slope
+                else:
+                    sum_3 += slope
+    if BIAS:
+        put_sums(sums, sum_0, 0, c, F, Q)
+        put_sums(sums, sum_1, 1, c, F, Q)
+        put_sums(sums, sum_2, 2, c, F, Q)
+        put_sums(sums, sum_3, 3, c, F, Q)
+
+
+@triton.jit
+def put_sums(sums, tile, k: tl.constexpr, c, F: tl.constexpr, Q: tl.constexpr):
+    channel = k * Q + c
+    tl.store(sums + tl.program_id(0).to(tl.int64) * F + channel, tl.sum(tile, axis=0), mask=(c < Q) & (channel < F))
 
 
 @triton.jit
@@ -149,9 +174,9 @@ def gated_residual_kernel(
     s, f, bias, condition, out, pixels, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr,
     BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, image): a block of the `pixels` of an image."""
-    image = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * R + tl.arange(0, R)
+    """Program (image, b): a block of the `pixels` of an image."""
+    image = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(1) * R + tl.arange(0, R)
     q = image * pixels + p
     c = tl.arange(0, BQ)
     for k in tl.static_range(4):
@@ -167,18 +192,19 @@ def gated_residual_kernel(
 
 @triton.jit
 def gated_residual_gradients_kernel(
-    upstream, f, bias, condition, to_f, sums, pixels, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    upstream, f, bias, condition, to_f, sums, steps, pixels, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
     BQ: tl.constexpr, BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """sums [images, blocks, 2F]: of to_f over the pixels of a program."""
-    image = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * R + tl.arange(0, R)
-    q = image * pixels + p
+    """Program (image, b, quarter): `steps` tiles. sums [images, blocks, 2F]: of to_f over those."""
+    image = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BQ)
-    own = sums + (image * tl.num_programs(0) + tl.program_id(0)) * (2 * F)
-    for k in tl.static_range(4):
-        channel = k * Q + c
-        real = (c < Q) & (channel < F)
+    channel = tl.program_id(2) * Q + c
+    real = (c < Q) & (channel < F)
+    sum_a = tl.zeros([R, BQ], WIDE)
+    sum_b = tl.zeros([R, BQ], WIDE)
+    for step in range(steps):
+        p = (tl.program_id(1) * steps + step) * R + tl.arange(0, R)
+        q = image * pixels + p
         there = (p < pixels)[:, None] & real[None, :]
         a = gate_of(f, bias, condition, image, q, channel, real, there, F, BIAS, CONDITION, WIDE)
         b = gate_of(f, bias, condition, image, q, F + channel, real, there, F, BIAS, CONDITION, WIDE)
@@ -189,9 +215,12 @@ def gated_residual_gradients_kernel(
         to = to_f + q[:, None] * (2 * F) + channel[None, :]
         tl.store(to, to_a, mask=there)
         tl.store(to + F, to_b, mask=there)
-        if BIAS or CONDITION:
-            tl.store(own + channel, tl.sum(tl.where(there, to_a, 0.0), axis=0), mask=real)
-            tl.store(own + F + channel, tl.sum(tl.where(there, to_b, 0.0), axis=0), mask=real)
+        sum_a += tl.where(there, to_a, 0.0)
+        sum_b += tl.where(there, to_b, 0.0)
+    if BIAS or CONDITION:
+        own = sums + (image * tl.num_programs(1) + tl.program_id(1)) * (2 * F) + channel
+        tl.store(own, tl.sum(sum_a, axis=0), mask=real)
+        tl.store(own + F, tl.sum(sum_b, axis=0), mask=real)
 
 
 def tile(channels: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -257,14 +286,15 @@ def elu_pair_gradients(
     with _on(upstream):
         for part, own in enumerate(s):
             sizes = tile(own.shape[1], own.dtype)
-            programs = triton.cdiv(pixels, sizes["R"])
+            steps = STEPS if bias is not None else 1
+            programs = triton.cdiv(pixels, sizes["R"] * steps)
             to_s = _new(own, *own.shape)
             sums = own.new_empty(programs, own.shape[1], dtype=wider(own.dtype)) if bias is not None else to_s
             if pixels:
                 elu_pair_gradients_kernel[(programs,)](
                     upstream, _last(own), own if bias is None else bias[at:], to_s, sums, own if seed is None else seed,
-                    part, _threshold(dropout), pixels, height, width, out_height, out_width, pad[0], pad[2], at, half,
-                    **sizes, BIAS=bias is not None, DROP=seed is not None, num_warps=WARPS,
+                    part, _threshold(dropout), steps, pixels, height, width, out_height, out_width, pad[0], pad[2], at,
+                    half, **sizes, BIAS=bias is not None, DROP=seed is not None, num_warps=WARPS,
                 )  # fmt: skip
             found.append(to_s)
             totals += [sums.sum(0)] if bias is not None else []
@@ -283,7 +313,7 @@ def gated_residual(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor 
     out, sizes, pixels = _new(s, *s.shape), tile(s.shape[1], s.dtype), s.shape[2] * s.shape[3]
     with _on(s):
         if out.numel():
-            gated_residual_kernel[(triton.cdiv(pixels, sizes["R"]), len(s))](
+            gated_residual_kernel[(len(s), triton.cdiv(pixels, sizes["R"]))](
                 _last(s), _last(f), f if bias is None else bias, f if condition is None else condition.contiguous(),
                 out, pixels, **sizes, BIAS=bias is not None, CONDITION=condition is not None,
                 num_warps=WARPS,
@@ -298,14 +328,15 @@ def gated_residual_gradients(
     """To f, and its sums over the pixels, [N, 2F]."""
     n, channels, height, width = f.shape
     sizes, pixels = tile(channels // 2, f.dtype), height * width
-    to_f, blocks = _new(f, *f.shape), triton.cdiv(pixels, sizes["R"])
+    to_f, steps = _new(f, *f.shape), min(STEPS, triton.cdiv(pixels, sizes["R"]))
+    blocks = triton.cdiv(pixels, sizes["R"] * steps) if pixels else 0
     wanted = bias is not None or condition is not None
     sums = f.new_empty((n, blocks, channels) if wanted else (0, 0, 0), dtype=wider(f.dtype))
     with _on(f):
         if f.numel():
-            gated_residual_gradients_kernel[(blocks, n)](
+            gated_residual_gradients_kernel[(n, blocks, 4)](
                 _last(upstream), _last(f), f if bias is None else bias, f if condition is None else
-                condition.contiguous(), to_f, sums, pixels, **sizes, BIAS=bias is not None,
+                condition.contiguous(), to_f, sums, steps, pixels, **sizes, BIAS=bias is not None,
                 CONDITION=condition is not None, num_warps=WARPS,
             )  # fmt: skip
     return to_f, sums.sum(1)

@@ -5,6 +5,7 @@
 //     dx[p]     = sum_k df[p - t] weight[t]^T                          k: (tap, output channel): the same kernel, mirrored
 //     dweight_k = sum_p columns[p, k] df[p]                            a segment of the pixels for each block
 //
+// The gradient to the bias is a dweight of a column of ones; with a gate or a condition it is summed where df is made.
 // A block has a tile of the result in the registers of its warps. What it multiplies comes through shared memory, some
 // steps ahead; no column is ever in memory as a whole. Then the tile goes through shared memory to those who add bias
 // and condition and compute the gate. Columns of a block are of one group of colours, the same in both halves of a gate.
@@ -20,6 +21,7 @@
 #include <climits>
 #include <type_traits>
 
+#include "cuda/launch.h"
 #include "cuda/masked_conv_kept.h"
 #include "cuda/masked_conv_work.h"
 #include "cuda/products.h"
@@ -29,7 +31,6 @@ namespace infovae_fast {
 namespace {
 
 constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
-static_assert(kThreads == kKeptThreads);  // `launch` knows one number
 constexpr int kStepBytes = 80 << 10;  // of the steps of a product in shared memory, wanted
 constexpr int kBlocksPerProcessor = 2;  // of the gradient to weight, wanted
 constexpr int kGateRows = 128, kGateColumns = 64;
@@ -181,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         rows[row] = int4{first + row < w.pixels ? local / w.w : kNoRow, local % w.w, int(image), 0};
     }
     __syncthreads();
+    after_previous();
 
     // What each thread loads: a column of the source, of its mirrored weights too, or the weights to one output.
     const int along = place_in<T, P::depth>(w.wide_source);
@@ -303,6 +305,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     const int64_t start = begin + int(threadIdx.x) / (P::rows / vector);
     int y = int(start / w.w % w.h), x = int(start % w.w);  // of the next one
     const int rows_apart = lines / w.w % w.h, columns_apart = lines % w.w;
+    after_previous();
 
     const auto load = [&](int step, int slot) {
         T* const left = memory + slot * R::step;
@@ -317,6 +320,14 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
                 if (y >= w.h) y -= w.h;
                 return there;
             });
+            const int ones = w.taps * w.in - int(blockIdx.x) * P::rows;  // a place of the tile, or not
+            if (w.sums && ones == place_in<T, P::rows>(V > 1)) {
+                T* const to = left + ones;
+#pragma unroll 1
+                for (int row = int(threadIdx.x) / (P::rows / V); row < P::depth; row += lines) {
+                    to[row * R::tall] = rounded<T>(row < last ? 1 : 0);
+                }
+            }
         });
         by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
@@ -334,11 +345,12 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     __syncthreads();
     const int column = first_column + int(threadIdx.x) % NB;
     if (column >= w.out_channels) return;
-    SumOf<T>* const parts = w.parts + int64_t(blockIdx.z) * rows * w.out_channels + column;
+    const int written = rows + (w.sums ? 1 : 0);
+    SumOf<T>* const parts = w.parts + int64_t(blockIdx.z) * written * w.out_channels + column;
     for (int e = int(threadIdx.x); e < P::rows * NB; e += kThreads) {
         const int row = first_row + e / NB, hidden_from = (w.taps - 1) * w.in;
-        if (row >= rows) return;
-        const bool hidden = w.groups > 1 && row >= hidden_from &&
+        if (row >= written) return;
+        const bool hidden = w.groups > 1 && row >= hidden_from && row < rows &&
                             w.group_of(row - hidden_from, w.in) >= w.group_of(column, w.grouped) + w.own;
         parts[int64_t(row) * w.out_channels] = hidden ? SumOf<T>(0) : sums[e / NB * Tile<T, NB>::pitch + e % NB];
     }
@@ -357,6 +369,7 @@ struct GateWork {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ GateWork<T> w) {
+    after_previous();
     by_vector<T>(w.wide, [&](auto vector) {
         using S = SumOf<T>;
         constexpr int V = decltype(vector)::value, across = kGateColumns / V, lines = kThreads / across;
@@ -406,11 +419,11 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
     });
 }
 
-// out[outer, e] = sum over count of parts[outer, count, e]
+// out[outer, e] = sum over count of parts[outer, count, e], e < size; a part has `stride` numbers
 template <typename T>
 struct Addition {
     const SumOf<T>* parts;
-    int64_t outer, count, size;
+    int64_t outer, count, size, stride;
     T* out;
 };
 template <typename T>
@@ -427,11 +440,12 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ A
     const Addition<T>& w = additions.each[blockIdx.y];
     const int lane = int(threadIdx.x) % 32, line = int(threadIdx.x) / 32;
     const int64_t at = int64_t(blockIdx.x) * 32 + lane;
+    after_previous();
     double total = 0;  // the parts may be thousands
     if (at < w.outer * w.size) {
-        const SumOf<T>* from = w.parts + at / w.size * w.count * w.size + at % w.size;
+        const SumOf<T>* from = w.parts + at / w.size * w.count * w.stride + at % w.size;
 #pragma unroll 8
-        for (int64_t k = line; k < w.count; k += lines) total += from[k * w.size];
+        for (int64_t k = line; k < w.count; k += lines) total += from[k * w.stride];
     }
     sums[line][lane] = total;
     __syncthreads();
@@ -441,18 +455,6 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ A
 }
 
 int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, cudaStream_t stream,
-                   const Arguments&... arguments) {
-    if (shared > (48 << 10)) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-        if (error != cudaSuccess) return error;
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared, config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
 
 // What goes wrong first.
 struct Errors {
@@ -495,22 +497,26 @@ public:
     }
 
     // Elements of `parts` that to_weight needs.
-    int64_t weight_parts(int processors) const { return segments(processors) * work_.taps * q.cin * q.cout; }
+    int64_t weight_parts(bool to_bias, int processors) const {
+        return segments(to_bias, processors) * rows(to_bias) * q.cout;
+    }
 
-    cudaError_t to_weight(const T* x, const T* f_gradient, T* out, SumOf<T>* parts, int processors,
+    cudaError_t to_weight(const T* x, const T* f_gradient, T* out, T* to_bias, SumOf<T>* parts, int processors,
                           Additions<T>& additions) const {
         Work<T> w = work_;
-        w.source = x, w.gradient = f_gradient, w.parts = parts;
+        w.source = x, w.gradient = f_gradient, w.parts = parts, w.sums = to_bias != nullptr;
         w.in = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
         w.wide_source = whole(w.in) && aligned(x), w.wide_weight = whole(w.out_channels) && aligned(f_gradient);
-        const int64_t count = segments(processors), rows = w.taps * q.cin;
+        const int64_t count = segments(w.sums, processors), own = rows(false) * q.cout, stride = rows(w.sums) * q.cout;
         w.segment = parts_of(parts_of(w.pixels, count), Product<T>::depth) * Product<T>::depth;
         const auto run = [&](auto columns) {
             constexpr int NB = decltype(columns)::value;
-            const dim3 grid(unsigned(parts_of(rows, Product<T>::rows)), unsigned(parts_of(q.cout, NB)), unsigned(count));
-            return launch(weight_kernel<T, NB>, grid, Room<T, NB>::all, stream_, w);
+            const int64_t tiles = parts_of(rows(w.sums), Product<T>::rows);
+            const dim3 grid(unsigned(tiles), unsigned(parts_of(q.cout, NB)), unsigned(count));
+            return launch(weight_kernel<T, NB>, grid, kThreads, Room<T, NB>::all, stream_, w);
         };
-        additions.each[additions.number++] = {parts, 1, count, rows * q.cout, out};
+        additions.each[additions.number++] = {parts, 1, count, own, stride, out};
+        if (w.sums) additions.each[additions.number++] = {parts + own, 1, count, q.cout, stride, to_bias};
         return wide(q.cout) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
     }
 
@@ -519,7 +525,7 @@ public:
         int64_t most = 0;
         for (int k = 0; k < additions.number; ++k) most = std::max(most, additions.each[k].outer * additions.each[k].size);
         const dim3 grid(unsigned(parts_of(most, 32)), unsigned(additions.number));
-        return launch(add_kernel<T>, grid, 0, stream_, additions);
+        return launch(add_kernel<T>, grid, kThreads, 0, stream_, additions);
     }
 
     int64_t blocks() const { return parts_of(q.h * q.w, kGateRows); }  // of an image, for sums
@@ -528,7 +534,7 @@ public:
         const bool wide = whole(half_) && aligned(f) && aligned(gradient) && aligned(extra) && aligned(f_gradient);
         const GateWork<T> w{f, gradient, extra, f_gradient, parts, int(q.h * q.w), half_, int(blocks()), wide, gate};
         const dim3 grid(unsigned(q.n * blocks()), unsigned(parts_of(half_, kGateColumns)));
-        return launch(gate_kernel<T>, grid, 0, stream_, w);
+        return launch(gate_kernel<T>, grid, kThreads, 0, stream_, w);
     }
 
 private:
@@ -560,22 +566,23 @@ private:
                     const int64_t columns = parts_of(part * halves, kKeptColumns);
                     const int64_t most = parts_of(here.processors * blocks, columns);
                     const dim3 grid(unsigned(parts_of(kept.tiles, parts_of(kept.tiles, most))), unsigned(columns));
-                    return launch(kept_kernel<T, MIRRORED>, grid, kept.bytes, stream_, w, kept);
+                    return launch(kept_kernel<T, MIRRORED>, grid, kKeptThreads, kept.bytes, stream_, w, kept);
                 }
             }
         }
         const auto run = [&](auto columns) {
             constexpr int NB = decltype(columns)::value;
             const dim3 grid(unsigned(parts_of(w.pixels, Product<T>::rows)), unsigned(w.groups * parts_of(part, NB / halves)));
-            return launch(conv_kernel<T, NB, MIRRORED>, grid, Room<T, NB>::all, stream_, w);
+            return launch(conv_kernel<T, NB, MIRRORED>, grid, kThreads, Room<T, NB>::all, stream_, w);
         };
         return wide(part * halves) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
     }
 
-    // Of the pixels, for the gradient to weight.
-    int64_t segments(int processors) const {
+    int64_t rows(bool to_bias) const { return work_.taps * q.cin + (to_bias ? 1 : 0); }  // of the gradient to weight
+    // Of the pixels, for it.
+    int64_t segments(bool to_bias, int processors) const {
         const int64_t columns = wide(q.cout) ? kMostColumns : 64;
-        const int64_t tiles = parts_of(work_.taps * q.cin, Product<T>::rows) * parts_of(q.cout, columns);
+        const int64_t tiles = parts_of(rows(to_bias), Product<T>::rows) * parts_of(q.cout, columns);
         const int64_t wanted = parts_of(int64_t(processors) * kBlocksPerProcessor, tiles);
         const int64_t segment = parts_of(parts_of(work_.pixels, wanted), Product<T>::depth) * Product<T>::depth;
         return parts_of(work_.pixels, segment);
@@ -586,6 +593,7 @@ private:
 template <typename T>
 struct Plan {
     MaskedConv link_conv;  // one tap
+    bool bias_by_weight;  // is the bias's gradient that of a weight
     size_t f_gradient = 0, sums, weight, link_weight, all;
 
     Plan(const MaskedConv& conv, int64_t links, const ConvGradients<void>& result, int processors)
@@ -595,10 +603,11 @@ struct Plan {
         };
         const Conv<T> own(conv, true, nullptr), linked(link_conv, true, nullptr);
         const int64_t f_size = conv.n * conv.h * conv.w * conv.cout;
+        bias_by_weight = !conv.gated && result.bias != nullptr && result.condition == nullptr && result.weight != nullptr;
         sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
-        weight = sums + room(result.of_pixels(), conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
-        link_weight = weight + room(result.weight != nullptr, own.weight_parts(processors), sizeof(SumOf<T>));
-        all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(processors), sizeof(SumOf<T>));
+        weight = sums + room(result.of_pixels() && !bias_by_weight, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
+        link_weight = weight + room(result.weight != nullptr, own.weight_parts(bias_by_weight, processors), sizeof(SumOf<T>));
+        all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(false, processors), sizeof(SumOf<T>));
     }
 };
 
@@ -663,26 +672,26 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
         const T* g = in(out_gradient);
         Errors errors;
         Additions<T> additions;
-        if (conv.gated || result.of_pixels()) {
+        if (conv.gated || (result.of_pixels() && !plan.bias_by_weight)) {
             T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
                                                      : reinterpret_cast<T*>(room(plan.f_gradient));
             SumOf<T>* const sums = result.of_pixels() ? parts(plan.sums) : nullptr;
             errors += own.to_f(in(f), g, in(extra), f_gradient, sums, gate);
             const auto add = [&](int64_t outer, int64_t count, void* out) {
-                if (out != nullptr) additions.each[additions.number++] = {sums, outer, count, conv.cout, to(out)};
+                if (out != nullptr) additions.each[additions.number++] = {sums, outer, count, conv.cout, conv.cout, to(out)};
             };
             add(1, conv.n * own.blocks(), result.bias), add(conv.n, own.blocks(), result.condition);
             if (conv.gated) g = f_gradient;
         }
         const auto products = [&](const Conv<T>& c, const void* source, const void* matrix, void* to_source, void* to_matrix,
-                                  size_t at) {
+                                  void* to_bias, size_t at) {
             if (to_source != nullptr) errors += c.to_x(g, in(matrix), to(to_source));
             if (to_matrix != nullptr) {
-                errors += c.to_weight(in(source), g, to(to_matrix), parts(at), processors, additions);
+                errors += c.to_weight(in(source), g, to(to_matrix), to(to_bias), parts(at), processors, additions);
             }
         };
-        products(own, x, weight, result.x, result.weight, plan.weight);
-        products(linked, link.values, link.weight, result.link, result.link_weight, plan.link_weight);
+        products(own, x, weight, result.x, result.weight, plan.bias_by_weight ? result.bias : nullptr, plan.weight);
+        products(linked, link.values, link.weight, result.link, result.link_weight, nullptr, plan.link_weight);
         errors += own.add(additions);
         return text_of(errors.first);
     });

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "cuda/launch.h"
 #include "cuda/masked_conv_work.h"
 #include "cuda/products.h"
 #include "cuda/shared_memory.h"
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
     };
 
     if (thread < 8) zeros[thread] = rounded<T>(0);
+    after_previous();
     if constexpr (MIRRORED) {  // a row of weights for each column
         for (int column = warp; column < kKeptColumns; column += kKeptThreads / 32) {
             const int channel = channel_of(column / kSide, column % 8 / 2 * 8 + column % kSide / 8 * 2 + column % 2);

@@ -113,7 +113,8 @@ struct Work {
     const T *source, *weight, *bias, *condition, *link, *link_weight;  // see MaskedConv; the last four may be null
     const T* gradient;   // to f, for that to weight
     T *out, *f;          // f may be null
-    SumOf<T>* parts;     // of the gradient to weight, [segments, taps in, out]
+    SumOf<T>* parts;     // of the gradient to weight, [segments, taps in, out]; and in one row more, if `sums`, of f's
+    bool sums;
     int64_t pixels, segment;
     int h, w, in, out_channels, links, taps;
     int groups, grouped;  // `grouped` channels of the source are grouped together, or of f in the gradient to weight

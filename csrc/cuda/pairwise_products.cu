@@ -24,6 +24,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/launch.h"
 #include "cuda/pairwise_work.h"
 #include "cuda/products.h"
 
@@ -37,7 +38,7 @@ constexpr int kUnit = 64;     // points that share a power of two; clouds are pa
 constexpr int kGroup = 512;   // sources that are added up in float
 constexpr int kStages = 2;
 constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
-constexpr int kPrepareThreads = 256, kGatherThreads = 256;
+constexpr int kPrepareThreads = 256, kGatherThreads = 256, kGatherAtOnce = 8;  // loads before the first is waited for
 constexpr float kLargest = 32768;  // that a scaled g may be
 constexpr float kLeastMean = 0x1p-6f;  // of the phi of a tile, for the group that follows to do without a factor
 constexpr float kSmallSquare = 0x1p16f;  // of distances, below which rounding leaves t next to 0
@@ -150,7 +151,9 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
                                                                   const __grid_constant__ Points x,
                                                                   const __grid_constant__ Points y) {
     constexpr int kAtOnce = 8;  // loads, before the first is waited for
+    constexpr int kMostColumns = 4, kWidth = 32;  // of a thread, whose line has so many threads or, for few coordinates, half
     constexpr int kParts = kPrepareThreads / kUnit;  // threads of a point
+    static_assert(kMostColumns * kWidth >= 128 && kAtOnce * (kPrepareThreads / kWidth) >= kUnit);
     double* const centre = shared_memory<double>();  // [dp]
     float* const u = reinterpret_cast<float*>(centre + shape.dp);  // [64, dp + 1]
     __shared__ double sum_of[kPrepareThreads];
@@ -160,6 +163,19 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     const int own = int64_t(blockIdx.x) < units ? 0 : 1;
     const Points& to = own == 0 ? x : y;
     const int64_t first = (int64_t(blockIdx.x) - (own == 0 ? 0 : units)) * kUnit, n = work.n[own];
+    after_previous();
+
+    const int width = dp == 16 ? kWidth / 2 : kWidth, lines = kPrepareThreads / width, line = thread / width;
+    float z[kMostColumns][kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kMostColumns; ++k) {
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+            const int c = thread % width + k * width, row = line + e * lines;
+            const bool there = c < d && row < kUnit && first + row < n;
+            z[k][e] = there ? work.z[own][(cloud * n + first + row) * d + c] : 0.0f;
+        }
+    }
 
     // The mean of the sample, and how far it spreads from there. Several threads share a coordinate.
     const int sample = work.sample_size();
@@ -199,24 +215,16 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     };
     float most_value = 0;
     most = 0;
-    const int width = dp == 16 ? 16 : 32, lines = kPrepareThreads / width;  // a line of threads has a row
-    for (int c = thread % width; c < dp; c += width) {
-        for (int row = thread / width; row < kUnit; row += kAtOnce * lines) {
-            float z[kAtOnce];
 #pragma unroll
-            for (int e = 0; e < kAtOnce; ++e) {
-                const int64_t point = first + row + e * lines;
-                z[e] = row + e * lines < kUnit && point < n && c < d ? work.z[own][(cloud * n + point) * d + c] : 0.0f;
-            }
+    for (int k = 0; k < kMostColumns; ++k) {
 #pragma unroll
-            for (int e = 0; e < kAtOnce; ++e) {
-                const int at = row + e * lines;
-                if (at >= kUnit) break;
-                const float one = first + at < n && c < d ? float((double(z[e]) - centre[c]) * scale) : 0.0f;
-                u[at * (dp + 1) + c] = one;
-                most = fmaxf(most, fabsf(one));
-                if constexpr (VALUES) most_value = fmaxf(most_value, fabsf(value(at, c, one)));
-            }
+        for (int e = 0; e < kAtOnce; ++e) {
+            const int c = thread % width + k * width, row = line + e * lines;
+            if (c >= dp || row >= kUnit) continue;
+            const float one = first + row < n && c < d ? float((double(z[k][e]) - centre[c]) * scale) : 0.0f;
+            u[row * (dp + 1) + c] = one;
+            most = fmaxf(most, fabsf(one));
+            if constexpr (VALUES) most_value = fmaxf(most_value, fabsf(value(row, c, one)));
         }
     }
     const auto unit_of = [&](float x) {  // the power of two that brings x below 2^14; its square is a normal number
@@ -349,13 +357,17 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
     const int row0 = warp * 16 + lane / 4;  // of this lane's targets; the other is 8 rows on
     const double outer = PLAIN ? work.weight[0] : 1.0;
     __shared__ double per_phi;  // slope = outer per_phi
-    if (threadIdx.x == 0) per_phi = 1 / (work.length(0) * work.length(0) * work.coordinate_scale());
-    if constexpr (!PLAIN) work.fill(mixture);
 
     Copies<kShape.bytes> copies(tiles);
     const auto start = [&](int k) {
         copies.start(k, (k < share.own_count ? mine : others).tile(kShape, cloud, share.tile(k)));
     };
+    if constexpr (FORCE) {
+        for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
+    }
+    after_previous();
+    if (threadIdx.x == 0) per_phi = 1 / (work.length(0) * work.length(0) * work.coordinate_scale());
+    if constexpr (!PLAIN) work.fill(mixture);
     if (share.count > 0) start(0);
     const auto own_tile = [&](int64_t point) { return Tile16(kShape, mine.tile(kShape, cloud, point / kTile)); };
     typename P::Left own_high[kSteps], own_low[kSteps];
@@ -369,9 +381,6 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             own_high[k / 2].r[e] = *reinterpret_cast<const unsigned*>(tile.high + at);
             own_low[k / 2].r[e] = *reinterpret_cast<const unsigned*>(tile.low + at);
         }
-    }
-    if constexpr (FORCE) {
-        for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
     }
 
     const float own_unit = own_tile(i0).unit[i0 % kTile / kUnit];
@@ -586,24 +595,24 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         for (double& x : of_lanes) x += __shfl_xor_sync(kAll, x, 1), x += __shfl_xor_sync(kAll, x, 2);
         const int64_t point = i0 + row;
         if (point >= n) continue;
-        const auto put = [&](int c, double value) {  // c < d: of the force; c = d: the potential
-            if (!alone) work.partials[(clouds_block * kRows + row) * (d + 1) + c] = float(value);
-            else if (c == d && work.potential[own] != nullptr) work.potential[own][cloud * n + point] = float(value);
-            else if (c < d && work.force[own] != nullptr) work.force[own][(cloud * n + point) * d + c] = float(value);
-        };
-        if (lane % 4 == 0) put(d, of_lanes[0]);
+        float* const part = alone ? nullptr : work.partials + (clouds_block * kRows + row) * (d + 1);
+        float* const potential = !alone ? part + d : work.potential[own] ? work.potential[own] + cloud * n + point : nullptr;
+        if (lane % 4 == 0 && potential != nullptr) *potential = float(of_lanes[0]);
         if constexpr (FORCE) {
-            const Tile16 tile = own_tile(point);
-            const int at = int(point % kTile);
-            const float weight = PLAIN ? 1.0f : tile.a[at];
+            float* const force = alone ? work.force[own] + (cloud * n + point) * d : part;
+            const double weight = PLAIN ? 1.0 : double(own_tile(point).a[point % kTile]);
 #pragma unroll
-            for (int s = 0; s < 4 * kSteps; ++s) {
-                const int c = s / 2 * 8 + lane % 4 * 2 + s % 2;
-                if (c >= d) continue;
-                const __half high = tile.high[at * kPitch + c], low = tile.low[at * kPitch + c];
-                const double u = double(own_unit) * (double(__half2float(high)) + double(__half2float(low)));
-                const int number = s / 2 * 4 + 2 * half + s % 2;
-                put(c, double(weight) * (totals[number * kThreads] - of_lanes[1] * u));
+            for (int k = 0; k < 2 * kSteps; ++k) {  // eight coordinates
+                __half high[2], low[2];
+                std::memcpy(high, &own_high[k / 2].r[half + k % 2 * 2], sizeof high);
+                std::memcpy(low, &own_low[k / 2].r[half + k % 2 * 2], sizeof low);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int c = 8 * k + lane % 4 * 2 + e;
+                    const double u = double(own_unit) * (double(__half2float(high[e])) + double(__half2float(low[e])));
+                    const double sum_of_g_u = totals[(4 * k + 2 * half + e) * kThreads];
+                    if (c < d) force[c] = float(weight * (sum_of_g_u - of_lanes[1] * u));
+                }
             }
         }
     }
@@ -620,10 +629,11 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
     sum_share<DP, PLAIN, false, VALUES>(work, x, y, share);
 }
 
-// The energies of the blocks, by the first block of a cloud; and the segments, point by point.
+// The energies of the blocks, by the first block of a cloud; and the segments, number by number.
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_constant__ Work<float> work) {
     const int64_t cloud = blockIdx.y;
     const int d = work.d;
+    after_previous();
     if (blockIdx.x == 0 && work.wants_energy) {
         __shared__ double of_warp[kGatherThreads / 32];
         double sum = 0;
@@ -641,19 +651,25 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_con
     int64_t first_block = 0;
 #pragma unroll
     for (int own = 0; own < 2; ++own) {
-        const int64_t n = work.n[own], segments = work.segments[own];
-        const int64_t warp = (int64_t(blockIdx.x) * kGatherThreads + threadIdx.x) / 32, warps = gridDim.x * (kGatherThreads / 32);
-        for (int64_t point = warp; work.full[own] && segments > 1 && point < n; point += warps) {
-            const int64_t first = cloud * work.blocks + first_block + point / kRows * segments;
-            for (int c = int(threadIdx.x) % 32; c <= d; c += 32) {
-                double sum = 0;
-#pragma unroll 4
-                for (int64_t s = 0; s < segments; ++s) {
-                    sum += double(work.partials[((first + s) * kRows + point % kRows) * (d + 1) + c]);
+        const int64_t n = work.n[own], segments = work.segments[own], stride = gridDim.x * int64_t(kGatherThreads);
+        const int64_t numbers = work.full[own] && segments > 1 ? n * (d + 1) : 0;
+        for (int64_t k = blockIdx.x * int64_t(kGatherThreads) + threadIdx.x; k < numbers; k += stride) {
+            const int64_t point = k / (d + 1);
+            const int c = int(k % (d + 1));
+            const float* const first =
+                work.partials + ((cloud * work.blocks + first_block + point / kRows * segments) * kRows + point % kRows) * (d + 1) + c;
+            double sum = 0;
+            for (int64_t s = 0; s < segments; s += kGatherAtOnce) {
+                float some[kGatherAtOnce];
+#pragma unroll
+                for (int e = 0; e < kGatherAtOnce; ++e) {
+                    some[e] = s + e < segments ? first[(s + e) * kRows * (d + 1)] : 0.0f;
                 }
-                if (c == d && work.potential[own] != nullptr) work.potential[own][cloud * n + point] = float(sum);
-                if (c < d && work.force[own] != nullptr) work.force[own][(cloud * n + point) * d + c] = float(sum);
+#pragma unroll
+                for (const float one : some) sum += double(one);
             }
+            if (c == d && work.potential[own] != nullptr) work.potential[own][cloud * n + point] = float(sum);
+            if (c < d && work.force[own] != nullptr) work.force[own][(cloud * n + point) * d + c] = float(sum);
         }
         first_block += work.row_blocks[own] * segments;
     }
@@ -691,34 +707,21 @@ struct Plan {
     }
 };
 
-template <typename Kernel, typename... Arguments>
-cudaError_t start(Kernel* kernel, int64_t blocks, int64_t clouds, int threads, size_t shared, cudaStream_t stream,
-                  const Arguments&... arguments) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks), unsigned(clouds), 1);
-    config.blockDim = dim3(unsigned(threads), 1, 1);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    if (shared > 48 << 10) {  // else another thread's launch of more might come between
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-        if (error != cudaSuccess) return error;
-    }
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
+dim3 grid_of(int64_t blocks, int64_t clouds) { return dim3(unsigned(blocks), unsigned(clouds), 1); }
 
 template <int DP>
 cudaError_t sum(const Plan& p, cudaStream_t stream) {
     const bool force = p.work.force[0] != nullptr || p.work.force[1] != nullptr;
-    const auto launch = [&](auto plain, auto forces, auto values) {
+    const auto run = [&](auto plain, auto forces, auto values) {
         constexpr bool kForces = decltype(forces)::value, kValues = decltype(values)::value;
-        return start(products_kernel<DP, decltype(plain)::value, kForces, kValues>, p.work.blocks, p.clouds, kThreads,
-                     Layout<DP, kForces, kValues>::bytes, stream, p.work, p.points[0], p.points[1]);
+        return launch(products_kernel<DP, decltype(plain)::value, kForces, kValues>, grid_of(p.work.blocks, p.clouds), kThreads,
+                      Layout<DP, kForces, kValues>::bytes, stream, p.work, p.points[0], p.points[1]);
     };
     using Yes = std::true_type;
     using No = std::false_type;
-    if (p.values) return launch(Yes(), Yes(), Yes());
-    if (p.plain) return force ? launch(Yes(), Yes(), No()) : launch(Yes(), No(), No());
-    return force ? launch(No(), Yes(), No()) : launch(No(), No(), No());
+    if (p.values) return run(Yes(), Yes(), Yes());
+    if (p.plain) return force ? run(Yes(), Yes(), No()) : run(Yes(), No(), No());
+    return force ? run(No(), Yes(), No()) : run(No(), No(), No());
 }
 
 }  // namespace
@@ -737,8 +740,8 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
     p.work.lengths = lengths;
     const size_t shared = size_t(p.dp) * sizeof(double) + size_t(kUnit) * (p.dp + 1) * sizeof(float);
     const int64_t units = (p.points[0].count + p.points[1].count) * p.shape().tile / kUnit;
-    cudaError_t error = start(p.values ? prepare_kernel<true> : prepare_kernel<false>, units, clouds, kPrepareThreads, shared,
-                              stream, p.work, p.shape(), p.points[0], p.points[1]);
+    cudaError_t error = launch(p.values ? prepare_kernel<true> : prepare_kernel<false>, grid_of(units, clouds),
+                               kPrepareThreads, shared, stream, p.work, p.shape(), p.points[0], p.points[1]);
     if (error == cudaSuccess) {
         switch (p.dp) {
             case 16: error = sum<16>(p, stream); break;
@@ -751,10 +754,10 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
         }
     }
     if (error == cudaSuccess) {
-        const int64_t points = p.work.n[0] + p.work.n[1];
+        const int64_t numbers = std::max(p.work.n[0], p.work.n[1]) * (p.work.d + 1);
         const bool parts = partial_bytes(p.work, 1, 1) > 0;
-        const int64_t blocks = parts ? std::min<int64_t>(1 + points * 32 / kGatherThreads, 8 * processors) : 1;
-        error = start(gather_kernel, blocks, clouds, kGatherThreads, 0, stream, p.work);
+        const int64_t blocks = parts ? std::min<int64_t>(1 + numbers / kGatherThreads, 8 * processors) : 1;
+        error = launch(gather_kernel, grid_of(blocks, clouds), kGatherThreads, 0, stream, p.work);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
