@@ -231,13 +231,15 @@ def bench(what: dict[str, Any], runs: Runs, rounds: int, device: str) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
-    parser.add_argument("--only", default="", help="cases with this in their name: train, epoch, sample, ...")
+    parser.add_argument(
+        "--only", default="", help="cases with one of these in their name and dtype: train,epoch bfloat16"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     refused = False
     for what, case, rounds in cases(options.device):
-        if options.only not in what["what"]:
+        if not any(part in f"{what['what']} {what['dtype']}" for part in options.only.split(",")):
             continue
         try:
             rows = bench(what, case(), rounds, options.device)

@@ -17,10 +17,11 @@ class CudaGraph(Generic[Out]):
     one records it. From then on the inputs are copied to where the recording reads, and it is replayed. Inputs of other
     shapes begin anew.
 
-    The tensors that come out are overwritten by the next call, and so are those that `run` leaves elsewhere, such as
-    the gradients of `backward()`, which must be None when it begins. Random numbers differ from call to call, as
-    without a graph, and follow `torch.manual_seed`. `run` must not look at numbers (`item()`), and what comes out must
-    not require a gradient, as that would keep the stream of an earlier call.
+    The tensors that come out are overwritten by the next call. Of what `run` leaves elsewhere only the memory stays:
+    let it set gradients to None before `backward()` and return them, for the caller to put them back in their places.
+    Random numbers differ from call to call, as without a graph, and follow `torch.manual_seed`. `run` must not look at
+    numbers (`item()`), and what comes out must not require a gradient, as that would keep the stream of an earlier
+    call.
 
     Args:
         run: the work.

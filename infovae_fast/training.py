@@ -91,11 +91,14 @@ class InfoVAETraining(pl.LightningModule):
         try:
             if self._adversary is not None:
                 self._critic_steps(self._adversary, x)
-            terms = self._graph(x) if self._graph is not None and x.is_cuda else self._gradients(x)
+            run = self._graph if self._graph is not None and x.is_cuda else self._gradients
+            terms, gradients = run(x)
         except ValueError as error:  # a divergence met NaN
             raise TrainingDiverged(self._diverged(str(error))) from error
         if x.device.type == "cpu" or index % 50 == 0:  # on a GPU, looking at the loss waits for it
             self._check(terms)
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # a graph replayed does not, and Lightning's validation lets go of them
         optimizer = self._optimizers()[0]
         if self.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -104,12 +107,12 @@ class InfoVAETraining(pl.LightningModule):
         self._means.add(terms, len(x))
         self._last = terms
 
-    def _gradients(self, x: Tensor) -> Terms:
-        """The terms of a batch; the gradients are left in the parameters."""
+    def _gradients(self, x: Tensor) -> tuple[Terms, list[Tensor | None]]:
+        """The terms of a batch, and the gradient to each of the model's parameters."""
         terms = self.model.loss(x)
         self.zero_grad()
         self._backward(terms.loss)
-        return replace(terms, loss=terms.loss.detach())
+        return replace(terms, loss=terms.loss.detach()), [p.grad for p in self.model.parameters()]
 
     def on_train_epoch_end(self) -> None:
         self._check(self._last)  # before the checkpoint of this epoch is written

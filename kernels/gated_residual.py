@@ -20,7 +20,7 @@ from torch import Tensor
 
 BYTES = 2048  # of a tile as it is computed: pixels times a quarter of the channels
 WARPS = 4
-STEPS = 16  # tiles of a program that sums over pixels
+STEPS = 4  # tiles of a program that sums over pixels
 
 
 @triton.jit

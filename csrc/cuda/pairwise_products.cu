@@ -37,7 +37,8 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;  // targe
 constexpr int kUnit = 64;     // points that share a power of two; clouds are padded to a multiple of it and of a tile
 constexpr int kGroup = 512;   // sources that are added up in float
 constexpr int kStages = 2;
-constexpr int kBlocksPerProcessor = 16, kLeastSources = 256;  // wanted; of a block
+constexpr int kWaves = 4, kLeastSources = 256;  // of blocks, wanted; of a block
+constexpr int kShort = 4;  // tiles of a cloud, too few to see first whether they need a factor
 constexpr int kPrepareThreads = 256, kGatherThreads = 256, kGatherAtOnce = 8;  // loads before the first is waited for
 constexpr float kLargest = 32768;  // that a scaled g may be
 constexpr float kLeastMean = 0x1p-6f;  // of the phi of a tile, for the group that follows to do without a factor
@@ -92,11 +93,13 @@ struct Layout {  // of shared memory: the sums of the threads, then the tiles
     static_assert(bytes + others <= 99 << 10);
 };
 
+constexpr int blocks_of_processor(int dp, bool usual) { return dp == 16 ? (usual ? 5 : 4) : dp == 32 && usual ? 3 : 2; }
+
 template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
     static constexpr int groups = DP <= (usual ? 64 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
-    static constexpr int blocks = DP == 16 ? (usual ? 5 : 4) : DP == 32 && usual ? 3 : 2;  // of a processor
+    static constexpr int blocks = blocks_of_processor(DP, usual);
 };
 
 // ---- numbers ----
@@ -421,8 +424,10 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
         const double w = within ? work.within[own] : work.between;
         if constexpr (FORCE) {
-            const bool second = PLAIN && (k == 1 || k == share.own_count + 1);  // of a cloud: there is something to go by
-            if (k % (kGroup / kTile) == 0 || second) {
+            // The second tile of a cloud has something to go by.
+            const bool second = PLAIN && (k == 1 ? share.own_count > kShort
+                                                 : k == share.own_count + 1 && share.count - share.own_count > kShort);
+            if (k > 0 && (k % (kGroup / kTile) == 0 || second)) {
                 close_group(PLAIN && __any_sync(kAll, fminf(A_tile[0], A_tile[1]) < kTile / 4 * kLeastMean));
             }
         }
@@ -690,7 +695,8 @@ struct Plan {
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
         const int64_t tile = shape().tile, multiple = std::max<int64_t>(tile, kUnit);
-        work = work_of(q, clouds, kRows, tile, processors, int64_t(processors) * kBlocksPerProcessor, kLeastSources / tile, affine);
+        const int64_t wanted = int64_t(processors) * kWaves * blocks_of_processor(dp, plain && !values);
+        work = work_of(q, clouds, kRows, tile, processors, wanted, kLeastSources / tile, affine);
         for (int k = 0; k < 2; ++k) points[k].count = (work.n[k] + multiple - 1) / multiple * multiple / tile;
     }
     Shape shape() const { return {dp, values}; }
