@@ -37,6 +37,8 @@ KERNEL_TESTS = sorted(
         "normal",
         "two_sample",
         "pixel",
+        "gated",
+        "cuda_graph",
     )
     for path in ROOT.glob(f"tests/test_{stem}*.py")
 )

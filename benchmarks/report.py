@@ -1,9 +1,10 @@
-"""The speed tables of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl`.
+"""The speed tables of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl ...`.
 
 Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
 those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of
 medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out. Rows of a GPU go
-to tables of their own, `speed on a GPU`, `speed masked_conv on a GPU` and `speed models on a GPU`.
+to tables of their own, `speed on a GPU`, `speed masked_conv on a GPU` and `speed models on a GPU`, which name it: each
+is of the last file that has rows for it, but the rates of the bound may be of another.
 """
 
 import json
@@ -113,12 +114,18 @@ def ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
     return f"{times:,.{2 if times < 10 else 0}f}x"
 
 
-def gpu_table(rows: list[dict[str, Any]]) -> str:
-    found, graph = newest([row for row in rows if row["op"] == "pairwise"]), f"{OURS} graph"
-    rates = next((row["rates"] for row in reversed(rows) if row["op"] == "bound"), None)
-    head = ["", "ours", "as a CUDA graph", "kernels alone", "bound, reached", "eager, expanded", "`torch.compile`"]
-    head += ["gradient error: ours, alone, eager"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def lines_of(head: list[str], cells: list[list[str]]) -> str:
+    """Without the columns that have nothing but dashes."""
+    kept = [k for k in range(len(head)) if any(row[k] != "–" for row in cells)]
+    lines = [[row[k] for k in kept] for row in (head, ["---"] * len(head), *cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gpu_table(rows: list[dict[str, Any]], rates: dict[str, float] | None) -> str:
+    found, graph = newest(rows), f"{OURS} graph"
+    head = [rows[-1]["device"], "ours", "as a CUDA graph", "kernels alone", "bound, reached", "eager, expanded"]
+    head += ["`torch.compile`", "gradient error: ours, alone, eager"]
+    table = []
     for case in pairwise.GPU_CASES:
         by = found.get((case.what, case.n, case.d, case.gradient, case.dtype), {})
         if OURS not in by:
@@ -133,13 +140,22 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
         known = least is not None and least > SHORTEST_BOUND_S
         cells.append(f"{duration({'median_s': least})}, {least / best:.0%}" if known else "–")
         cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([name, *cells])
+    return lines_of(head, table)
 
 
 def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
-    titles = ("cropped", "graph: cropped to ours", "`torch.compile`", "eager", "cached, in PyTorch", "naive")
-    lines = ["| | ours | as a CUDA graph | " + " | ".join(titles) + " | error: ours, cropped |", "|" + "---|" * 10]
+    head = [
+        rows[-1]["device"],
+        "ours",
+        "as a CUDA graph",
+        "cropped",
+        "graph: cropped to ours",
+        "`torch.compile`",
+        "eager",
+    ]
+    head += ["cached, in PyTorch", "naive", "error: ours, cropped"]
+    table = []
     for (what, n, _, gradient, dtype), by in newest(rows).items():
         pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
         ours, graph = by[OURS], by.get(f"{OURS} graph")
@@ -147,17 +163,17 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
         cells += [ratio(by.get("cropped graph"), graph)]
         cells += [ratio(by.get(k), ours) for k in ("torch.compile", "eager", "plain cached", "naive")]
         cells += [", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "cropped") if "error" in by.get(k, {})) or "–"]
-        lines.append(f"| {what}, batch {n}, {dtype}{pass_} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([f"{what}, batch {n}, {dtype}{pass_}", *cells])
+    return lines_of(head, table)
 
 
 def models_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | ours | as a CUDA graph | naive | error |", "|" + "---|" * 5]
+    head, table = [rows[-1]["device"], "ours", "as a CUDA graph", "naive", "error"], []
     for (what, n, _, _, dtype), by in newest(rows).items():
         cells = [duration(by[OURS]), duration(by.get(f"{OURS} graph")), ratio(by.get("naive"), by[OURS])]
         cells.append(f"{by[OURS]['error']:.0e}" if "error" in by[OURS] else "–")
-        lines.append(f"| {what}, N = {n:,}, {dtype} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([f"{what}, N = {n:,}, {dtype}", *cells])
+    return lines_of(head, table)
 
 
 def replaced(text: str, marker: str, table: str) -> str:
@@ -205,9 +221,13 @@ def plot(rows: Rows, path: Path) -> None:
 
 
 def main() -> None:
-    every = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    on_gpu = [row for row in every if "cuda" in row]
-    every = [row for row in every if "cuda" not in row]
+    files = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in sys.argv[1:]]
+    every = [row for file in files for row in file if "cuda" not in row]
+
+    def on_gpu(*ops: str) -> list[dict[str, Any]]:
+        found = [[row for row in file if "cuda" in row and row["op"] in ops] for file in files]
+        return next((rows for rows in reversed(found) if rows), [])
+
     rows: Rows = {}
     for row in every:
         if row["op"] != "pairwise" or not row.get("gradient", True):
@@ -224,11 +244,13 @@ def main() -> None:
         plot(rows, ROOT / "docs" / "speed.png")
     if convs:
         text = replaced(text, "speed masked_conv", conv_table(convs))
-    if some := [row for row in on_gpu if row["op"] in ("pairwise", "bound")]:
-        text = replaced(text, "speed on a GPU", gpu_table(some))
-    if some := [row for row in on_gpu if row["op"] in ("masked_conv", "logistic_mixture")]:
+    if some := on_gpu("pairwise"):
+        text = replaced(
+            text, "speed on a GPU", gpu_table(some, next((row["rates"] for row in on_gpu("bound")[::-1]), None))
+        )
+    if some := on_gpu("masked_conv", "logistic_mixture"):
         text = replaced(text, "speed masked_conv on a GPU", gpu_conv_table(some))
-    if some := [row for row in on_gpu if row["op"] == "models"]:
+    if some := on_gpu("models"):
         text = replaced(text, "speed models on a GPU", models_table(some))
     readme.write_text(text)
 
