@@ -11,7 +11,7 @@ Out = TypeVar("Out")
 
 
 class CudaGraph(Generic[Out]):
-    """`run(*inputs)` on a GPU, as a CUDA graph: call it like `run`.
+    """`run(*inputs)` on a GPU, as a CUDA graph: call it like `run`, from one thread at a time.
 
     The first `eager` calls run it, on a stream of its own, while libraries and lazy initialisations get ready; the next
     one records it. From then on the inputs are copied to where the recording reads, and it is replayed. Inputs of other
@@ -25,57 +25,72 @@ class CudaGraph(Generic[Out]):
 
     Args:
         run: the work.
+        device: the GPU; default: that of the inputs, or the current one.
         eager: calls before the recording.
-        pool: of memory, `torch.cuda.graph_pool_handle()`, for graphs none of which reads what another left there.
+        pool, stream: `torch.cuda.graph_pool_handle()` and a stream to record on, for graphs that share them: none may
+            read what another left in the pool's memory.
 
     Raises:
         RuntimeError: `run` cannot be recorded.
     """
 
-    def __init__(self, run: Callable[..., Out], *, eager: int = 3, pool: Any = None) -> None:
-        self.run, self.eager, self.pool = run, eager, pool
-        self._stream: torch.cuda.Stream | None = None
-        self._begin(())
-
-    def _begin(self, inputs: tuple[Tensor, ...]) -> None:
-        self._kind, self._calls = _kind(inputs), 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+    def __init__(
+        self,
+        run: Callable[..., Out],
+        *,
+        device: torch.device | None = None,
+        eager: int = 3,
+        pool: Any = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self.run, self.device, self.eager, self.pool, self.stream = run, device, eager, pool, stream
+        self._kind: list[Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> Out:
-        if _kind(inputs) != self._kind:
-            self._begin(inputs)
-        self._stream = self._stream or torch.cuda.Stream()
-        if self._calls < self.eager:
-            self._calls += 1
-            return self._eagerly(self._stream, inputs)
-        if self._graph is None:
-            self._graph = self._recorded(self._stream, inputs)
-        for kept, given in zip(self._inputs, inputs, strict=True):
-            kept.copy_(given)
-        self._graph.replay()
-        return self._out
+        device = self.device or (inputs[0].device if inputs else torch.device("cuda", torch.cuda.current_device()))
+        kind = [(t.shape, t.dtype, t.device) for t in inputs] + [device]
+        with torch.cuda.device(device):
+            if kind != self._kind:
+                self._kind, self._calls = kind, 0
+                self._graph: torch.cuda.CUDAGraph | None = None
+                self._stream = self.stream or torch.cuda.Stream()
+            if self._calls < self.eager:
+                self._calls += 1
+                return self._eagerly(inputs)
+            if self._graph is None:
+                self._graph = self._recorded(inputs)
+            for kept, given in zip(self._inputs, inputs, strict=True):
+                kept.copy_(given)
+            self._graph.replay()
+            return self._out
 
-    def _eagerly(self, stream: torch.cuda.Stream, inputs: tuple[Tensor, ...]) -> Out:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def _eagerly(self, inputs: tuple[Tensor, ...]) -> Out:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             out = self.run(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return out
 
-    def _recorded(self, stream: torch.cuda.Stream, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
-        self._inputs = [t.clone() for t in inputs]
+    def _recorded(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+        self._inputs = [t.detach().clone() for t in inputs]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        if self.eager:
+            torch.cuda.empty_cache()  # what those calls held: the recording has memory of its own
         torch.clear_autocast_cache()  # weights that were cast before would stay as they were
-        with torch.cuda.stream(stream):  # `torch.cuda.graph` would collect garbage, which takes longer than most work
-            graph.capture_begin(pool=self.pool)
-            try:
-                self._out = self.run(*self._inputs)
-            finally:
-                graph.capture_end()
-                torch.clear_autocast_cache()
+        try:
+            with torch.cuda.stream(
+                self._stream
+            ):  # `torch.cuda.graph` would collect garbage, longer than most work takes
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    self._out = self.run(*self._inputs)
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this cannot be recorded as a CUDA graph: {error}; run it without (in training: cuda_graph=False)"
+            ) from error
+        finally:
+            torch.clear_autocast_cache()
         return graph
-
-
-def _kind(inputs: tuple[Tensor, ...]) -> list[Any]:
-    return [(t.shape, t.dtype, t.device) for t in inputs]

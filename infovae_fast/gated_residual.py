@@ -6,7 +6,8 @@
 * b are the biases of the convolutions that made s and f, U z is one vector for an image; each may be missing.
 * drop sets a number to 0 with probability p and divides the others by 1 - p. The kernels round p to 1/65536, and which
   numbers it meets is a hash of a seed that PyTorch's generator draws: no mask is kept for the backward pass.
-* Computed in float32 or better, results in the dtype of s. NaN in, NaN out; in `elu_pair` a pixel is a pixel's alone.
+* Results are in the dtype of s; the kernels compute in float32 or better. NaN stays NaN, in its pixel, unless a kernel
+  drops it.
 * The kernels want and give channels-last tensors, as the tensor cores' convolutions do.
 
 The reference is differentiable any number of times, the kernels once.
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infovae_fast.backends import Backend, choose, transforms, triton_missing
+from infovae_fast.backends import AUTO, NAMES, Backend, choose, transforms, triton_missing
 
 Pad = Sequence[int]  # zeros on the left, on the right, above, below; negative: so many pixels leave
 
@@ -104,9 +105,11 @@ BACKENDS = (
 
 
 def operators(s: Tensor, backend: str = "auto") -> Operators:
-    """The functions of the backend that serves s.
+    """The functions of the backend that serves s. Where "auto" means one that has none, those of the reference.
 
     Raises:
         ValueError: an unknown backend. RuntimeError: the named one cannot run here; the message says why.
     """
+    if backend == "auto" and AUTO in NAMES and AUTO not in [row.name for row in BACKENDS]:
+        backend = "reference"
     return choose("gated_residual", BACKENDS, backend, s)  # type: ignore[return-value]

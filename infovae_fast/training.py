@@ -6,7 +6,8 @@
     out/model/                config.json and model.safetensors for `InfoVAE.from_pretrained`, once training is done
 
 The randomness of an epoch (order of the examples, noise) depends on the seed and the epoch alone. A run that was killed
-and resumed therefore gives the same weights as one that was not.
+and resumed therefore gives the same weights as one that was not: on a CPU bit for bit, on a GPU but for the order of
+sums.
 """
 
 import json
@@ -50,8 +51,8 @@ class InfoVAETraining(pl.LightningModule):
         lr: learning rate of Adam. gradient_clip: largest norm of the gradient, or None.
         seed: of the noise, see the module's text.
         dynamic_binarization: draw every batch anew from Bernoulli with the grey values as probabilities.
-        cuda_graph: on a GPU, without a critic: loss and gradients as a CUDA graph, for models and divergences that do
-            not look at numbers; see `CudaGraph`.
+        cuda_graph: on a GPU, loss and gradients as a CUDA graph, for models and divergences that do not look at
+            numbers (see `CudaGraph`); not with a critic, nor where layers are computed again (`checkpoint_layers`).
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class InfoVAETraining(pl.LightningModule):
         self.automatic_optimization = False  # the critic's step stands between the encoder's
         self.model, self.lr, self.gradient_clip, self.seed = model, lr, gradient_clip, seed
         self.dynamic_binarization = dynamic_binarization
-        self._graph = CudaGraph(self._gradients) if cuda_graph and self._adversary is None else None
+        again = any(getattr(module, "checkpoint_layers", False) for module in model.modules())
+        usual = cuda_graph and self._adversary is None and not again
+        self._graph = CudaGraph(self._gradients) if usual else None
 
     @property
     def _adversary(self) -> AdversarialLoss | None:
@@ -301,7 +304,8 @@ def train(
         gradient_clip: largest norm of the gradient, or null.
         precision: "32-true", or "bf16-mixed": bfloat16 in convolutions and products of matrices, for GPUs; weights, z
             and the loss stay float32.
-        cuda_graph: on a GPU, send loss and gradients of a step as one CUDA graph (not with an adversarial divergence).
+        cuda_graph: on a GPU, send loss and gradients of a step as one CUDA graph; not with an adversarial divergence,
+            nor with `checkpoint_layers`.
         seed: of the weights, the order of the examples and the noise.
         out: folder of the run; default runs/DATA-PRESET-SEED.
         resume: folder of a run to continue with its own settings; only epochs and progress may be given with it.

@@ -240,6 +240,10 @@ def _last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -258,6 +262,7 @@ def elu_pair(
     s: Sequence[Tensor], bias: Tensor | None, seed: Tensor | None, pad: Sequence[int], dropout: float
 ) -> Tensor:
     n, _, height, width = s[0].shape
+    bias = _flat(bias)
     out_height, out_width, half = _sizes(s, pad)
     out = _new(s[0], n, 2 * half, out_height, out_width)
     at, pixels = 0, n * out_height * out_width
@@ -280,6 +285,7 @@ def elu_pair_gradients(
 ) -> list[Tensor]:
     """To each of s, and to the bias."""
     n, _, height, width = s[0].shape
+    bias = _flat(bias)
     out_height, out_width, half = _sizes(s, pad)
     upstream, found, totals = _last(upstream), [], []
     at, pixels = 0, n * height * width
@@ -311,10 +317,11 @@ def _sizes(s: Sequence[Tensor], pad: Sequence[int]) -> tuple[int, int, int]:
 @torch.library.custom_op("infovae_fast::gated_residual_triton", mutates_args=())
 def gated_residual(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None) -> Tensor:
     out, sizes, pixels = _new(s, *s.shape), tile(s.shape[1], s.dtype), s.shape[2] * s.shape[3]
+    bias, condition = _flat(bias), _flat(condition)
     with _on(s):
         if out.numel():
             gated_residual_kernel[(len(s), triton.cdiv(pixels, sizes["R"]))](
-                _last(s), _last(f), f if bias is None else bias, f if condition is None else condition.contiguous(),
+                _last(s), _last(f), f if bias is None else bias, f if condition is None else condition,
                 out, pixels, **sizes, BIAS=bias is not None, CONDITION=condition is not None,
                 num_warps=WARPS,
             )  # fmt: skip
@@ -328,6 +335,7 @@ def gated_residual_gradients(
     """To f, and its sums over the pixels, [N, 2F]."""
     n, channels, height, width = f.shape
     sizes, pixels = tile(channels // 2, f.dtype), height * width
+    bias, condition = _flat(bias), _flat(condition)
     to_f, steps = _new(f, *f.shape), min(STEPS, triton.cdiv(pixels, sizes["R"]))
     blocks = triton.cdiv(pixels, sizes["R"] * steps) if pixels else 0
     wanted = bias is not None or condition is not None
@@ -336,7 +344,7 @@ def gated_residual_gradients(
         if f.numel():
             gated_residual_gradients_kernel[(n, blocks, 4)](
                 _last(upstream), _last(f), f if bias is None else bias, f if condition is None else
-                condition.contiguous(), to_f, sums, steps, pixels, **sizes, BIAS=bias is not None,
+                condition, to_f, sums, steps, pixels, **sizes, BIAS=bias is not None,
                 CONDITION=condition is not None, num_warps=WARPS,
             )  # fmt: skip
     return to_f, sums.sum(1)

@@ -294,7 +294,7 @@ class Points:
         self.right = _shaped(self._right, clouds, rows * parts, dp) if right else None  # of g u, tile by tile
 
 
-@lru_cache(64)  # the weights of the clouds change with their sizes
+@lru_cache(4096)  # the weights of the clouds change with their sizes; a CUDA graph goes on reading those it met
 def table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 

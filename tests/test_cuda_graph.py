@@ -73,6 +73,7 @@ PIXELS = {"encoder": {"name": "mlp", "hidden": [16], "batch_norm": True}, "binar
         {"prior": {"name": "gaussian_mixture", "means": [[1.0, 0.0], [-1.0, 0.0]]}},
         {"decoder": {"name": "pixelcnn", "layers": 2, "maps": 8}, **PIXELS},
         {"decoder": {"name": "pixelcnn", "layers": 2, "maps": 8}, "precision": "bf16-mixed", **PIXELS},
+        {"decoder": {"name": "pixelcnn", "layers": 2, "maps": 8, "checkpoint_layers": True}, **PIXELS},
         {"decoder": {"name": "pixelcnn_pp", "blocks": 1, "maps": 8}, "gradient_clip": 5.0, **PIXELS},
     ],
     ids=str,

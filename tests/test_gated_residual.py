@@ -102,6 +102,31 @@ def test_kernels_agree_with_the_reference(case, dtype):
         agree(found["triton"], found["reference"], dtype)
 
 
+@pytest.mark.skipif(triton_missing() is not None, reason="no Triton")
+def test_several_programs_steps_and_strided_biases(monkeypatch):
+    from infovae_fast.kernels import gated_residual as kernels
+
+    s, f, z = random(3, 9, 7, 6, last=True), random(3, 18, 7, 6), random(3, 36)
+    found = []
+    for size in (kernels.BYTES, 256):  # of a tile: one program and one step, or many
+        monkeypatch.setattr(kernels, "BYTES", size)
+        torch.manual_seed(1)
+        ours = operators(s, "triton")
+        bias = torch.linspace(-1, 1, 18, dtype=torch.float64, device=DEVICE)[::2].requires_grad_()
+        gate_bias = torch.ones(1, dtype=torch.float64, device=DEVICE).expand(18)
+        pair = ours.elu_pair([s], bias, (1, 1, 1, 0), 0.3)
+        gate = ours.gated_residual(s, f, gate_bias, z[:, ::2])
+        torch.manual_seed(2)
+        found.append(gradients(pair, (s, bias)) + gradients(gate, (s, f, z)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    plain, exact = (operators(s, b).elu_pair([s], bias, (), 0.0) for b in ("triton", "reference"))
+    torch.testing.assert_close(plain, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gate, operators(s, "reference").gated_residual(s, f, gate_bias, z[:, ::2]), rtol=1e-12, atol=1e-12
+    )
+
+
 @both
 def test_near_zero_and_far(backend):
     """float32: elu(t) keeps its digits where it is small; nothing overflows."""
@@ -207,7 +232,13 @@ for dtype in (torch.float32, torch.bfloat16):
     assert all(one["local"] == 0 and one["stack"] == 0 for one in found), found
 
 
-def test_backends_are_explained():
+def test_backends_are_explained(monkeypatch):
     with pytest.raises(ValueError, match="fastest"):
         operators(torch.zeros(1, 1, 1, 1), "fastest")
+    with pytest.raises(ValueError, match="fastest"):
+        PixelCNNPlusPlus(0, (3, 4, 4), backend="fastest")
+    with pytest.raises(RuntimeError, match="no cpp kernels"):
+        operators(torch.zeros(1, 1, 1, 1), "cpp")
+    monkeypatch.setattr(gated_residual, "AUTO", "cpp")  # means the C++ of those who have it
+    assert operators(torch.zeros(1, 1, 1, 1)).elu_pair is gated_residual.elu_pair_reference
     assert [row.name for row in gated_residual.BACKENDS][:2] == ["triton", "reference"]

@@ -295,6 +295,20 @@ def test_several_codes_of_an_image(name):
         assert model.train(training)(z[:0], x[:0]).shape == (0, likelihood.channels(channels), 4, 3)
 
 
+def test_forward_mode_to_the_weights():
+    model, _, channels = network("bits", 3, 4, inputs=0)
+    x = torch.rand(2, channels, 3, 4, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    way = {name: torch.randn_like(p) for name, p in weights.items()}
+
+    def params(weights):
+        return torch.func.functional_call(model, weights, (None, x))
+
+    _, slope = torch.func.jvp(params, (weights,), (way,))
+    moved = [params({n: p + h * way[n] for n, p in weights.items()}) for h in (1e-5, -1e-5)]
+    torch.testing.assert_close(slope, (moved[0] - moved[1]) / 2e-5, rtol=1e-5, atol=1e-6)
+
+
 # The start from data
 
 

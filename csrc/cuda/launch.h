@@ -3,7 +3,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace infovae_fast {
 namespace {
@@ -16,15 +18,17 @@ __device__ __forceinline__ void after_previous() {
 }
 
 #ifdef __CUDACC__
-inline bool may_overlap() {  // does the current device know how to
-    static std::atomic<int> known[64];  // 1 + the answer
+inline bool may_overlap(const void* kernel) {  // was what runs here compiled with `after_previous` in it
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, bool> known;  // by kernel and device
     int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return false;
-    if (const int answer = known[device].load(std::memory_order_relaxed)) return answer == 2;
-    int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-    known[device].store(major >= 9 ? 2 : 1, std::memory_order_relaxed);
-    return major >= 9;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find({kernel, device});
+    if (found != known.end()) return found->second;
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return cudaGetLastError() == cudaSuccess;  // false
+    return known[{kernel, device}] = attributes.ptxVersion >= 90;
 }
 #endif
 
@@ -42,7 +46,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap, config.numAttrs = may_overlap() ? 1 : 0;
+    config.attrs = &overlap, config.numAttrs = may_overlap(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
 #endif
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }

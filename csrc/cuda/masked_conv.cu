@@ -5,7 +5,7 @@
 //     dx[p]     = sum_k df[p - t] weight[t]^T                          k: (tap, output channel): the same kernel, mirrored
 //     dweight_k = sum_p columns[p, k] df[p]                            a segment of the pixels for each block
 //
-// The gradient to the bias is a dweight of a column of ones; with a gate or a condition it is summed where df is made.
+// The gradient to the bias is a dweight of a column of ones, where a tile has room for it, or is summed where df is made.
 // A block has a tile of the result in the registers of its warps. What it multiplies comes through shared memory, some
 // steps ahead; no column is ever in memory as a whole. Then the tile goes through shared memory to those who add bias
 // and condition and compute the gate. Columns of a block are of one group of colours, the same in both halves of a gate.
@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -67,11 +68,11 @@ __device__ __forceinline__ Place<T> place_of(const Work<T>& w, const Column& c, 
     return {w.source + (first + dy * w.w + dx) * w.in + c.channel, dy, dx, w.in};
 }
 
-// V numbers to shared memory, or as many zeros. More than one come later, when the pipeline says so.
+// V numbers to shared memory, or `instead` and zeros. More than one come later, when the pipeline says so.
 template <int V, typename T>
-__device__ __forceinline__ void bring(T* to, const T* from, bool there) {
+__device__ __forceinline__ void bring(T* to, const T* from, bool there, T instead) {
     if constexpr (V == 1) {
-        *to = there ? *from : rounded<T>(0);
+        *to = there ? *from : instead;
     } else if (there) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1200
         // By way of L1, where the taps of a tile meet again: what cuda_pipeline.h has goes past it. (From 12.0 on it spills.)
@@ -82,7 +83,9 @@ __device__ __forceinline__ void bring(T* to, const T* from, bool there) {
         __pipeline_memcpy_async(to, from, V * sizeof(T));
 #endif
     } else {
-        *reinterpret_cast<int4*>(to) = int4{0, 0, 0, 0};
+        int4 bits{};
+        std::memcpy(&bits, &instead, sizeof instead);
+        *reinterpret_cast<int4*>(to) = bits;
     }
 }
 
@@ -93,17 +96,18 @@ __device__ __forceinline__ int place_in(bool wide) {
     return wide ? int(threadIdx.x) % (SIZE / V) * V : int(threadIdx.x) % SIZE;
 }
 
-// Rows of SIZE numbers to shared memory, in vectors of V, or zeros for a row that is not there(row, k), the thread's own
-// number k. `from` is where the thread's own place in row 0 comes from.
+// Rows of SIZE numbers to shared memory, in vectors of V, or `instead` and zeros for a row that is not there(row, k), the
+// thread's own number k. `from` is where the thread's own place in row 0 comes from.
 template <int V, int SIZE, int ROWS, int UNROLL = V == 1 ? 2 : ROWS, typename T, typename There>
-__device__ __forceinline__ void bring_rows(T* to, int pitch, const T* from, int stride, There there) {
+__device__ __forceinline__ void bring_rows(T* to, int pitch, const T* from, int stride, There there,
+                                           T instead = rounded<T>(0)) {
     constexpr int across = SIZE / V, lines = kThreads / across;
     static_assert(kThreads % across == 0 && ROWS % lines == 0);
     const int line = int(threadIdx.x) / across;
     to += line * pitch + int(threadIdx.x) % across * V, from += int64_t(line) * stride;
 #pragma unroll UNROLL
     for (int k = 0; k < ROWS / lines; ++k, to += lines * pitch, from += lines * stride) {
-        bring<V>(to, from, there(line + k * lines, k));
+        bring<V>(to, from, there(line + k * lines, k), instead);
     }
 }
 
@@ -313,21 +317,15 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         const int last = pixels - step * P::depth;
         by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
+            // Of the column of ones; a pixel too many meets no gradient.
+            const bool one = w.sums && w.taps * w.in - int(blockIdx.x) * P::rows == place_in<T, P::rows>(V > 1);
             bring_rows<V, P::rows, P::depth>(left, R::tall, p.base, p.stride, [&](int row, int) {
                 const bool there = row < last && inside(w, y + p.dy, x + p.dx);
                 x += columns_apart, y += rows_apart;
                 if (x >= w.w) x -= w.w, ++y;
                 if (y >= w.h) y -= w.h;
                 return there;
-            });
-            const int ones = w.taps * w.in - int(blockIdx.x) * P::rows;  // a place of the tile, or not
-            if (w.sums && ones == place_in<T, P::rows>(V > 1)) {
-                T* const to = left + ones;
-#pragma unroll 1
-                for (int row = int(threadIdx.x) / (P::rows / V); row < P::depth; row += lines) {
-                    to[row * R::tall] = rounded<T>(row < last ? 1 : 0);
-                }
-            }
+            }, rounded<T>(one ? 1 : 0));
         });
         by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
@@ -496,6 +494,8 @@ public:
         return by_width<true>(w, 1);
     }
 
+    // May the gradient to the bias be a row of that to weight: is there room in a tile, and do products keep the digits?
+    bool room_for_ones() const { return rows(false) % Product<T>::rows != 0 && (work_.exact || sizeof(T) != 4); }
     // Elements of `parts` that to_weight needs.
     int64_t weight_parts(bool to_bias, int processors) const {
         return segments(to_bias, processors) * rows(to_bias) * q.cout;
@@ -596,14 +596,15 @@ struct Plan {
     bool bias_by_weight;  // is the bias's gradient that of a weight
     size_t f_gradient = 0, sums, weight, link_weight, all;
 
-    Plan(const MaskedConv& conv, int64_t links, const ConvGradients<void>& result, int processors)
+    Plan(const MaskedConv& conv, bool exact, int64_t links, const ConvGradients<void>& result, int processors)
         : link_conv{conv.n, conv.h, conv.w, std::max<int64_t>(links, 1), conv.cout, {{0, 0}}, {}, false} {
         const auto room = [](bool needed, int64_t count, size_t each) {
             return needed ? (size_t(count) * each + 255) / 256 * 256 : 0;
         };
-        const Conv<T> own(conv, true, nullptr), linked(link_conv, true, nullptr);
+        const Conv<T> own(conv, exact, nullptr), linked(link_conv, exact, nullptr);
         const int64_t f_size = conv.n * conv.h * conv.w * conv.cout;
-        bias_by_weight = !conv.gated && result.bias != nullptr && result.condition == nullptr && result.weight != nullptr;
+        bias_by_weight = !conv.gated && result.bias != nullptr && result.condition == nullptr &&
+                         result.weight != nullptr && own.room_for_ones();
         sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
         weight = sums + room(result.of_pixels() && !bias_by_weight, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
         link_weight = weight + room(result.weight != nullptr, own.weight_parts(bias_by_weight, processors), sizeof(SumOf<T>));
@@ -652,7 +653,10 @@ const char* masked_conv_cuda(Number number, bool exact, const MaskedConv& conv, 
 size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, const ConvGradients<void>& result,
                                   int processors) {
     if (too_large(conv) != nullptr) return 0;
-    return by_number(number, [&](auto zero) { return Plan<decltype(zero)>(conv, links, result, processors).all; });
+    return by_number(number, [&](auto zero) {
+        using P = Plan<decltype(zero)>;
+        return std::max(P(conv, true, links, result, processors).all, P(conv, false, links, result, processors).all);
+    });
 }
 
 const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
@@ -662,7 +666,7 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
     if (const char* error = too_large(conv)) return error;
     return by_number(number, [&](auto zero) {
         using T = decltype(zero);
-        const Plan<T> plan(conv, link.channels, result, processors);
+        const Plan<T> plan(conv, exact, link.channels, result, processors);
         const cudaStream_t queue = static_cast<cudaStream_t>(stream);
         const Conv<T> own(conv, exact, queue), linked(plan.link_conv, exact, queue);
         const auto in = [](const void* t) { return static_cast<const T*>(t); };

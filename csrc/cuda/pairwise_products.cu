@@ -425,8 +425,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const double w = within ? work.within[own] : work.between;
         if constexpr (FORCE) {
             // The second tile of a cloud has something to go by.
-            const bool second = PLAIN && (k == 1 ? share.own_count > kShort
-                                                 : k == share.own_count + 1 && share.count - share.own_count > kShort);
+            const int of_cloud = within ? share.own_count : share.count - share.own_count;
+            const bool second = PLAIN && of_cloud > kShort && k == (within ? 1 : share.own_count + 1);
             if (k > 0 && (k % (kGroup / kTile) == 0 || second)) {
                 close_group(PLAIN && __any_sync(kAll, fminf(A_tile[0], A_tile[1]) < kTile / 4 * kLeastMean));
             }

@@ -197,9 +197,11 @@ class IncrementalPlusPlus:
         return x
 
     def _graphs(self) -> dict[tuple[int, int], CudaGraph[Tensor]]:
-        pool = torch.cuda.graph_pool_handle()
+        device = self.y.device
+        with torch.cuda.device(device):
+            shared: dict[str, Any] = {"pool": torch.cuda.graph_pool_handle(), "stream": torch.cuda.Stream()}
         places = product(range(PERIOD), range(self.width))
-        return {place: CudaGraph(partial(self._params, *place), eager=0, pool=pool) for place in places}
+        return {place: CudaGraph(partial(self._params, *place), device=device, eager=0, **shared) for place in places}
 
     def _params(self, i: int, j: int) -> Tensor:
         """Of pixel (i, j), [n, P]; i counts modulo `PERIOD`."""

@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infovae_fast.backends import NAMES, transforms
 from infovae_fast.gated_residual import TRITON, Operators, operators
 from infovae_fast.models.pixelcnn import Offsets, _SpatialCode
 
@@ -76,7 +77,8 @@ class PixelCNNPlusPlus(nn.Module):
         backend: of what is not a convolution (`infovae_fast.gated_residual`): "auto", "triton" or "reference".
 
     Raises:
-        ValueError: sizes that do not fit each other, unknown names. RuntimeError: the backend cannot run here.
+        ValueError: sizes that do not fit each other, unknown names. The forward pass raises a RuntimeError where the
+            backend cannot run.
     """
 
     autoregressive = True
@@ -153,7 +155,7 @@ class PixelCNNPlusPlus(nn.Module):
         pixel. Found by sending NaN through a network of one map."""
         _, height, width = self.image_shape
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            thin = PixelCNNPlusPlus(0, (1, height, width), blocks=self.blocks, maps=1).eval()
+            thin = PixelCNNPlusPlus(0, (1, height, width), blocks=self.blocks, maps=1, backend="reference").eval()
             x = torch.zeros(height * width, height * width).fill_diagonal_(torch.nan)  # a pixel of each image
             hit = thin(None, x.unflatten(1, (1, height, width)))[:, 0, i, j].isnan()
         return {(p // width - i, p % width - j) for p in hit.nonzero().flatten().tolist()}
@@ -218,7 +220,10 @@ class _Conv(nn.Module):
 
     @property
     def weight(self) -> Tensor:  # [Cout, Cin, height, width]
-        return torch._weight_norm(self.direction, self.gain[:, None, None, None])
+        v, g = self.direction, self.gain[:, None, None, None]
+        if transforms() is not None:  # the fused function has no forward mode
+            return v * (g / v.flatten(1).norm(dim=1)[:, None, None, None])
+        return torch._weight_norm(v, g)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bare:
@@ -300,6 +305,8 @@ class _Streams(nn.Module):
 
 
 def _check_sizes(given: dict[str, Any]) -> None:
+    if given["backend"] not in ("auto", *NAMES):
+        raise ValueError(f"backend: got {given['backend']!r}; accepted: 'auto', " + ", ".join(map(repr, NAMES)))
     if given["condition"] not in ("global", "spatial"):
         raise ValueError(f"condition: got {given['condition']!r}; accepted: 'global', 'spatial'")
     for name, least in (("inputs", 0), ("image_channels", 1), ("blocks", 1), ("maps", 1), ("spatial_maps", 1)):
