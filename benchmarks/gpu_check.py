@@ -5,9 +5,10 @@
     build      the extension with CUDA (nvcc), in place
     test       the tests of the kernels, on the GPU, with every backend; --tests for others. With pytest-xdist, in
                several processes: most of their time goes to compilers
-    sanitize   compute-sanitizer memcheck and racecheck over the CUDA kernels
+    sanitize   compute-sanitizer memcheck and racecheck over the CUDA kernels: of few points and images by the programs
+               `pairwise_alone.cu` and `masked_conv_alone.cu`, the sampler's by a few of its tests (slow)
     bound      the ceilings of this GPU, and what ours reaches of the bound
-    bench      `pairwise_alone.cu`, `run`, `masked_conv` and `models` of benchmarks/
+    bench      the two programs, and `run`, `masked_conv` and `models` of benchmarks/
 
 Each step writes OUT/STEP.log, and each of its commands has --limit seconds; the rows go to OUT/rows.jsonl. A step that
 fails does not stop the others; the exit status tells, and the table in the end which one it was.
@@ -42,17 +43,20 @@ KERNEL_TESTS = sorted(
     )
     for path in ROOT.glob(f"tests/test_{stem}*.py")
 )
-SANITIZED = (  # some of each file with CUDA kernels
-    "tests/test_pairwise_cuda.py -k 'rule or combination'",
-    "tests/test_masked_conv_cuda.py -k 'rule'",
-    "tests/test_pixel_sampler_cuda.py -k 'known or others or order'",
-)
+ALONE = {"pairwise_alone": "300", "masked_conv_alone": "4"}  # programs, and points or images for the sanitizer
 
 
 def commands(out: Path, tests: str) -> dict[str, list[str]]:
-    alone, program = "benchmarks/pairwise_alone", shlex.quote(str(out / "pairwise_alone"))
     python, rows = shlex.quote(sys.executable), shlex.quote(str(out / "rows.jsonl"))
-    sanitizer = f"compute-sanitizer --error-exitcode 9 --tool {{}} {python} -m pytest -x {{}}"
+    programs = {name: shlex.quote(str(out / name)) for name in ALONE}
+    nvcc = "nvcc -std=c++17 -O3 -Icsrc -arch=native"
+    compile_ = [
+        f"{nvcc} benchmarks/{name}.cu csrc/cuda/{name.removesuffix('_alone')}*.cu -o {to}"
+        for name, to in programs.items()
+    ]
+    sanitizer = "compute-sanitizer --error-exitcode 9 --tool"
+    sampler = f"{python} -m pytest -x tests/test_pixel_sampler_cuda.py -k 'known or others or order'"
+    checked = [f"{to} check {ALONE[name]}" for name, to in programs.items()] + [sampler]
     workers = f" -n {min(8, os.cpu_count() or 1)}" if find_spec("xdist") else ""  # they share the GPU
     missing = "import sys; from infovae_fast.backends import native_missing; sys.exit(native_missing('cuda'))"
     built = f"{python} -c {shlex.quote(missing)}"  # without it the tests of CUDA kernels would run them as C++
@@ -60,16 +64,17 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
         "build": [f"INFOVAE_FAST_BUILD=cuda {python} setup.py build_ext --inplace", f"{python} -m infovae_fast"],
         "test": [built, f"{python} -m pytest{workers} --maxfail 30 -rs -vv {tests}"],
         "sanitize": [
+            *compile_,
             built,
-            *(sanitizer.format(tool, some) for some in SANITIZED for tool in ("memcheck", "racecheck")),
+            *(f"{sanitizer} {tool} {it}" for it in checked for tool in ("memcheck", "racecheck")),
         ],
         "bound": [f"{python} -m benchmarks.bound --device cuda --out {rows}"],
         "bench": [
             f"{python} -m benchmarks.run --device cuda --compile --resume --memory 40 --out {rows}",
             f"{python} -m benchmarks.masked_conv --device cuda --compile --out {rows}",
             f"{python} -m benchmarks.models --device cuda --out {rows}",
-            f"nvcc -std=c++17 -O3 -Icsrc -arch=native {alone}.cu csrc/cuda/pairwise*.cu -o {program}",
-            f"{program} $(git describe --always --dirty) >> {rows}",
+            *compile_,
+            *(f"{to} $(git describe --always --dirty) >> {rows}" for to in programs.values()),
         ],
     }
 

@@ -3,6 +3,7 @@
 //
 //     nvcc -std=c++17 -O3 -Icsrc -arch=native benchmarks/pairwise_alone.cu csrc/cuda/pairwise*.cu -o build/pairwise_alone
 //     build/pairwise_alone [commit] >> benchmarks/results/NAME.jsonl
+//     compute-sanitizer build/pairwise_alone check 300                      # with 300 points, nothing timed
 //
 // The value is compared up to N = 4,096, and the gradient of eight points always. A wrong result ends the program.
 #include <cuda_runtime.h>
@@ -117,7 +118,7 @@ constexpr Case kCases[] = {{"rbf", 256, 2},      {"rbf", 256, 10},    {"rbf", 25
                            {"rbf", 16384, 80},   {"rbf", 65536, 10},  {"imq", 16384, 10}, {"imq7", 16384, 2}, {"imq7", 16384, 10},
                            {"stein", 16384, 64}};
 
-void run(const Case& one, const char* commit) {
+void run(const Case& one, bool time, const char* commit) {
     const int n = one.n, d = one.d;
     const std::string what = one.what;
     const bool stein = what == "stein";
@@ -152,22 +153,25 @@ void run(const Case& one, const char* commit) {
     check(cudaStreamCreate(&stream));
     call();
     check(cudaStreamSynchronize(stream));
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    call();
-    check(cudaStreamEndCapture(stream, &graph)), check(cudaGraphInstantiate(&replay, graph, 0));
-    cudaEvent_t start, end;
-    check(cudaEventCreate(&start)), check(cudaEventCreate(&end));
     std::vector<float> times;
     const int rounds = 15, calls = n <= 4096 ? 20 : 1;
-    for (int k = 0; k < rounds; ++k) {
-        check(cudaEventRecord(start, stream));
-        for (int i = 0; i < calls; ++i) check(cudaGraphLaunch(replay, stream));
-        check(cudaEventRecord(end, stream)), check(cudaEventSynchronize(end));
-        float milliseconds;
-        check(cudaEventElapsedTime(&milliseconds, start, end));
-        times.push_back(milliseconds * 1e-3f / calls);
+    if (time) {
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+        call();
+        check(cudaStreamEndCapture(stream, &graph)), check(cudaGraphInstantiate(&replay, graph, 0));
+        cudaEvent_t start, end;
+        check(cudaEventCreate(&start)), check(cudaEventCreate(&end));
+        for (int k = 0; k < rounds; ++k) {
+            check(cudaEventRecord(start, stream));
+            for (int i = 0; i < calls; ++i) check(cudaGraphLaunch(replay, stream));
+            check(cudaEventRecord(end, stream)), check(cudaEventSynchronize(end));
+            float milliseconds;
+            check(cudaEventElapsedTime(&milliseconds, start, end));
+            times.push_back(milliseconds * 1e-3f / calls);
+        }
+        std::sort(times.begin(), times.end());
+        cudaGraphExecDestroy(replay), cudaGraphDestroy(graph);
     }
-    std::sort(times.begin(), times.end());
 
     std::vector<float> found(x.at.size());
     double found_value = 0;
@@ -182,21 +186,31 @@ void run(const Case& one, const char* commit) {
         std::fprintf(stderr, "%s, N = %d, D = %d: errors %.1e and %.1e\n", one.what, n, d, error, value_error);
         std::exit(1);
     }
-    std::printf("{\"op\": \"pairwise\", \"what\": \"%s\", \"n\": %d, \"d\": %d, \"gradient\": true, \"dtype\": \"float32\", ",
-                one.what, n, d);
-    std::printf("\"implementation\": \"infovae_fast alone\", \"median_s\": %.4e, \"p20_s\": %.4e, \"p80_s\": %.4e, \"rounds\": %d, ",
-                times[rounds / 2], times[rounds / 5], times[rounds - 1 - rounds / 5], rounds);
-    std::printf("\"error\": %.2e, ", error);
-    if (knows_value) std::printf("\"value_error\": %.2e, ", value_error);
-    std::printf("\"device\": \"%s\", \"cuda\": \"%d.%d\", \"commit\": \"%s\"}\n", device.name, CUDART_VERSION / 1000,
-                CUDART_VERSION % 1000 / 10, commit);
+    if (!time) {
+        std::printf("%s, D = %d: error %.1e, of the value %.1e\n", one.what, d, error, value_error);
+    } else {
+        std::printf("{\"op\": \"pairwise\", \"what\": \"%s\", \"n\": %d, \"d\": %d, \"gradient\": true, \"dtype\": \"float32\", ",
+                    one.what, n, d);
+        std::printf("\"implementation\": \"infovae_fast alone\", \"median_s\": %.4e, \"p20_s\": %.4e, \"p80_s\": %.4e, \"rounds\": %d, ",
+                    times[rounds / 2], times[rounds / 5], times[rounds - 1 - rounds / 5], rounds);
+        std::printf("\"error\": %.2e, ", error);
+        if (knows_value) std::printf("\"value_error\": %.2e, ", value_error);
+        std::printf("\"device\": \"%s\", \"cuda\": \"%d.%d\", \"commit\": \"%s\"}\n", device.name, CUDART_VERSION / 1000,
+                    CUDART_VERSION % 1000 / 10, commit);
+    }
     std::fflush(stdout);
     cudaFree(force), cudaFree(value), cudaFree(workspace);
-    cudaGraphExecDestroy(replay), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
+    cudaStreamDestroy(stream);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    for (const Case& one : kCases) run(one, count > 1 ? arguments[1] : "unknown");
+    if (count > 2 && std::string(arguments[1]) == "check") {
+        for (const Case& one : kCases) {
+            if (one.n <= 1024 || one.n == 16384) run({one.what, std::atoi(arguments[2]), one.d}, false, "");
+        }
+        return 0;
+    }
+    for (const Case& one : kCases) run(one, true, count > 1 ? arguments[1] : "unknown");
 }

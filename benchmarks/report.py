@@ -38,7 +38,7 @@ LINES = {  # in both pictures, by colour
 }
 
 SHORTEST_BOUND_S = 1e-6  # below it the launches decide
-ALONE = f"{OURS} alone"  # benchmarks/pairwise_alone.cu
+ALONE = f"{OURS} alone"  # benchmarks/*_alone.cu
 Case = tuple[str, int, int]
 Rows = dict[tuple[Case, str, str], dict[str, Any]]  # of case, implementation, malloc
 README: list[Case] = [(case.what, case.n, case.d) for case in pairwise.README]
@@ -158,11 +158,13 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
     table = []
     for (what, n, _, gradient, dtype), by in newest(rows).items():
         pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
-        ours, graph = by[OURS], by.get(f"{OURS} graph")
+        ours, graph = by.get(OURS), by.get(f"{OURS} graph") or by.get(ALONE)
         cells = [duration(ours), duration(graph), ratio(by.get("cropped"), ours)]
         cells += [ratio(by.get("cropped graph"), graph)]
         cells += [ratio(by.get(k), ours) for k in ("torch.compile", "eager", "plain cached", "naive")]
-        cells += [", ".join(f"{by[k]['error']:.0e}" for k in (OURS, "cropped") if "error" in by.get(k, {})) or "–"]
+        cells += [
+            ", ".join(f"{by[k]['error']:.0e}" for k in (OURS, ALONE, "cropped") if "error" in by.get(k, {})) or "–"
+        ]
         table.append([f"{what}, batch {n}, {dtype}{pass_}", *cells])
     return lines_of(head, table)
 
