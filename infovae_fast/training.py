@@ -94,8 +94,7 @@ class InfoVAETraining(pl.LightningModule):
         try:
             if self._adversary is not None:
                 self._critic_steps(self._adversary, x)
-            run = self._graph if self._graph is not None and x.is_cuda else self._gradients
-            terms, gradients = run(x)
+            terms, gradients = (self._graph_for(x) or self._gradients)(x)
         except ValueError as error:  # a divergence met NaN
             raise TrainingDiverged(self._diverged(str(error))) from error
         if x.device.type == "cpu" or index % 50 == 0:  # on a GPU, looking at the loss waits for it
@@ -109,6 +108,9 @@ class InfoVAETraining(pl.LightningModule):
         optimizer.step()
         self._means.add(terms, len(x))
         self._last = terms
+
+    def _graph_for(self, x: Tensor) -> CudaGraph | None:
+        return self._graph if x.is_cuda else None
 
     def _gradients(self, x: Tensor) -> tuple[Terms, list[Tensor | None]]:
         """The terms of a batch, and the gradient to each of the model's parameters."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from infovae_fast import InfoVAE, load_data
+from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import to_unit
 from infovae_fast.training import ImageDataModule, InfoVAETraining, ShuffledBatches, TrainingDiverged, train
 
@@ -105,6 +106,37 @@ def test_a_run_that_was_interrupted_is_the_same_run(tmp_path, preset, monkeypatc
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert curve(tmp_path / "whole", "val_loss") == curve(tmp_path / "parts", "val_loss")
     assert curve(tmp_path / "whole", "train_loss") == curve(tmp_path / "parts", "train_loss")
+
+
+class Pretended(CudaGraph):
+    """On the CPU: what a replay writes to the memory of a recording, and that it assigns to no parameter."""
+
+    def __call__(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls <= self.eager:
+            return self.run(x)
+        parameters = list(self.run.__self__.model.parameters())
+        kept = [p.grad for p in parameters]
+        terms, gradients = self.run(x)
+        if self.calls == self.eager + 1:
+            self.recorded = gradients
+            return terms, gradients
+        for p, old in zip(parameters, kept, strict=True):
+            p.grad = old
+        for memory, new in zip(self.recorded, gradients, strict=True):
+            memory.copy_(new)
+        return terms, self.recorded
+
+
+def test_a_recorded_step_trains_on_after_validation(tmp_path, monkeypatch):
+    """Which lets go of the gradients, in every epoch: the weights are those without a graph."""
+    options = SMALL | {"preset": "mmd_vae", "epochs": 4, "binarize": "dynamic"}
+    plain = train(out=str(tmp_path / "plain"), **options)
+    monkeypatch.setattr("infovae_fast.training.CudaGraph", Pretended)
+    monkeypatch.setattr(InfoVAETraining, "_graph_for", lambda self, x: self._graph)
+    graph = train(out=str(tmp_path / "graph"), **options)
+    assert same(weights(plain), weights(graph))
+    assert curve(plain, "train_loss") == curve(graph, "train_loss")
 
 
 def test_killed_and_resumed_from_the_command_line(tmp_path):
