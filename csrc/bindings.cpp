@@ -29,6 +29,7 @@
 #include "masked_conv.h"
 #include "pairwise.h"
 #include "radial.h"
+#include "resident.h"
 
 namespace infovae_fast {
 
@@ -640,6 +641,46 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
 }
 #endif
 
+// params [codes, P, H, W], channels last; sizes = (P, layers, maps, first reach, reach).
+Tensor resident_empty(const Tensor& /*table*/, const Tensor& /*biases*/, const std::optional<Tensor>& /*condition*/,
+                      const Tensor& y, c10::SymInt codes, at::IntArrayRef sizes) {
+    TORCH_CHECK_VALUE(sizes.size() == 5 && y.dim() == 4, "resident: got ", sizes.size(), " sizes and ", y.dim(),
+                      " dimensions; accepted: 5 sizes, y [N, C, H, W]");
+    return at::empty_symint({codes, y.sym_size(2), y.sym_size(3), sizes[0]}, y.options()).permute({0, 3, 1, 2});
+}
+
+#ifdef WITH_CUDA
+Tensor resident_cuda_op(const Tensor& table, const Tensor& biases, const std::optional<Tensor>& condition, const Tensor& y,
+                        c10::SymInt codes, at::IntArrayRef sizes) {
+    Tensor out = resident_empty(table, biases, condition, y, codes, sizes);
+    const int64_t n = out.size(0), layers = sizes[1], maps = sizes[2], first_reach = sizes[3], reach = sizes[4];
+    TORCH_CHECK_VALUE(sizes[0] > 0 && layers > 0 && maps > 0 && first_reach > 0 && reach >= 0 && y.size(1) > 0 &&
+                          y.size(2) > 0 && y.size(3) > 0 && (n == 0 || y.size(0) > 0),
+                      "resident: got y ", y.sizes(), " for ", n, " codes and sizes ", sizes);
+    const auto given = [&](const Tensor& t, at::ScalarType type, at::IntArrayRef shape, const char* name) -> const void* {
+        TORCH_CHECK_VALUE(t.device() == y.device() && t.scalar_type() == type && t.sizes() == shape && t.is_contiguous(), name,
+                          ": got ", t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; accepted: contiguous ", type, " ",
+                          shape, " on ", y.device());
+        return t.const_data_ptr();
+    };
+    const at::ScalarType type = y.scalar_type();
+    TORCH_CHECK_VALUE(type == at::kHalf || type == at::kBFloat16, "resident: got ", type, "; accepted: 16 bit numbers");
+    Resident network{n, y.size(0), y.size(1), y.size(2), y.size(3), sizes[0], layers, maps, first_reach, reach};
+    const ResidentNeed need = resident_cuda_need(network);
+    TORCH_CHECK_VALUE(need.error == nullptr, "resident: ", need.error);
+    network.y = given(y, type, y.sizes(), "y");
+    network.table = given(table, type, {need.table}, "table");
+    network.biases = static_cast<const float*>(given(biases, at::kFloat, {need.biases}, "biases"));
+    if (condition.has_value()) network.condition = given(*condition, type, {n, layers * 4 * maps}, "condition");
+    network.out = out.mutable_data_ptr();
+    if (n == 0) return out;
+    const c10::cuda::CUDAGuard guard(y.device());
+    const char* error = resident_cuda(type == at::kBFloat16, network, c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "resident on ", y.device(), ": ", error);
+    return out;
+}
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY(infovae_fast, m) {
@@ -685,6 +726,10 @@ TORCH_LIBRARY(infovae_fast, m) {
     m.def("draw_images(Tensor table, Tensor[] conditions, int[] sizes, Tensor? uniforms, Tensor known, Tensor? mask, "
           "float temperature, bool params) -> (Tensor x, Tensor params)",
           {at::Tag::pt2_compliant_tag});
+    // params [codes, P, H, W] of whole images y = 2 x - 1 [N, C, H, W] on a GPU, code k of image k % N. `tables` of
+    // models/resident.py tells where the weights are; condition [codes, layers * 4 * maps].
+    m.def("resident(Tensor table, Tensor biases, Tensor? condition, Tensor y, SymInt codes, int[] sizes) -> Tensor",
+          {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
@@ -703,12 +748,14 @@ TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) {
     m.impl("masked_conv_forward", masked_conv_forward_native);
     m.impl("masked_conv_backward", masked_conv_backward_native);
     m.impl("draw_images", draw_images_cuda);
+    m.impl("resident", resident_cuda_op);
 }
 #endif
 TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
     m.impl("radial", radial_empty);
     m.impl("pairwise", pairwise_empty);
     m.impl("draw_images", draw_images_empty);
+    m.impl("resident", resident_empty);
     m.impl("masked_conv_forward", masked_conv_forward_empty);
     m.impl("masked_conv_backward", masked_conv_backward_empty);
     m.impl("logistic_mixture", logistic_mixture_empty);

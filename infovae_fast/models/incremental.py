@@ -6,139 +6,19 @@ work from one table, `Weights`, and from what z adds, `conditions_of`. `Incremen
 `Images` leaves whole images to a GPU.
 """
 
-import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infovae_fast.masked_conv import Mask, MaskedConv2d, from_dense, to_dense
 from infovae_fast.models.pixelcnn import GatedPixelCNN
+from infovae_fast.models.pixelcnn_weights import Structure, numbers_of, order, places, prepare, structure_of
 
 Callback = Callable[[int, int], None]  # (rows that are done, all rows)
 Chooser = Callable[[int, int, int, Tensor], Tensor]
-
-
-class LayerWeights(NamedTuple):
-    """A layer for incremental evaluation. Channels of h, o, skip and params are sorted by group; v has no groups."""
-
-    vertical: Tensor  # [taps * Cin, 2C], taps of V0 or V in raster order
-    vertical_bias: Tensor  # [2C]
-    link: Tensor  # [2C, 2C], to columns (group, half of the gate, map)
-    horizontal: Tensor  # [G, taps * Cin, 2C/G], taps of H0 or H; zero where a group may not look
-    horizontal_bias: Tensor  # [2C], like the columns of link
-    step: Tensor | None  # W_o [G, C, C/G]; None in the last layer
-    step_bias: Tensor | None  # [C]
-
-
-class Weights(NamedTuple):
-    """All weights of a `GatedPixelCNN`, contiguous, float32 or better; rows are inputs, columns outputs."""
-
-    layers: tuple[LayerWeights, ...]
-    skip: Tensor  # [G, L * C, C/G]: sum over the layers of W_s
-    skip_bias: Tensor  # [C]
-    hidden: Tensor  # W_1 [G, C, C/G]
-    hidden_bias: Tensor  # [C]
-    output: Tensor  # W_2 [G, C, P/G]
-    output_bias: Tensor  # [P]
-
-
-Structure = tuple[tuple[Mask, torch.Size, bool], ...]  # of each convolution: mask, shape of the weight, is there a bias
-
-
-def prepare(decoder: GatedPixelCNN) -> Weights:
-    """The table that incremental evaluation works from: compact, in the order of its reads, masks applied."""
-    numbers = numbers_of(decoder)
-
-    def taken(places: Any) -> Any:
-        return None if places is None else numbers.take(places.to(numbers.device))
-
-    layers, *others = _places(structure_of(decoder))
-    return Weights(tuple(LayerWeights(*map(taken, layer)) for layer in layers), *map(taken, others))
-
-
-def structure_of(decoder: GatedPixelCNN) -> Structure:
-    """What decides where a weight goes."""
-    return tuple((conv.mask, conv.weight.shape, conv.bias is not None) for conv in _convs(decoder))
-
-
-@torch.no_grad()
-def numbers_of(decoder: GatedPixelCNN) -> Tensor:
-    """In a row: zero, the sum of the skips' biases by group, all parameters of the convolutions."""
-    given = (t for conv in _convs(decoder) for t in (conv.weight, conv.bias) if t is not None)
-    skips = torch.stack([layer.out.bias[-decoder.maps :] for layer in decoder.layers])
-    skip_bias = skips.index_select(1, _order(decoder.maps, decoder.data_channels, device=skips.device)).sum(0)
-    numbers = torch.cat([skips.new_zeros(1), skip_bias, *(t.flatten() for t in given)])
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-
-
-def _convs(decoder: GatedPixelCNN) -> list[MaskedConv2d]:
-    stack = [conv for layer in decoder.layers for conv in (layer.vertical, layer.link, layer.horizontal, layer.out)]
-    return [*stack, decoder.head[1], decoder.head[3]]
-
-
-@lru_cache(maxsize=4)
-def _places(structure: Structure) -> Weights:
-    """Where each of the weights is in `numbers_of`. Sorting takes long, so it is done once, for numbers that change."""
-    groups, maps = structure[-1][0].data_channels, structure[-1][1][1]
-    count = 1  # behind the zero
-
-    def new(*shape: int) -> Tensor:
-        nonlocal count
-        count += math.prod(shape)
-        return torch.arange(count - math.prod(shape), count, device="cpu").view(shape)
-
-    def sorted_columns(t: Tensor, halves: int = 1) -> Tensor:
-        return t[..., _order(t.shape[-1], groups, halves)]
-
-    def by_group(matrix: Tensor, halves: int = 1) -> Tensor:  # [K, M] -> [G, K, M/G]
-        return sorted_columns(matrix, halves).unflatten(1, (groups, -1)).movedim(1, 0)
-
-    skip_bias = new(maps)
-    convs = [(_matrix(mask, new(*shape)), new(shape[2] if bias else 0)) for mask, shape, bias in structure]
-    layers, skips = [], []
-    for k in range(0, len(convs) - 2, 4):
-        (vertical, vertical_bias), (link, _), (horizontal, horizontal_bias), (out, out_bias) = convs[k : k + 4]
-        last = out.shape[1] == maps
-        layers.append(
-            LayerWeights(
-                vertical=vertical,
-                vertical_bias=vertical_bias,
-                link=sorted_columns(link, halves=2),
-                horizontal=by_group(horizontal, halves=2),
-                horizontal_bias=sorted_columns(horizontal_bias, halves=2),
-                step=None if last else by_group(out[:, :maps]),
-                step_bias=None if last else sorted_columns(out_bias[:maps]),
-            )
-        )
-        skips.append(by_group(out[:, -maps:]))
-    (hidden, hidden_bias), (output, output_bias) = convs[-2:]
-    return Weights(
-        layers=tuple(layers),
-        skip=torch.cat(skips, 1),
-        skip_bias=skip_bias,
-        hidden=by_group(hidden),
-        hidden_bias=sorted_columns(hidden_bias),
-        output=by_group(output),
-        output_bias=sorted_columns(output_bias),
-    )
-
-
-def _matrix(mask: Mask, weight: Tensor) -> Tensor:
-    """[taps, Cin, Cout] -> [taps * Cin, Cout]: masked blocks zero, the input channels of a tap sorted by group."""
-    options = mask._asdict()
-    kernel_size = options.pop("kernel_size")
-    weight = from_dense(to_dense(weight, kernel_size=kernel_size, **options), **options)
-    return weight[:, _order(weight.shape[1], mask.data_channels)].flatten(0, 1)
-
-
-@lru_cache
-def _order(channels: int, groups: int, halves: int = 1, device: torch.device | str = "cpu") -> Tensor:
-    """The channels (half, map, group) in the order (group, half, map)."""
-    return torch.arange(channels, device=device).view(halves, -1, groups).permute(2, 0, 1).flatten()
 
 
 def conditions_of(decoder: GatedPixelCNN, z: Tensor | None, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -149,7 +29,7 @@ def conditions_of(decoder: GatedPixelCNN, z: Tensor | None, dtype: torch.dtype) 
         return [(nothing, nothing)] * len(pairs)
     above, beside = (torch.stack([c.movedim(1, -1) for c in some]).to(dtype) for some in zip(*pairs, strict=True))
     if groups > 1:
-        beside = beside.index_select(-1, _order(2 * decoder.maps, groups, 2, beside.device))
+        beside = beside.index_select(-1, order(2 * decoder.maps, groups, 2, beside.device))
     if above.ndim == 3:  # one for all pixels
         above, beside = (c[:, :, None, None] for c in (above, beside))
     return list(zip(above, beside, strict=True))
@@ -328,7 +208,7 @@ def table(structure: Structure, lanes: int, device: torch.device) -> Tensor:
     First the vertical stack, layer by layer: matrix, bias, link, its bias, padded with zeros to whole vectors. Then
     the tape of each group, its horizontal matrices in the order of their use. Then the biases of the horizontal stack.
     """
-    weights, wide = _places(structure), -structure[0][1][2] % lanes
+    weights, wide = places(structure), -structure[0][1][2] % lanes
     parts = []
     for (_, shape, _), layer in zip(structure[::4], weights.layers, strict=False):
         vertical = layer.vertical.view(shape)  # [taps, Cin, 2C]

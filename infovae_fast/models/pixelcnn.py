@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
+from infovae_fast.models import resident
 
 PAPER_PIXELCNN = {"name": "pixelcnn", "layers": 12, "maps": 32, "first_kernel": 7, "kernel": 3}
 R64 = {"name": "pixelcnn", "layers": 7, "maps": 64, "first_kernel": 7, "kernel": 3}
@@ -109,8 +110,8 @@ class GatedPixelCNN(nn.Module):
             nn.ReLU(),
             MaskedConv2d(maps, params, 1, **pixel),
         )
+        self.condition_is_spatial = spatial = condition == "spatial"
         if inputs:
-            spatial = condition == "spatial"
             self.code: Any = _SpatialCode(inputs, (spatial_maps, height, width)) if spatial else nn.Identity()
             self.condition: Any = nn.ModuleList(
                 nn.Conv2d(spatial_maps, layer.conditions, 1, bias=False)
@@ -129,6 +130,9 @@ class GatedPixelCNN(nn.Module):
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {sizes}]")
         if z is not None and len(z) % max(len(x), 1):
             raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
+        self._check_code(z)
+        if resident.reason(self, x) is None:
+            return resident.params(self, z, x)
         if z is not None and len(z) > len(x):
             x = x.repeat(len(z) // len(x), 1, 1, 1)
         if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= (size := self._images_at_once()):
@@ -155,9 +159,7 @@ class GatedPixelCNN(nn.Module):
 
     def conditions(self, z: Tensor | None) -> list[tuple[Tensor, ...]]:
         """What z adds in each layer, (U_v z, U_h z): [N, 2C] each, or [N, 2C, H, W]; nothing without z."""
-        if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
-            wanted = f"[N, {self.inputs}]" if self.inputs else "None, as this decoder has inputs=0"
-            raise ValueError(f"z: got {None if z is None else tuple(z.shape)}; accepted: {wanted}")
+        self._check_code(z)
         if not self.inputs:
             return [()] * len(self.layers)
         code = self.code(z)
@@ -167,6 +169,11 @@ class GatedPixelCNN(nn.Module):
         # The convolutions want contiguous ones: [L, N, 2 * 2C] -> [2 * L, N, 2C] in one copy.
         both = torch.stack(each).unflatten(2, (2, -1)).movedim(2, 0).flatten(0, 1).unbind()
         return list(zip(both[: len(each)], both[len(each) :], strict=True))
+
+    def _check_code(self, z: Tensor | None) -> None:
+        if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
+            wanted = f"[N, {self.inputs}]" if self.inputs else "None, as this decoder has inputs=0"
+            raise ValueError(f"z: got {None if z is None else tuple(z.shape)}; accepted: {wanted}")
 
     def receptive_field(self) -> Offsets:
         """The offsets (dy, dx) of all other pixels that params can depend on."""
