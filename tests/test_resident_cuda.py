@@ -19,8 +19,8 @@ from tests.simt import resident as simt
 ON_GPU = torch.cuda.is_available() and native_missing("cuda") is None
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-# image, params, codes for each image (0: no z), options: fewer tiles of 16 pixels than warps, one or two a warp, several
-# rounds, an odd one that gets a partner; reaches that differ; channels that do not fill a step of 16.
+# image, params, codes for each image (0: no z), options: fewer tiles of 16 pixels than warps, one or two a warp,
+# several rounds, an odd one that gets a partner; reaches that differ; channels that do not fill a step of 16.
 CASES = [
     ((1, 5, 6), 1, 2, {"layers": 3, "maps": 16}),
     ((1, 3, 4), 2, 0, {"layers": 1, "maps": 32, "first_kernel": 3}),
@@ -136,7 +136,7 @@ def test_what_it_has_no_room_for():
 
 
 def test_where_it_runs():
-    model, z, x = network(*CASES[6])
+    model, _, x = network(*CASES[6])
     with torch.no_grad():
         assert (resident.reason(model, x) is None) == ON_GPU
         assert "16 bits" in (resident.reason(model.float(), x) or "") or not ON_GPU

@@ -7,7 +7,8 @@
 // Rows of pixels have `reach` zeros behind them, so that a tap is an offset and needs no test: pixel (y, x) is number
 // y (width + reach) + x. A layer goes from the last pixels to the first, and v_{l+1}[q] takes the place of v_l[q + reach]:
 // nobody reads that any more, as taps lead back but for `reach` columns. So v needs no second copy; it wanders by `reach`
-// places a layer. h stays where it is. In between, all meet once: nobody writes where others of the round still read.
+// places a layer. h stays where it is. Before a warp writes, the warp that has the next pixels must have read: that alone
+// is waited for inside a layer, so that some multiply while others compute gates.
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
@@ -30,7 +31,8 @@ struct Places {
     int row, pixels, tiles;       // row: from a row of pixels to the next; pixels and tiles with the zeros
     int image_row, image_first;   // the same of y, which has reach zeros to all sides but below; and its pixel (0, 0)
     int first_vertical, first_horizontal, vertical, horizontal;  // steps of 16 of the products of layer 0 and the others
-    int weights, v, h, skip, image, offsets, sums;  // where they start
+    int weights, v, h, skip, image, offsets, sums, done;  // where they start
+    int readers;      // so many tiles behind one may read what it overwrites
     int out_columns;  // params in whole pairs of 8 columns
     size_t bytes;
 
@@ -38,6 +40,7 @@ struct Places {
         const int C = int(q.maps), reach = int(q.reach), far = int(q.first_reach), channels = int(q.channels);
         row = int(q.width) + reach, pixels = int(q.height) * row, tiles = (pixels + 15) / 16;
         if (tiles % kRound > kWarps && tiles % 2 == 1) ++tiles;  // they will go in pairs
+        readers = (reach * (row + 2) + 15) / 16;
         image_row = int(q.width) + 2 * far, image_first = (far * image_row + far) * channels;
         first_vertical = (far * (2 * far + 1) * channels + 15) / 16, first_horizontal = (far * channels + 15) / 16;
         vertical = (reach + 1) * (2 * reach + 1) * C / 16, horizontal = (reach + 1) * C / 16;
@@ -50,13 +53,38 @@ struct Places {
         skip = h + lines((reach + 16 * tiles) * C), image = skip + lines(16 * tiles * C);
         offsets = image + lines((int(q.height) + far) * image_row * channels);
         sums = offsets + lines(2 * 16 * (first_vertical + first_horizontal));
-        bytes = size_t(sums + lines(2 * 5 * C)) * 2;
+        done = sums + lines(2 * 2 * 5 * C);
+        bytes = size_t(done + lines(2 * tiles)) * 2;
     }
     // Of a layer: its four products.
     __host__ __device__ static int layer_weights(int C, int vertical, int horizontal) {
         return 16 * (vertical + horizontal) * 2 * C + 4 * C * C + 2 * C * C;
     }
 };
+
+// How far tiles have come, in shared memory: what a warp did before `arrive` is seen by those who have waited for it.
+__device__ __forceinline__ void arrive([[maybe_unused]] int* done, [[maybe_unused]] int tiles, [[maybe_unused]] int step) {
+#ifdef __CUDACC__
+    __syncwarp();
+    const int lane = int(threadIdx.x) % 32;
+    const unsigned to = unsigned(__cvta_generic_to_shared(done + lane));
+    if (lane < tiles) asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(to), "r"(step) : "memory");
+#endif
+}
+__device__ __forceinline__ void wait([[maybe_unused]] const int* done, [[maybe_unused]] int tiles, [[maybe_unused]] int step) {
+#ifdef __CUDACC__
+    for (int k = int(threadIdx.x) % 32; k < tiles; k += 32) {
+        const unsigned from = unsigned(__cvta_generic_to_shared(done + k));
+        int found;
+        do {
+            asm volatile("ld.acquire.cta.shared.b32 %0, [%1];" : "=r"(found) : "r"(from) : "memory");
+        } while (found < step);
+    }
+    __syncwarp();
+#else
+    __syncthreads();  // tests/simt runs a warp until it meets others: here all do, equally often
+#endif
+}
 
 // Two numbers in a word, the first below.
 template <typename T>
@@ -68,6 +96,21 @@ template <typename T>
 __device__ __forceinline__ float2 unpacked(unsigned word) {
     const auto two = widened(*reinterpret_cast<const Vector<T, 2>*>(&word));
     return {two.x[0], two.x[1]};
+}
+
+// Of two pairs (a, b), tanh(a) sigmoid(b) each.
+template <typename T>
+__device__ __forceinline__ unsigned gates(float2 one, float2 other) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one reciprocal for two; what is cut off is 2^-60 of tanh(a)
+        const auto power = [](float b) {
+            const float x = -1.44269504f * b;
+            return 1 + power_of_2(x > 60 ? 60.0f : x);  // NaN stays
+        };
+        const float x = power(one.y), y = power(other.y), r = near_reciprocal(x * y);
+        return packed<T>(near_tanh(one.x) * (r * y), near_tanh(other.x) * (r * x));
+    } else {
+        return packed<T>(gate_value<T>(Gate::tanh, one.x, one.y), gate_value<T>(Gate::tanh, other.x, other.y));
+    }
 }
 
 // A layer, or the head, as a warp sees it. M tiles of 16 pixels, C maps.
@@ -96,6 +139,25 @@ struct Warp {
     __device__ __forceinline__ int h_slot(int pixel) const { return int(q.reach) + pixel; }
     __device__ __forceinline__ bool is_zero(int pixel) const { return pixel >= s.pixels || pixel % s.row >= int(q.width); }
 
+    // The word of slot `slot` of v or h that has this lane's two maps of chunk `chunk`; 8 slots on it is 8 C numbers on.
+    __device__ __forceinline__ unsigned* word_at(int region, int slot, int chunk) const {
+        static_assert(8 % (64 / C * (C / 8)) == 0);
+        return reinterpret_cast<unsigned*>(at(region, slot + lane / 4, chunk) + place);
+    }
+
+    // What is added to a pair of 8 columns from number `column` on, for two pixels.
+    template <int M, int COUNT>
+    __device__ __forceinline__ void start(typename P::Sums (&sums)[M][COUNT], int column, int apart) const {
+        const float* const from = reinterpret_cast<const float*>(memory + s.sums) + 2 * place;
+#pragma unroll
+        for (int e = 0; e < 2 * M * COUNT; ++e) {
+            const int j = e / 2 % COUNT, t = e % 2;
+            const float4 four = *reinterpret_cast<const float4*>(from + 2 * (column + j * apart + 8 * t));
+            float(&to)[4] = sums[e / 2 / COUNT][j].x[t];
+            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+        }
+    }
+
     // sums += left of all tiles, times 16 rows and the pairs of 8 columns first, first + apart, ... of `matrix`.
     template <int M, int COUNT>
     __device__ __forceinline__ void add(typename P::Sums (&sums)[M][COUNT], const typename P::Left (&left)[M],
@@ -113,7 +175,6 @@ struct Warp {
     template <int M, int COUNT>
     __device__ __forceinline__ void add_tap(typename P::Sums (&sums)[M][COUNT], int region, int slot, const T* matrix,
                                             int tap, int first, int apart) const {
-        static_assert(16 % (64 / C * (C / 8)) == 0);  // so slots that are 16 apart have the same turn
         const int own = slot + lane % 16;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
@@ -159,6 +220,23 @@ struct Warp {
         }
     }
 
+    __device__ __forceinline__ static void unpack(typename P::Sums& to, const typename P::Left& from) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float2 two = unpacked<T>(from.r[e]);
+            to.x[e / 2][e % 2 * 2] = two.x, to.x[e / 2][e % 2 * 2 + 1] = two.y;
+        }
+    }
+    // both(tile, in the 8 columns, which of the four): the two halves
+    template <int M, typename F>
+    __device__ __forceinline__ static void gate(typename P::Left (&to)[M], F both) {
+#pragma unroll
+        for (int e = 0; e < 4 * M; ++e) {
+            const float2 one = both(e / 4, e % 4 / 2, e % 2 * 2), other = both(e / 4, e % 4 / 2, e % 2 * 2 + 1);
+            to[e / 4].r[e % 4] = gates<T>(one, other);
+        }
+    }
+
     // A layer for M tiles from number `tile` on, in two parts: what is read and computed, what is written.
     template <int M, bool FIRST>
     struct Pixels {
@@ -168,7 +246,6 @@ struct Warp {
     template <int M, bool FIRST>
     __device__ __forceinline__ void compute(Pixels<M, FIRST>& next, int layer, int tile) const {
         const T* matrix = memory + s.weights;
-        const float* const sums = reinterpret_cast<const float*>(memory + s.sums);
         const int pixel = 16 * tile, reach = int(q.reach);
         const bool last = layer + 1 == int(q.layers);
         [[maybe_unused]] int of_image[M][2];
@@ -183,14 +260,15 @@ struct Warp {
         }
         typename P::Left below[kPairs][M];
         {
-            typename P::Sums f[M][kPairs] = {};
+            typename P::Sums f[M][kPairs];
+            start(f, 0, 16);
             if constexpr (FIRST) {
                 add_image<M, kPairs>(f, of_image, s.first_vertical, offsets, matrix, 0, 1);
             } else {
                 int slot = v_slot(layer, pixel) - reach * s.row - reach;
 #pragma unroll 1
                 for (int tap = 0, y = 0; y <= reach; ++y, slot += s.row) {
-#pragma unroll 1
+#pragma unroll 3
                     for (int x = 0; x <= 2 * reach; ++x, ++tap) {
                         add_tap<M, kPairs>(f, s.v, slot + x, matrix, tap, 0, 1);
                     }
@@ -198,20 +276,11 @@ struct Warp {
             }
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
-#pragma unroll
-                for (int t = 0; t < 2; ++t) {
-                    const float2 more = *reinterpret_cast<const float2*>(sums + 16 * j + 8 * t + place);
-#pragma unroll
-                    for (int e = 0; e < 4 * M; ++e) f[e / 4][j].x[t][e % 4] += e % 2 == 0 ? more.x : more.y;
-                }
                 pack<M>(below[j], [&](int i, int t, int down, int e) { return f[i][j].x[t][2 * down + e]; });
             }
 #pragma unroll
             for (int j = 0; j < kSteps; ++j) {
-                pack<M>(next.v[j], [&](int i, int t, int down, int e) {
-                    const int k = 2 * down + e;
-                    return gate_value<T>(Gate::tanh, f[i][j].x[t][k], f[i][j + kSteps].x[t][k]);
-                });
+                gate<M>(next.v[j], [&](int i, int t, int k) { return float2{f[i][j].x[t][k], f[i][j + kSteps].x[t][k]}; });
             }
         }
         const T* const link = matrix + 16 * (FIRST ? s.first_vertical : s.vertical) * 2 * C;
@@ -220,92 +289,80 @@ struct Warp {
         typename P::Left o[kSteps][M];
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {  // 16 maps of T, both halves
-            typename P::Sums f[M][2] = {};
+            typename P::Sums f[M][2];
+            start(f, 2 * C + 16 * j, C);
 #pragma unroll
             for (int k = 0; k < kPairs; ++k) add<M, 2>(f, below[k], link, k, kPairs, j, kSteps);
             if constexpr (FIRST) {
                 add_image<M, 2>(f, of_image, s.first_horizontal, offsets + 16 * s.first_vertical, horizontal, j, kSteps);
             } else {
-#pragma unroll 1
+#pragma unroll 2
                 for (int tap = 0; tap <= reach; ++tap) {
                     add_tap<M, 2>(f, s.h, h_slot(pixel) - reach + tap, horizontal, tap, j, kSteps);
                 }
             }
-#pragma unroll
-            for (int t = 0; t < 2; ++t) {
-                const float* const at = sums + 2 * C + 16 * j + 8 * t + place;
-                const float2 a = *reinterpret_cast<const float2*>(at), b = *reinterpret_cast<const float2*>(at + C);
-#pragma unroll
-                for (int e = 0; e < 4 * M; ++e) {
-                    f[e / 4][0].x[t][e % 4] += e % 2 == 0 ? a.x : a.y;
-                    f[e / 4][1].x[t][e % 4] += e % 2 == 0 ? b.x : b.y;
-                }
-            }
-            pack<M>(o[j], [&](int i, int t, int down, int e) {
-                return gate_value<T>(Gate::tanh, f[i][0].x[t][2 * down + e], f[i][1].x[t][2 * down + e]);
-            });
+            gate<M>(o[j], [&](int i, int t, int k) { return float2{f[i][0].x[t][k], f[i][1].x[t][k]}; });
         }
         {  // skip += o W_s
             typename P::Sums f[M][kSteps] = {};
+            if constexpr (!FIRST) {
+#pragma unroll
+                for (int e = 0; e < M * kSteps; ++e) {
+                    const uint4 words = *skip_of(tile + e / kSteps, e % kSteps);
+                    unpack(f[e / kSteps][e % kSteps], {words.x, words.y, words.z, words.w});
+                }
+            }
 #pragma unroll
             for (int k = 0; k < kSteps; ++k) add<M, kSteps>(f, o[k], out, k, kPairs, kSteps, 1);
 #pragma unroll
             for (int j = 0; j < kSteps; ++j) {
+                typename P::Left sum[M];
+                pack<M>(sum, [&](int i, int t, int down, int e) { return f[i][j].x[t][2 * down + e]; });
 #pragma unroll
                 for (int i = 0; i < M; ++i) {
-                    uint4& words = *skip_of(tile + i, j);
-                    unsigned word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const float2 before = FIRST ? float2{0, 0} : unpacked<T>(word[e]);
-                        const float* const two = &f[i][j].x[e / 2][e % 2 * 2];
-                        word[e] = packed<T>(before.x + two[0], before.y + two[1]);
-                    }
-                    words = {word[0], word[1], word[2], word[3]};
+                    *skip_of(tile + i, j) = uint4{sum[i].r[0], sum[i].r[1], sum[i].r[2], sum[i].r[3]};
                 }
             }
         }
         if (last) return;
-        typename P::Sums f[M][kSteps] = {};  // h += o W_o + b_o
+        typename P::Sums f[M][kSteps];  // h += o W_o + b_o
+        start(f, 4 * C, 16);
+        if constexpr (!FIRST) {
+#pragma unroll
+            for (int j = 0; j < kSteps; ++j) {
+                const unsigned* const from[2] = {word_at(s.h, h_slot(pixel), 2 * j), word_at(s.h, h_slot(pixel), 2 * j + 1)};
+#pragma unroll
+                for (int i = 0; i < M; ++i) {
+                    typename P::Left own;
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) own.r[e] = from[e / 2][(16 * i + e % 2 * 8) * C / 2];
+                    typename P::Sums before;
+                    unpack(before, own);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) f[i][j].x[e / 4][e % 4] += before.x[e / 4][e % 4];
+                }
+            }
+        }
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) add<M, kSteps>(f, o[k], out, k, kPairs, 0, 1);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
-            float2 more[2];
-#pragma unroll
-            for (int t = 0; t < 2; ++t) more[t] = *reinterpret_cast<const float2*>(sums + 4 * C + 16 * j + 8 * t + place);
-#pragma unroll
-            for (int i = 0; i < M; ++i) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float2 before = more[e / 2];
-                    if constexpr (!FIRST) {
-                        const int own = pixel + 16 * i + e % 2 * 8 + lane / 4;
-                        const float2 own_h = unpacked<T>(*reinterpret_cast<unsigned*>(at(s.h, h_slot(own), 2 * j + e / 2) + place));
-                        before.x += own_h.x, before.y += own_h.y;
-                    }
-                    const float* const two = &f[i][j].x[e / 2][e % 2 * 2];
-                    next.h[j][i].r[e] = packed<T>(before.x + two[0], before.y + two[1]);
-                }
-            }
+            pack<M>(next.h[j], [&](int i, int t, int down, int e) { return f[i][j].x[t][2 * down + e]; });
         }
     }
 
     template <int M, bool FIRST>
-    __device__ __forceinline__ void write(const Pixels<M, FIRST>& next, int layer, int tile) const {
+    __device__ __forceinline__ void write(const Pixels<M, FIRST>& next, int layer, int tile, unsigned zeros) const {
         if (layer + 1 == int(q.layers)) return;
 #pragma unroll
-        for (int e = 0; e < 2 * M; ++e) {
-            const int i = e / 2, down = e % 2, own = 16 * (tile + i) + 8 * down + lane / 4;
-            const bool zero = is_zero(own);
+        for (int chunk = 0; chunk < C / 8; ++chunk) {
+            unsigned* const to_v = word_at(s.v, v_slot(layer + 1, 16 * tile), chunk);
+            unsigned* const to_h = word_at(s.h, h_slot(16 * tile), chunk);
 #pragma unroll
-            for (int j = 0; j < kSteps; ++j) {
-#pragma unroll
-                for (int t = 0; t < 2; ++t) {
-                    const int chunk = 2 * j + t, k = 2 * t + down;
-                    *reinterpret_cast<unsigned*>(at(s.v, v_slot(layer + 1, own), chunk) + place) = zero ? 0 : next.v[j][i].r[k];
-                    *reinterpret_cast<unsigned*>(at(s.h, h_slot(own), chunk) + place) = zero ? 0 : next.h[j][i].r[k];
-                }
+            for (int e = 0; e < 2 * M; ++e) {
+                const bool zero = zeros >> e & 1;
+                const int place = 8 * e * C / 2, k = chunk % 2 * 2 + e % 2;
+                to_v[place] = zero ? 0 : next.v[chunk / 2][e / 2].r[k], to_h[place] = zero ? 0 : next.h[chunk / 2][e / 2].r[k];
             }
         }
     }
@@ -318,28 +375,24 @@ struct Warp {
     // params of a tile
     __device__ __forceinline__ void head(int tile, T* out) const {
         const T *const hidden = memory + s.weights, *const output = hidden + C * C;
-        const float* const sums = reinterpret_cast<const float*>(memory + s.sums);
         const auto positive = [](float x) { return x < 0 ? 0 : x; };  // NaN stays
         typename P::Left left[kSteps][1], inner[kSteps][1];
+        typename P::Sums skips[1][kSteps], f[1][kSteps];
+        start(skips, 0, 16), start(f, C, 16);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const uint4 words = *skip_of(tile, j);
-            const unsigned word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float2 two = unpacked<T>(word[e]);
-                const float2 more = *reinterpret_cast<const float2*>(sums + 16 * j + e / 2 * 8 + place);
-                left[j][0].r[e] = packed<T>(positive(two.x + more.x), positive(two.y + more.y));
-            }
+            typename P::Sums sum;
+            unpack(sum, {words.x, words.y, words.z, words.w});
+            pack<1>(left[j], [&](int, int t, int down, int e) {
+                return positive(sum.x[t][2 * down + e] + skips[0][j].x[t][2 * down + e]);
+            });
         }
-        typename P::Sums f[1][kSteps] = {};
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) add<1, kSteps>(f, left[k], hidden, k, kSteps, 0, 1);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
-            pack<1>(inner[j], [&](int i, int t, int down, int e) {
-                return positive(f[i][j].x[t][2 * down + e] + sums[C + 16 * j + 8 * t + place + e]);
-            });
+            pack<1>(inner[j], [&](int i, int t, int down, int e) { return positive(f[i][j].x[t][2 * down + e]); });
         }
         const float* const biases = q.biases + q.layers * 5 * C + 2 * C;
 #pragma unroll 1
@@ -373,13 +426,14 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
     const int thread = int(threadIdx.x), warp = thread / 32, far = int(q.first_reach);
     const int channels = int(q.channels), height = int(q.height), width = int(q.width);
     const int64_t code = blockIdx.x;
-    float* const sums = reinterpret_cast<float*>(memory + s.sums);
+    int* const done = reinterpret_cast<int*>(memory + s.done);
 
     // The zeros before the first pixels, where the taps of layer 0 lead, and y between its own zeros.
     const auto clear = [&](int region, int from, int to) {
         for (int e = from * C + thread; e < to * C; e += kThreads) memory[region + e] = rounded<T>(0);
     };
     clear(s.v, 0, own.v_slot(1, 0)), clear(s.h, 0, own.h_slot(0));
+    for (int e = thread; e < s.tiles; e += kThreads) done[e] = 0;
     int* const offsets = reinterpret_cast<int*>(memory + s.offsets);
     for (int e = thread; e < 16 * (s.first_vertical + s.first_horizontal); e += kThreads) {
         const bool across = e >= 16 * s.first_vertical;
@@ -402,30 +456,41 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
         __pipeline_commit();
         table += count;
     };
-    const auto each_round = [&](auto run) {  // run(tiles of a warp, the first, are there any), from the last to the first
-        int end = s.tiles;
-        for (; end > kWarps; end = max(end - kRound, 0)) {
-            const int tile = max(end - kRound, 0) + 2 * warp;
-            run(std::integral_constant<int, 2>{}, tile, tile < end);
-        }
-        if (end > 0) run(std::integral_constant<int, 1>{}, warp, warp < end);
+    float* const sums = reinterpret_cast<float*>(memory + s.sums);
+    const auto put = [&](int column, float x) {  // where `start` finds it, once for each of two pixels
+        float* const to = sums + column / 2 * 4 + column % 2;
+        to[0] = x, to[2] = x;
     };
+    const auto each_round = [&](auto run) {  // run(tiles of a warp, the first, are there any, round), from the last on
+        int end = s.tiles, round = 0;
+        for (; end > kWarps; end = max(end - kRound, 0), ++round) {
+            const int tile = max(end - kRound, 0) + 2 * warp;
+            run(std::integral_constant<int, 2>{}, tile, tile < end, round);
+        }
+        if (end > 0) run(std::integral_constant<int, 1>{}, warp, warp < end, round);
+    };
+    unsigned zeros = 0;  // of this lane's pixels, four bits for each round
+    each_round([&](auto count, int tile, bool, int round) {
+        for (int e = 0; e < 2 * decltype(count)::value; ++e) {
+            zeros |= unsigned(own.is_zero(16 * tile + 8 * e + thread % 32 / 4)) << (4 * round + e);
+        }
+    });
     const auto layer = [&](auto first, int l) {
         constexpr bool FIRST = decltype(first)::value;
         bring(Places::layer_weights(C, FIRST ? s.first_vertical : s.vertical, FIRST ? s.first_horizontal : s.horizontal));
         const T* const condition = static_cast<const T*>(q.condition);
         for (int e = thread; e < 5 * C; e += kThreads) {
             const bool conditioned = condition != nullptr && e < 4 * C;
-            sums[e] = q.biases[l * 5 * C + e] + (conditioned ? widened(condition[(code * q.layers + l) * 4 * C + e]) : 0.0f);
+            put(e, q.biases[l * 5 * C + e] + (conditioned ? widened(condition[(code * q.layers + l) * 4 * C + e]) : 0.0f));
         }
         __pipeline_wait_prior(0);
         __syncthreads();
-        each_round([&](auto count, int tile, bool any) {
+        each_round([&](auto count, int tile, bool any, int round) {
             constexpr int M = decltype(count)::value;
             typename Warp<T, C>::template Pixels<M, FIRST> next;
-            if (any) own.template compute<M, FIRST>(next, l, tile);
-            __syncthreads();
-            if (any) own.template write<M, FIRST>(next, l, tile);
+            if (any) own.template compute<M, FIRST>(next, l, tile), arrive(done + tile, M, l + 1);
+            wait(done + tile + M, any ? min(s.readers, s.tiles - tile - M) : 0, l + 1);
+            if (any) own.template write<M, FIRST>(next, l, tile, zeros >> 4 * round);
         });
         __syncthreads();
         clear(s.v, own.v_slot(l, 0), own.v_slot(l + 1, 0));
@@ -435,11 +500,11 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
     for (int l = 1; l < int(q.layers); ++l) layer(std::false_type{}, l);
 
     bring(C * (C + s.out_columns));
-    for (int e = thread; e < 2 * C; e += kThreads) sums[e] = q.biases[q.layers * 5 * C + e];
+    for (int e = thread; e < 2 * C; e += kThreads) put(e, q.biases[q.layers * 5 * C + e]);
     __pipeline_wait_prior(0);
     __syncthreads();
     T* const out = static_cast<T*>(q.out) + code * height * width * q.params;
-    each_round([&](auto count, int tile, bool any) {
+    each_round([&](auto count, int tile, bool any, int) {
         for (int i = 0; i < decltype(count)::value && any; ++i) own.head(tile + i, out);
     });
 }

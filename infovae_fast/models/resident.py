@@ -1,9 +1,10 @@
 """`GatedPixelCNN` over whole images that are known, in one launch of csrc/cuda/resident.cu; without derivatives.
 
-Layer after layer, each of an image's numbers goes to the GPU's memory and back many times. Where v, h and the sum of the
-skips of an image, in 16 bits, fit what a block may have of shared memory, with the weights of one layer, they stay there
-from the first layer to the params, and so no more than z, x and params is read and written: what many codes for an image
-need, as in a likelihood by importance sampling. Sums are float32; what is between products is rounded as between layers.
+Layer after layer, each of an image's numbers goes to the GPU's memory and back many times. Where v, h and the sum of
+the skips of an image, in 16 bits, fit what a block may have of shared memory, with the weights of one layer, they stay
+there from the first layer to the params: no more than z, x and params is read and written. That is what many codes for
+an image need, as in a likelihood by importance sampling. Sums are float32; what is between products is rounded as it is
+between layers.
 """
 
 import math
@@ -129,6 +130,7 @@ def shared_memory(decoder: Any) -> int:
         16 * tiles * maps,
         (height + far) * (width + 2 * far) * channels,
         32 * sum(first),
-        10 * maps,
+        20 * maps,
+        2 * tiles,
     )
     return 2 * sum(math.ceil(count / 64) * 64 for count in numbers)
