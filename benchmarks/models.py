@@ -46,8 +46,20 @@ Runs = dict[str, tuple[Run, int, float | None]]  # by name the call, how often i
 Case = tuple[dict[str, Any], Callable[[], Runs], int]  # what, the runs, rounds
 
 
+class Autocast(nn.Module):
+    """An encoder whose products are in bfloat16, its weights, sums and normalisation in float32."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.encoder(x)
+
+
 class InBfloat16(nn.Module):
-    """A decoder in bfloat16 between an encoder and a likelihood in float32."""
+    """A decoder in bfloat16 before a likelihood in float32."""
 
     autoregressive = True
 
@@ -63,7 +75,7 @@ def model(decoder: str, device: str, dtype: torch.dtype = torch.float32) -> Info
     torch.manual_seed(0)
     found = InfoVAE.from_config((1, 28, 28), 10, encoder=PAPER_PIXELCNN_ENCODER, decoder=DECODERS[decoder])
     if dtype != torch.float32:
-        found.decoder = InBfloat16(found.decoder)
+        found.encoder, found.decoder = Autocast(found.encoder), InBfloat16(found.decoder)
     return found.to(device)
 
 

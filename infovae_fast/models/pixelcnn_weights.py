@@ -1,7 +1,7 @@
 """The weights of a `GatedPixelCNN` for those who compute it otherwise than layer by layer.
 
-`numbers_of` has all parameters in a row, `places` tells where in it each weight of `Weights` is: a table in any order is
-one gather, by an index that is made once (`lru_cache`).
+`numbers_of` has all parameters in a row, `places` tells where in it each weight of `Weights` is: a table in any order
+is one gather, by an index that is made once (`lru_cache`).
 """
 
 import math
