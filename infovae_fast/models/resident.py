@@ -7,7 +7,6 @@ an image need, as in a likelihood by importance sampling. Sums are float32; what
 between layers.
 """
 
-import math
 from functools import lru_cache
 from typing import Any
 
