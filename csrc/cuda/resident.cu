@@ -1,17 +1,14 @@
 // A gated PixelCNN over whole images that are known, in one launch: what is between its layers stays in shared memory.
 //
-// A block has one image, and for all of its pixels v and h [C] in 16 bits and the sum of the skips. A warp takes 16 or 32
-// pixels from v_l to v_{l+1} and from h_l to h_{l+1}, in registers: the sums of a product are laid out as the left side of
-// the next one wants them.
+// A block has one image, and for all of its pixels v and h [C] in 16 bits and the sum of the skips. The weights of a layer
+// come when the layer before is done. A warp takes 16 or 32 pixels from v_l to v_{l+1} and from h_l to h_{l+1}, in
+// registers: the sums of a product are laid out as the left side of the next one wants them.
 //
 // Rows of pixels have `reach` zeros behind them, so that a tap is an offset and needs no test: pixel (y, x) is number
 // y (width + reach) + x. A layer goes from the last pixels to the first, and v_{l+1}[q] takes the place of v_l[q + reach]:
 // nobody reads that any more, as taps lead back but for `reach` columns. So v needs no second copy; it wanders by `reach`
-// places a layer. h stays where it is.
-//
-// Warps wait for no more than they need: before it writes, a warp waits for those that read what it overwrites; before
-// its first tile of a layer, for v there. The weights of the vertical product are there a layer ahead, so that V of the
-// first tiles is computed while others end the layer before; when all have, the other weights come.
+// places a layer. h stays where it is. Before a warp writes, the warp that has the next pixels must have read: that alone
+// is waited for inside a layer, so that some multiply while others compute gates.
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
@@ -34,9 +31,8 @@ struct Places {
     int row, pixels, tiles;       // row: from a row of pixels to the next; pixels and tiles with the zeros
     int image_row, image_first;   // the same of y, which has reach zeros to all sides but below; and its pixel (0, 0)
     int first_vertical, first_horizontal, vertical, horizontal;  // steps of 16 of the products of layer 0 and the others
-    int weights[2], others, v, h, skip, image, offsets, sums[2];  // where they start: weights of V by turns
-    int done, written, finished, loaded;  // how far tiles and warps have come
-    int readers, ahead;  // so many tiles behind one may read what it overwrites; a tile reads so many behind itself
+    int weights, v, h, skip, image, offsets, sums, done;  // where they start
+    int readers;      // so many tiles behind one may read what it overwrites
     int out_columns;  // params in whole pairs of 8 columns
     size_t bytes;
 
@@ -44,32 +40,26 @@ struct Places {
         const int C = int(q.maps), reach = int(q.reach), far = int(q.first_reach), channels = int(q.channels);
         row = int(q.width) + reach, pixels = int(q.height) * row, tiles = (pixels + 15) / 16;
         if (tiles % kRound > kWarps && tiles % 2 == 1) ++tiles;  // they will go in pairs
-        readers = (reach * (row + 2) + 15) / 16, ahead = (reach + 15) / 16;
+        readers = (reach * (row + 2) + 15) / 16;
         image_row = int(q.width) + 2 * far, image_first = (far * image_row + far) * channels;
         first_vertical = (far * (2 * far + 1) * channels + 15) / 16, first_horizontal = (far * channels + 15) / 16;
         vertical = (reach + 1) * (2 * reach + 1) * C / 16, horizontal = (reach + 1) * C / 16;
         out_columns = (int(q.params) + 15) / 16 * 16;
-        const int of_image = (int(q.height) + far) * image_row * channels, of_offsets = 32 * (first_vertical + first_horizontal);
-        int end = 0;
-        const auto room = [&](int numbers) {  // whole vectors of 16 bytes
-            const int start = end;
-            end += (numbers + 7) / 8 * 8;
-            return start;
-        };
-        // y is needed in layer 0 alone, whose weights of V are few.
-        weights[0] = room(first_vertical * 32 * C), image = room(of_image), offsets = room(of_offsets);
-        end = std::max(end, vertical * 32 * C);
-        weights[1] = room(vertical * 32 * C);
-        others = room(std::max(other_weights(C, std::max(first_horizontal, horizontal)), C * (C + out_columns)));
-        end = (end + 31) / 32 * 32;
-        v = room((reach * row + reach + int(q.layers) * reach + 16 * tiles + reach) * C);
-        h = room((reach + 16 * tiles) * C), skip = room(16 * tiles * C);
-        for (int& of_layer : sums) of_layer = room(2 * 2 * 5 * C);
-        done = room(2 * tiles), written = room(2 * tiles), finished = room(2 * kWarps), loaded = room(2 * kWarps);
-        bytes = size_t(end) * 2;
+        const int others = layer_weights(C, vertical, horizontal), first = layer_weights(C, first_vertical, first_horizontal);
+        const int of_weights = std::max({others, first, C * (C + out_columns)});
+        const auto lines = [](int numbers) { return (numbers + 63) / 64 * 64; };  // of 128 bytes
+        weights = 0, v = lines(of_weights);
+        h = v + lines((reach * row + reach + int(q.layers) * reach + 16 * tiles + reach) * C);
+        skip = h + lines((reach + 16 * tiles) * C), image = skip + lines(16 * tiles * C);
+        offsets = image + lines((int(q.height) + far) * image_row * channels);
+        sums = offsets + lines(2 * 16 * (first_vertical + first_horizontal));
+        done = sums + lines(2 * 2 * 5 * C);
+        bytes = size_t(done + lines(2 * tiles)) * 2;
     }
-    // Of a layer: link, horizontal product, step and skip.
-    __host__ __device__ static int other_weights(int C, int horizontal) { return 4 * C * C + 32 * horizontal * C + 2 * C * C; }
+    // Of a layer: its four products.
+    __host__ __device__ static int layer_weights(int C, int vertical, int horizontal) {
+        return 16 * (vertical + horizontal) * 2 * C + 4 * C * C + 2 * C * C;
+    }
 };
 
 // How far tiles have come, in shared memory: what a warp did before `arrive` is seen by those who have waited for it.
@@ -155,10 +145,10 @@ struct Warp {
         return reinterpret_cast<unsigned*>(at(region, slot + lane / 4, chunk) + place);
     }
 
-    // What is added to pairs of 8 columns from number `column` on.
+    // What is added to a pair of 8 columns from number `column` on, for two pixels.
     template <int M, int COUNT>
-    __device__ __forceinline__ void start(typename P::Sums (&sums)[M][COUNT], int layer, int column, int apart) const {
-        const float* const from = reinterpret_cast<const float*>(memory + s.sums[layer % 2]) + 2 * place;
+    __device__ __forceinline__ void start(typename P::Sums (&sums)[M][COUNT], int column, int apart) const {
+        const float* const from = reinterpret_cast<const float*>(memory + s.sums) + 2 * place;
 #pragma unroll
         for (int e = 0; e < 2 * M * COUNT; ++e) {
             const int j = e / 2 % COUNT, t = e % 2;
@@ -247,16 +237,15 @@ struct Warp {
         }
     }
 
-    // A layer for M tiles from number `tile` on, in two parts: what is read and computed, what is written. Between V and
-    // T, between() waits for the weights of T.
-    template <int M>
+    // A layer for M tiles from number `tile` on, in two parts: what is read and computed, what is written.
+    template <int M, bool FIRST>
     struct Pixels {
         typename P::Left v[kSteps][M], h[kSteps][M];  // what comes next
     };
 
-    template <int M, bool FIRST, typename Between>
-    __device__ __forceinline__ void compute(Pixels<M>& next, int layer, int tile, Between between) const {
-        const T* const matrix = memory + s.weights[layer % 2];
+    template <int M, bool FIRST>
+    __device__ __forceinline__ void compute(Pixels<M, FIRST>& next, int layer, int tile) const {
+        const T* matrix = memory + s.weights;
         const int pixel = 16 * tile, reach = int(q.reach);
         const bool last = layer + 1 == int(q.layers);
         [[maybe_unused]] int of_image[M][2];
@@ -272,7 +261,7 @@ struct Warp {
         typename P::Left below[kPairs][M];
         {
             typename P::Sums f[M][kPairs];
-            start(f, layer, 0, 16);
+            start(f, 0, 16);
             if constexpr (FIRST) {
                 add_image<M, kPairs>(f, of_image, s.first_vertical, offsets, matrix, 0, 1);
             } else {
@@ -294,14 +283,14 @@ struct Warp {
                 gate<M>(next.v[j], [&](int i, int t, int k) { return float2{f[i][j].x[t][k], f[i][j + kSteps].x[t][k]}; });
             }
         }
-        between();
-        const T *const link = memory + s.others, *const horizontal = link + 4 * C * C;
-        const T* const out = horizontal + 32 * (FIRST ? s.first_horizontal : s.horizontal) * C;
+        const T* const link = matrix + 16 * (FIRST ? s.first_vertical : s.vertical) * 2 * C;
+        const T* const horizontal = link + 4 * C * C;
+        const T* const out = horizontal + 16 * (FIRST ? s.first_horizontal : s.horizontal) * 2 * C;
         typename P::Left o[kSteps][M];
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {  // 16 maps of T, both halves
             typename P::Sums f[M][2];
-            start(f, layer, 2 * C + 16 * j, C);
+            start(f, 2 * C + 16 * j, C);
 #pragma unroll
             for (int k = 0; k < kPairs; ++k) add<M, 2>(f, below[k], link, k, kPairs, j, kSteps);
             if constexpr (FIRST) {
@@ -337,7 +326,7 @@ struct Warp {
         }
         if (last) return;
         typename P::Sums f[M][kSteps];  // h += o W_o + b_o
-        start(f, layer, 4 * C, 16);
+        start(f, 4 * C, 16);
         if constexpr (!FIRST) {
 #pragma unroll
             for (int j = 0; j < kSteps; ++j) {
@@ -362,12 +351,9 @@ struct Warp {
         }
     }
 
-    template <int M>
-    __device__ __forceinline__ void write(const Pixels<M>& next, int layer, int tile, unsigned zeros) const {
+    template <int M, bool FIRST>
+    __device__ __forceinline__ void write(const Pixels<M, FIRST>& next, int layer, int tile, unsigned zeros) const {
         if (layer + 1 == int(q.layers)) return;
-        for (int e = lane; tile == 0 && e < int(q.reach) * C; e += 32) {  // what was v and now is before it
-            memory[s.v + v_slot(layer, 0) * C + e] = rounded<T>(0);
-        }
 #pragma unroll
         for (int chunk = 0; chunk < C / 8; ++chunk) {
             unsigned* const to_v = word_at(s.v, v_slot(layer + 1, 16 * tile), chunk);
@@ -388,11 +374,11 @@ struct Warp {
 
     // params of a tile
     __device__ __forceinline__ void head(int tile, T* out) const {
-        const T *const hidden = memory + s.others, *const output = hidden + C * C;
+        const T *const hidden = memory + s.weights, *const output = hidden + C * C;
         const auto positive = [](float x) { return x < 0 ? 0 : x; };  // NaN stays
         typename P::Left left[kSteps][1], inner[kSteps][1];
         typename P::Sums skips[1][kSteps], f[1][kSteps];
-        start(skips, int(q.layers), 0, 16), start(f, int(q.layers), C, 16);
+        start(skips, 0, 16), start(f, C, 16);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             const uint4 words = *skip_of(tile, j);
@@ -440,17 +426,14 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
     const int thread = int(threadIdx.x), warp = thread / 32, far = int(q.first_reach);
     const int channels = int(q.channels), height = int(q.height), width = int(q.width);
     const int64_t code = blockIdx.x;
-    const auto flags = [&](int start) { return reinterpret_cast<int*>(memory + start); };
-    int *const done = flags(s.done), *const written = flags(s.written);
-    int *const finished = flags(s.finished), *const loaded = flags(s.loaded);
+    int* const done = reinterpret_cast<int*>(memory + s.done);
 
     // The zeros before the first pixels, where the taps of layer 0 lead, and y between its own zeros.
     const auto clear = [&](int region, int from, int to) {
         for (int e = from * C + thread; e < to * C; e += kThreads) memory[region + e] = rounded<T>(0);
     };
     clear(s.v, 0, own.v_slot(1, 0)), clear(s.h, 0, own.h_slot(0));
-    for (int e = thread; e < s.tiles; e += kThreads) done[e] = written[e] = 0;
-    if (thread < kWarps) finished[thread] = loaded[thread] = 0;
+    for (int e = thread; e < s.tiles; e += kThreads) done[e] = 0;
     int* const offsets = reinterpret_cast<int*>(memory + s.offsets);
     for (int e = thread; e < 16 * (s.first_vertical + s.first_horizontal); e += kThreads) {
         const bool across = e >= 16 * s.first_vertical;
@@ -467,37 +450,16 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
         memory[s.image + e] = there ? y[(c * height + row) * width + column] : rounded<T>(0);
     }
 
-    const auto bring = [&](int to, const T* from, int count) {
-        for (int e = thread * 8; e < count; e += kThreads * 8) __pipeline_memcpy_async(memory + to + e, from + e, 16);
-    };
-    const T* const table = static_cast<const T*>(q.table);
-    const int first_vertical = 32 * s.first_vertical * C, first_others = Places::other_weights(C, s.first_horizontal);
-    const int vertical = 32 * s.vertical * C, others = Places::other_weights(C, s.horizontal);
-    const auto of_layer = [&](int l) {  // from 1 on: where its weights are
-        return table + first_vertical + first_others + int64_t(l - 1) * (vertical + others);
-    };
-    const auto bring_sums = [&](int l) {  // where `start` finds them, once for each of two pixels
-        float* const sums = reinterpret_cast<float*>(memory + s.sums[l % 2]);
-        const bool head = l == int(q.layers);
-        const T* const condition = head ? nullptr : static_cast<const T*>(q.condition);
-        for (int e = thread; e < (head ? 2 : 5) * C; e += kThreads) {
-            float x = q.biases[l * 5 * C + e];
-            if (condition != nullptr && e < 4 * C) x += widened(condition[(code * q.layers + l) * 4 * C + e]);
-            float* const to = sums + e / 2 * 4 + e % 2;
-            to[0] = x, to[2] = x;
-        }
-    };
-    // For layer l > 0 all but V's, for the next one V's; or what the head takes. When all are done with layer l - 1.
-    const auto bring_layer = [&](int l) {
-        if (l == int(q.layers)) {
-            bring(s.others, of_layer(l), C * (C + s.out_columns));
-        } else {
-            bring(s.others, of_layer(l) + vertical, others);
-            if (l + 1 < int(q.layers)) bring(s.weights[(l + 1) % 2], of_layer(l + 1), vertical);
-            bring_sums(l + 1);
-        }
+    const T* table = static_cast<const T*>(q.table);
+    const auto bring = [&](int count) {
+        for (int e = thread * 8; e < count; e += kThreads * 8) __pipeline_memcpy_async(memory + s.weights + e, table + e, 16);
         __pipeline_commit();
-        __pipeline_wait_prior(0);
+        table += count;
+    };
+    float* const sums = reinterpret_cast<float*>(memory + s.sums);
+    const auto put = [&](int column, float x) {  // where `start` finds it, once for each of two pixels
+        float* const to = sums + column / 2 * 4 + column % 2;
+        to[0] = x, to[2] = x;
     };
     const auto each_round = [&](auto run) {  // run(tiles of a warp, the first, are there any, round), from the last on
         int end = s.tiles, round = 0;
@@ -515,39 +477,31 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
     });
     const auto layer = [&](auto first, int l) {
         constexpr bool FIRST = decltype(first)::value;
+        bring(Places::layer_weights(C, FIRST ? s.first_vertical : s.vertical, FIRST ? s.first_horizontal : s.horizontal));
+        const T* const condition = static_cast<const T*>(q.condition);
+        for (int e = thread; e < 5 * C; e += kThreads) {
+            const bool conditioned = condition != nullptr && e < 4 * C;
+            put(e, q.biases[l * 5 * C + e] + (conditioned ? widened(condition[(code * q.layers + l) * 4 * C + e]) : 0.0f));
+        }
+        __pipeline_wait_prior(0);
+        __syncthreads();
         each_round([&](auto count, int tile, bool any, int round) {
             constexpr int M = decltype(count)::value;
-            const bool begins = !FIRST && round == 0;
-            const auto begin = [&] {
-                if (!begins) return;
-                wait(finished, kWarps, l);
-                bring_layer(l);
-                arrive(loaded + warp, 1, l);
-                wait(loaded, kWarps, l);
-            };
-            if (begins) {
-                const int from = max(tile - s.readers, 0), to = min(tile + M + s.ahead, s.tiles);
-                wait(written + from, any ? to - from : 0, l);
-            }
-            typename Warp<T, C>::template Pixels<M> next;
-            if (any) own.template compute<M, FIRST>(next, l, tile, begin), arrive(done + tile, M, l + 1);
-            else begin();
+            typename Warp<T, C>::template Pixels<M, FIRST> next;
+            if (any) own.template compute<M, FIRST>(next, l, tile), arrive(done + tile, M, l + 1);
             wait(done + tile + M, any ? min(s.readers, s.tiles - tile - M) : 0, l + 1);
-            if (any) own.template write<M>(next, l, tile, zeros >> 4 * round), arrive(written + tile, M, l + 1);
+            if (any) own.template write<M, FIRST>(next, l, tile, zeros >> 4 * round);
         });
-        arrive(finished + warp, 1, l + 1);
+        __syncthreads();
+        clear(s.v, own.v_slot(l, 0), own.v_slot(l + 1, 0));
     };
-    bring(s.weights[0], table, first_vertical), bring(s.others, table + first_vertical, first_others);
-    if (q.layers > 1) bring(s.weights[1], of_layer(1), vertical);
-    bring_sums(0), bring_sums(1);
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-    __syncthreads();
     layer(std::true_type{}, 0);
 #pragma unroll 1
     for (int l = 1; l < int(q.layers); ++l) layer(std::false_type{}, l);
-    __syncthreads();
-    bring_layer(int(q.layers));
+
+    bring(C * (C + s.out_columns));
+    for (int e = thread; e < 2 * C; e += kThreads) put(e, q.biases[q.layers * 5 * C + e]);
+    __pipeline_wait_prior(0);
     __syncthreads();
     T* const out = static_cast<T*>(q.out) + code * height * width * q.params;
     each_round([&](auto count, int tile, bool any, int) {
@@ -560,9 +514,9 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
 ResidentNeed resident_cuda_need(const Resident& q) {
     const Places s(q);
     ResidentNeed need{};
-    const int C = int(q.maps), first = 32 * s.first_vertical * C + Places::other_weights(C, s.first_horizontal);
-    const int other = 32 * s.vertical * C + Places::other_weights(C, s.horizontal);
-    need.table = first + (q.layers - 1) * other + C * (C + s.out_columns);
+    const auto layer = [&](int vertical, int horizontal) { return Places::layer_weights(int(q.maps), vertical, horizontal); };
+    need.table = layer(s.first_vertical, s.first_horizontal) + (q.layers - 1) * layer(s.vertical, s.horizontal) +
+                 q.maps * (q.maps + s.out_columns);
     need.biases = q.layers * 5 * q.maps + 2 * q.maps + q.params;
     need.shared = s.bytes;
     if (q.maps != 16 && q.maps != 32) need.error = "accepted: 16 or 32 maps";

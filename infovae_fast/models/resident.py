@@ -7,6 +7,7 @@ an image need, as in a likelihood by importance sampling. Sums are float32; what
 between layers.
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -119,15 +120,17 @@ def shared_memory(decoder: Any) -> int:
     row = width + reach
     tiles = -(-height * row // 16)
     tiles += tiles % 2 if tiles % (2 * WARPS) > WARPS else 0
-    far_vertical, far_horizontal = (-(-taps * channels // 16) for taps in (far * (2 * far + 1), far))
-    vertical, horizontal = ((reach + 1) * taps * maps // 16 for taps in (2 * reach + 1, 1))
-
-    def whole(*counts: int) -> int:  # numbers in vectors of 16 bytes
-        return sum(-(-count // 8) * 8 for count in counts)
-
-    image = (height + far) * (width + 2 * far) * channels
-    first = whole(32 * far_vertical * maps, image, 32 * (far_vertical + far_horizontal))
-    others = max(32 * max(horizontal, far_horizontal) * maps + 6 * maps**2, maps * (maps + -(-params // 16) * 16))
-    weights = max(first, 32 * vertical * maps) + 32 * vertical * maps + others
-    pixels = (reach * (row + 3 + layers) + 48 * tiles) * maps  # v, h and the skips
-    return 2 * (-(-weights // 32) * 32 + whole(pixels, 40 * maps, 2 * tiles, 2 * tiles, 2 * WARPS, 2 * WARPS))
+    first = [-(-taps * channels // 16) for taps in (far * (2 * far + 1), far)]
+    other = [(reach + 1) * taps * maps // 16 for taps in (2 * reach + 1, 1)]
+    weights = max(16 * 2 * maps * sum(first), 16 * 2 * maps * sum(other)) + 6 * maps**2
+    numbers = (
+        max(weights, maps * (maps + -(-params // 16) * 16)),
+        (reach * (row + 2 + layers) + 16 * tiles) * maps,
+        (reach + 16 * tiles) * maps,
+        16 * tiles * maps,
+        (height + far) * (width + 2 * far) * channels,
+        32 * sum(first),
+        20 * maps,
+        2 * tiles,
+    )
+    return 2 * sum(math.ceil(count / 64) * 64 for count in numbers)
