@@ -163,9 +163,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         for (int e = 0; e < 8 * kSteps; ++e) totals[e * kThreads] = 0;
     }
     after_previous();
-    if (threadIdx.x == 0) per_phi = 1 / (work.length(0) * work.length(0) * work.coordinate_scale());
-    if constexpr (!PLAIN) work.fill(mixture);
     if (share.count > 0) start(0);
+    if constexpr (!PLAIN) work.fill(mixture);
     const auto own_tile = [&](int64_t point) { return Tile16(kShape, mine.tile(kShape, cloud, point / kTile)); };
     typename P::Left own_high[kSteps], own_low[kSteps];
 #pragma unroll
@@ -180,6 +179,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         }
     }
 
+    if (threadIdx.x == 0) per_phi = 1 / (work.length(0) * work.length(0) * work.coordinate_scale());
     const float own_unit = own_tile(i0).unit[i0 % kTile / kUnit];
     float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};  // of g, for 16 bits
 #pragma unroll
@@ -203,9 +203,18 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         }
     };
 
+    int grouped = 0;  // tiles, since the last flush
     const auto close_group = [&](bool small) {  // are the phi that follow likely to be small
         flush();
+        grouped = 0;
         if (PLAIN && small != scaled) scaled = small, factor[0] = factor[1] = small ? 0x1p126f : 1.0f;
+    };
+    // What is summed goes on with another factor. A flush would do, and take about as long as the products of 16 sources.
+    const auto change_factors = [&](const float (&to)[2]) {
+        const float ratio[2] = {to[0] * inverse_power(factor[0]), to[1] * inverse_power(factor[1])};
+#pragma unroll
+        for (int e = 0; e < 8 * kSteps; ++e) sum[e / 8].x[e % 8 / 4][e % 4] *= ratio[e % 4 / 2];
+        factor[0] = to[0], factor[1] = to[1];
     };
 
     for (int k = 0; k < share.count; ++k) {
@@ -218,12 +227,16 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         const int ahead = share.tile(k) * kTile - int(i0);  // of the first target, if they are of one cloud
         const double w = within ? work.within[own] : work.between;
         if constexpr (FORCE) {
+            const auto small = [&] { return __any_sync(kAll, fminf(A_tile[0], A_tile[1]) < kTile / 4 * kLeastMean) != 0; };
             // The second tile of a cloud has something to go by.
             const int of_cloud = within ? share.own_count : share.count - share.own_count;
             const bool second = PLAIN && of_cloud > kShort && k == (within ? 1 : share.own_count + 1);
-            if (k > 0 && (k % (kGroup / kTile) == 0 || second)) {
-                close_group(PLAIN && __any_sync(kAll, fminf(A_tile[0], A_tile[1]) < kTile / 4 * kLeastMean));
+            if (grouped == kGroup / kTile) {
+                close_group(PLAIN && small());
+            } else if (second && !small()) {
+                change_factors({1.0f, 1.0f}), scaled = false;
             }
+            ++grouped;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) A_tile[half] = G_tile[half] = 0;
@@ -297,15 +310,16 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             if constexpr (FORCE && SCALED) {  // is a g too large for its factor? Of one scale no g is larger than their sum
                 const float(&large)[2] = PLAIN ? A_here : top;
                 if (__any_sync(kAll, large[0] * factor[0] > kLargest || large[1] * factor[1] > kLargest)) {
-                    flush();
+                    float to[2] = {factor[0], factor[1]};
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float most = large[half];
                         most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
                         most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
                         if (most * factor[half] <= kLargest) continue;
-                        factor[half] = inverse_power(power_below(fminf(most, 0x1p126f)) * 0x1p-13f);
+                        to[half] = inverse_power(power_below(fminf(most, 0x1p126f)) * 0x1p-13f);
                     }
+                    change_factors(to);
                 }
             }
             if constexpr (FORCE) {
@@ -340,7 +354,9 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         for (int piece = 0; piece < kShape.units; ++piece) {
             const float unit_here = source.unit[piece], value_unit_here = VALUES ? source.value_unit[piece] : 0.0f;
             if (unit_here != unit || value_unit_here != value_unit) {
-                if constexpr (FORCE) flush();
+                if constexpr (FORCE) {
+                    if (unit > 0) flush();
+                }
                 unit = unit_here, value_unit = value_unit_here;
                 back = VALUES ? double(value_unit) : w * outer * per_phi * double(unit);
                 other_unit = unit != own_unit || float(DP) * 0x1p28f * unit * unit > kSmallSquare;
