@@ -301,7 +301,9 @@ struct Plan {
         many = sizeof(T) == 4 && q.v == nullptr && q.d <= kManyMaxDim &&
                std::max(q.n, q.y == nullptr ? 0 : q.m) * clouds >= kManyTargets;
         const int64_t rows = !many ? 32 : q.radial.rbf && q.radial.weight.size() == 1 ? 128 : 64;
-        work = work_of(q, clouds, rows, kTile, processors, int64_t(processors) * kBlocksPerProcessor, 1, affine);
+        work = work_of(q, rows, kTile, affine);
+        const int64_t tiles = work.tiles_of_block(clouds, int64_t(processors) * kBlocksPerProcessor);
+        work.divide(tiles, tiles);
         counter_bytes = round_up(clouds * (work.row_blocks[0] + work.row_blocks[1] + 1) * int64_t(sizeof(unsigned)));
         energy_bytes = round_up(clouds * work.blocks * int64_t(sizeof(double)));
         partial_bytes = infovae_fast::partial_bytes(work, clouds, rows);

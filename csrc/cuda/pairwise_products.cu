@@ -37,7 +37,8 @@ using P = Product<__half>;
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;  // targets of a block
 constexpr int kGroup = 512;   // sources that are added up in float
 constexpr int kStages = 2;
-constexpr int kWaves = 4, kLeastSources = 256;  // of blocks, wanted; of a block
+constexpr int kWaves = 4, kMostWaves = 8;     // of blocks, wanted where only energies are; and at most
+constexpr int kLeastSources = 256, kStartSources = 128;  // of a block; that take as long as its start and end
 constexpr int kShort = 4;  // tiles of a cloud, too few to see first whether they need a factor
 constexpr int kGatherThreads = 256, kGatherAtOnce = 8;  // loads before the first is waited for
 constexpr float kLargest = 32768;  // that a scaled g may be
@@ -438,6 +439,11 @@ __global__ void __launch_bounds__(kThreads, Registers<DP, PLAIN, VALUES>::blocks
     products_kernel(const __grid_constant__ Work<float> work, const __grid_constant__ Points x,
                     const __grid_constant__ Points y) {
     const Share share(work, blockIdx.x, kRows, Layout<DP, FORCE, VALUES>::shape.tile);
+    if (share.count == 0 && !work.full[share.own]) {  // all of its pairs are another block's
+        after_previous();
+        if (threadIdx.x == 0) work.energies[blockIdx.y * work.blocks + blockIdx.x] = 0;
+        return;
+    }
     if constexpr (FORCE) {
         if (work.force[share.own] != nullptr) return sum_share<DP, PLAIN, true, VALUES>(work, x, y, share);
     }
@@ -505,11 +511,43 @@ struct Plan {
         plain = q.radial.rbf && q.radial.weight.size() == 1 && q.a == nullptr && q.b == nullptr;
         values = q.v != nullptr;
         const int64_t tile = shape().tile, multiple = std::max<int64_t>(tile, kUnit);
-        const int64_t wanted = int64_t(processors) * kWaves * blocks_of_processor(dp, plain && !values);
-        work = work_of(q, clouds, kRows, tile, processors, wanted, kLeastSources / tile, affine);
+        work = work_of(q, kRows, tile, affine);
+        divide(processors, int64_t(processors) * blocks_of_processor(dp, plain && !values));
         for (int k = 0; k < 2; ++k) points[k].count = (work.n[k] + multiple - 1) / multiple * multiple / tile;
     }
     Shape shape() const { return {dp, values}; }
+    // So that the blocks end together. Those of rows that are wanted take equally long and start first. Beside the last of
+    // them and behind run those of a cloud of which only the energy is wanted: of its tiles half are needed, and they take
+    // half as long.
+    void divide(int64_t processors, int64_t at_once) {
+        const int64_t tile = shape().tile;
+        const int64_t least = std::min(std::max<int64_t>(1, kLeastSources / tile), work.tiles_of_block(clouds, processors));
+        const bool full[2] = {work.full[0] && work.row_blocks[0] > 0, work.full[1] && work.row_blocks[1] > 0};
+        if (!full[0] && !full[1]) {
+            const int64_t tiles = std::max(least, work.tiles_of_block(clouds, kWaves * at_once));
+            return work.divide(tiles, tiles);
+        }
+        const int one = full[0] ? 0 : 1;
+        const bool rest = !full[1 - one];  // of two clouds that are full the rows are equally long
+        const int64_t all = work.tiles_of_row(one), rows = (work.row_blocks[one] + (rest ? 0 : work.row_blocks[1 - one])) * clouds;
+        const int64_t rest_rows = rest ? work.row_blocks[1 - one] * clouds : 0, rest_tiles = work.tiles[1 - one];
+        const double start = double(kStartSources) / double(tile);
+        double best_time = INFINITY;
+        int64_t best[2] = {};  // tiles
+        for (int64_t segments = 1; segments == 1 || rows * segments <= kMostWaves * at_once; ++segments) {
+            const int64_t tiles = (all + segments - 1) / segments, other = std::max(2 * least, (tiles + 3) / 4);
+            if (segments > 1 && tiles < least) break;
+            const int64_t blocks = rows * segments, waves = (blocks + at_once - 1) / at_once;
+            const double length = double(tiles) + start, start_of_other = start / 2;  // half of its blocks are empty
+            const double rest_time = double(rest_rows) * (double(rest_tiles) / 4 + start_of_other * double((rest_tiles + other - 1) / other));
+            const double room = double(waves * at_once - blocks) * length, later = std::max(0.0, rest_time - room);
+            const double gathered = segments > 1 ? start / 2 * double(blocks) : 0;
+            const double tail = later > 0 ? (double(other) / 2 + start) / 2 : 0;
+            const double time = double(waves) * length + (later + gathered) / double(at_once) + tail;
+            if (time < best_time) best_time = time, best[one] = tiles, best[1 - one] = rest ? other : tiles;
+        }
+        work.divide(best[0], best[1]);
+    }
     // Divides memory, or counts how much it takes.
     size_t place(char* memory) {
         size_t used = 0;

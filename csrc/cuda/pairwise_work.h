@@ -45,6 +45,21 @@ struct Work {
     double* energies;            // [clouds, blocks]
     T* partials;                 // [clouds, blocks, rows of a block, D + 1]: of each row its force and its potential
 
+    int64_t tiles_of_row(int k) const { return tiles[k] + (sees_other[k] ? tiles[1 - k] : 0); }
+    // Tiles that blocks of equal shares have, of so many blocks.
+    int64_t tiles_of_block(int64_t clouds, int64_t blocks) const {
+        const int64_t all = (row_blocks[0] * tiles_of_row(0) + row_blocks[1] * tiles_of_row(1)) * clouds;
+        return std::max<int64_t>(1, (all + blocks - 1) / blocks);
+    }
+    // Segments of the sources, of so many tiles at most.
+    void divide(int64_t x_tiles, int64_t y_tiles) {
+        const int64_t most[2] = {x_tiles, y_tiles};
+        blocks = 0;
+        for (int k = 0; k < 2; ++k) {
+            segments[k] = row_blocks[k] == 0 ? 0 : (tiles_of_row(k) + most[k] - 1) / most[k];
+            blocks += row_blocks[k] * segments[k];
+        }
+    }
     __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
         return double(z[k][(cloud * n[k] + at) * d + c]);
     }
@@ -104,11 +119,9 @@ struct Share {
     __device__ int tile(int k) const { return k < own_count ? own_begin + k : other_begin + k - own_count; }
 };
 
-// The problem, for blocks of `rows` targets, tiles of `tile` sources and about so many blocks, of `least` tiles each, or
-// of fewer where there would not be one block for each processor.
+// The problem, for blocks of `rows` targets and tiles of `tile` sources; not divided yet.
 template <typename T>
-Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64_t tile, int64_t processors,
-                int64_t wanted_blocks, int64_t least, const Affine<T>& affine) {
+Work<T> work_of(const PairwiseProblem<T>& q, int64_t rows, int64_t tile, const Affine<T>& affine) {
     Work<T> w{};
     w.z[0] = q.x, w.z[1] = q.y, w.v = q.v, w.a[0] = q.a, w.a[1] = q.b;
     w.n[0] = q.n, w.n[1] = q.y == nullptr ? 0 : q.m, w.d = int(q.d);
@@ -129,18 +142,9 @@ Work<T> work_of(const PairwiseProblem<T>& q, int64_t clouds, int64_t rows, int64
     w.sees_other[0] = both && (w.full[0] || (energy && !w.full[1]));
     w.sees_other[1] = both && w.full[1];
     w.share_of_other = w.sees_other[0] && w.sees_other[1] ? 1 : 2;
-    int64_t all_tiles[2], work_tiles = 0;
     for (int k = 0; k < 2; ++k) {
         const bool wanted = w.n[k] > 0 && (w.full[k] || energy);
         w.row_blocks[k] = wanted ? (w.n[k] + rows - 1) / rows : 0;
-        all_tiles[k] = wanted ? w.tiles[k] + (w.sees_other[k] ? w.tiles[1 - k] : 0) : 0;
-        work_tiles += w.row_blocks[k] * all_tiles[k] * clouds;
-    }
-    const auto tiles_of_block = [&](int64_t blocks) { return std::max<int64_t>(1, (work_tiles + blocks - 1) / blocks); };
-    const int64_t some = std::max(std::min(least, tiles_of_block(processors)), tiles_of_block(wanted_blocks));
-    for (int k = 0; k < 2; ++k) {
-        w.segments[k] = (all_tiles[k] + some - 1) / some;
-        w.blocks += w.row_blocks[k] * w.segments[k];
     }
     return w;
 }
