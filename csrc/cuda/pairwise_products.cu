@@ -59,7 +59,7 @@ constexpr int blocks_of_processor(int dp, bool usual) { return dp == 16 ? (usual
 template <int DP, bool PLAIN, bool VALUES>
 struct Registers {
     static constexpr bool usual = PLAIN && !VALUES;
-    static constexpr int groups = DP <= (usual ? 64 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
+    static constexpr int groups = DP <= (PLAIN ? 80 : 48) ? 2 : 1;  // of 16 sources, whose g they hold
     static constexpr int blocks = blocks_of_processor(DP, usual);
 };
 
