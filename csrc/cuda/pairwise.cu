@@ -7,6 +7,8 @@
 // cloud, then the other's. Its four warps share the sources of a tile. A tile is summed in T, the tiles in double. The
 // last block of a row of segments adds them up in their order and the very last one the energies, so that the bits do
 // not depend on which block comes last.
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 #include <type_traits>
 
@@ -132,7 +134,16 @@ __device__ __forceinline__ Last last_of(unsigned* row, int64_t row_blocks, unsig
 }
 
 template <typename T, int DP, int R, bool ONE, bool WITH_V>
-__global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(const __grid_constant__ Work<T> work, unsigned* all_counters) {
+constexpr int blocks_of_processor() {  // that registers must leave room for; no more than do without spills
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
+    if (sizeof(T) == 4 && DP <= 10 && ONE && !WITH_V) return R > 1 ? 4 : DP == 2 ? 8 : DP == 6 ? 7 : 4;
+#endif
+    return DP == 10 ? 3 : 2;
+}
+
+template <typename T, int DP, int R, bool ONE, bool WITH_V>
+__global__ void __launch_bounds__(kThreads, (blocks_of_processor<T, DP, R, ONE, WITH_V>()))
+    pairwise_kernel(const __grid_constant__ Work<T> work, unsigned* all_counters) {
     constexpr int stride = Layout<T, DP>::stride, rows = 32 * R, sums = DP + 2;  // sums: A, G, S
     __shared__ Mixture<T> mixture;
     __shared__ double centre[DP], energy_of_warp[kWarps];
@@ -147,6 +158,31 @@ __global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(co
     const int64_t clouds_block = cloud * work.blocks + blockIdx.x;
     const bool force = work.force[own] != nullptr, full = work.full[own];
 
+    // Points as they lie in memory, with their weights: the first are on their way before the centre is known.
+    const auto weight_of = [&](int k, int64_t at) {
+        return at >= work.n[k] ? T(0) : work.a[k] == nullptr ? T(1) : work.a[k][cloud * work.n[k] + at];
+    };
+    Targets<T, DP, R> x;
+    T own_weight[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        const int64_t at = i0 + 32 * r + lane;
+#pragma unroll
+        for (int c = 0; c < DP; ++c) x.u[r][c] = at < n && c < d ? work.z[own][(cloud * n + at) * d + c] : T(0);
+        own_weight[r] = weight_of(own, at);
+    }
+    const auto cloud_of = [&](int k) { return k < share.own_count ? own : other; };
+    const auto start = [&](int k) {
+        const int64_t at = int64_t(share.tile(k)) * kTile + thread, many = work.n[cloud_of(k)];
+        const T* const from = work.z[cloud_of(k)] + (cloud * many + at) * d;
+#pragma unroll
+        for (int c = 0; c < DP; ++c) {
+            if (at < many && c < d) __pipeline_memcpy_async(tile + thread * stride + c, from + c, sizeof(T));
+        }
+        __pipeline_commit();
+    };
+    if (share.count > 0) start(0);
+
 #pragma unroll
     for (int c = warp; c < DP; c += kWarps) {
         const double mean = work.centre(cloud, c, lane);
@@ -157,21 +193,18 @@ __global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(co
     const double b0 = work.length(0), scale = work.coordinate_scale();
     const double outer = ONE ? work.weight[0] : 1.0, slope = outer / (b0 * b0 * scale);
 
-    // u, h and the weight of a point; zeros behind the end.
-    const auto bring = [&](int k, int64_t at, T* u, T& h, T& weight) {
+    // u and h of a point of cloud k.
+    const auto centred = [&](int k, int64_t at, const T* from, T* u, T& h) {
         double square = 0;
 #pragma unroll
         for (int c = 0; c < DP; ++c) {
-            u[c] = at < work.n[k] && c < d ? T((work.coordinate(k, cloud, at, c) - centre[c]) * scale) : T(0);
+            u[c] = at < work.n[k] && c < d ? T((double(from[c]) - centre[c]) * scale) : T(0);
             square += double(u[c]) * double(u[c]);
         }
         h = T(square / 2);
-        weight = at >= work.n[k] ? T(0) : work.a[k] == nullptr ? T(1) : work.a[k][cloud * work.n[k] + at];
     };
-    Targets<T, DP, R> x;
-    T own_weight[R];
 #pragma unroll
-    for (int r = 0; r < R; ++r) bring(own, i0 + 32 * r + lane, x.u[r], x.h[r], own_weight[r]);
+    for (int r = 0; r < R; ++r) centred(own, i0 + 32 * r + lane, x.u[r], x.u[r], x.h[r]);
     for (int k = 0; k < R * sums; ++k) total[k * kThreads + thread] = 0;
     double energy = 0;
 
@@ -179,10 +212,16 @@ __global__ void __launch_bounds__(kThreads, DP == 10 ? 3 : 2) pairwise_kernel(co
         const bool within = k < share.own_count;
         const int64_t j0 = int64_t(share.tile(k)) * kTile;
         const bool overlaps = within && j0 < i0 + rows && i0 < j0 + kTile;
-        __syncthreads();
+        if (k > 0) {
+            __syncthreads();
+            start(k);
+        }
         {
             T* at = tile + thread * stride;
-            bring(within ? own : other, j0 + thread, at, at[DP], at[DP + 1]);
+            const T weight = weight_of(cloud_of(k), j0 + thread);
+            __pipeline_wait_prior(0);
+            centred(cloud_of(k), j0 + thread, at, at, at[DP]);
+            at[DP + 1] = weight;
             if constexpr (WITH_V) {
                 const int64_t j = j0 + thread;
                 for (int c = 0; c < DP; ++c) {

@@ -60,9 +60,6 @@ struct Work {
             blocks += row_blocks[k] * segments[k];
         }
     }
-    __device__ double coordinate(int k, int64_t cloud, int64_t at, int c) const {
-        return double(z[k][(cloud * n[k] + at) * d + c]);
-    }
     __device__ int sample_size() const { return int(n[0] + n[1] < kSample ? n[0] + n[1] : kSample); }
     // Coordinate c of point k of the sample, the same in all blocks.
     __device__ const T* sample(int64_t cloud, int c, int64_t k) const {
@@ -78,7 +75,7 @@ struct Work {
         for (int k = lane; k < kSample; k += 32) sum += c < d && k < size ? double(*sample(cloud, c, k)) : 0.0;
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        return sum / double(size);
+        return sum * (1 / double(size));
     }
     __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
     __device__ void fill(Mixture<T>& mixture) const {
@@ -107,14 +104,18 @@ struct Share {
         own = int64_t(index) < first ? 0 : 1;
         const unsigned block = index - (own == 0 ? 0u : unsigned(first)), segments = unsigned(work.segments[own]);
         row_block = block / segments, segment = block % segments;
-        const auto edge = [&](int64_t tiles, int64_t s) { return int(tiles * s / segments); };
+        const auto edge = [&](int64_t tiles, unsigned s) {  // a division of 64 bits takes long
+            const bool few = tiles >> 16 == 0 && segments >> 16 == 0;
+            return few ? int(unsigned(tiles) * s / segments) : int(tiles * int64_t(s) / int64_t(segments));
+        };
         const int64_t others = work.sees_other[own] ? work.tiles[1 - own] : 0;
-        own_begin = edge(work.tiles[own], segment), other_begin = edge(others, segment);
-        const int own_end = edge(work.tiles[own], segment + 1);
+        const unsigned from = unsigned(segment);
+        own_begin = edge(work.tiles[own], from), other_begin = edge(others, from);
+        const int own_end = edge(work.tiles[own], from + 1);
         // Of rows that are not wanted, the pairs before the diagonal are another block's.
         const int skipped = work.full[own] ? 0 : int(row_block * rows / width);
         own_begin = own_begin > skipped ? own_begin : skipped < own_end ? skipped : own_end;
-        own_count = own_end - own_begin, count = own_count + edge(others, segment + 1) - other_begin;
+        own_count = own_end - own_begin, count = own_count + edge(others, from + 1) - other_begin;
     }
     __device__ int tile(int k) const { return k < own_count ? own_begin + k : other_begin + k - own_count; }
 };
