@@ -210,7 +210,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         grouped = 0;
         if (PLAIN && small != scaled) scaled = small, factor[0] = factor[1] = small ? 0x1p126f : 1.0f;
     };
-    // What is summed goes on with another factor. A flush would do, and take about as long as the products of 16 sources.
+    // What is summed goes on with another factor. A flush would do, but goes through shared memory and double.
     const auto change_factors = [&](const float (&to)[2]) {
         const float ratio[2] = {to[0] * inverse_power(factor[0]), to[1] * inverse_power(factor[1])};
 #pragma unroll
