@@ -34,7 +34,11 @@ namespace {
 constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
 constexpr int kStepBytes = 80 << 10;  // of the steps of a product in shared memory, wanted
 constexpr int kBlocksPerProcessor = 2;  // of the gradient to weight, wanted
-constexpr int kGateRows = 128, kGateColumns = 64;
+constexpr int kGateRows = 64, kGateColumns = 64;  // of a block of the gradient to f: rows at least, channels at most
+template <typename T>
+constexpr int kGateBlocks = sizeof(T) == 8 ? 3 : 4;  // of a processor
+template <typename T>
+constexpr int kGateVector = kVector<T> / 2;  // what a thread has of two rows stays in registers
 constexpr int kNoRow = -(1 << 20);  // where no tap leads back into the image
 
 // Number k of the sum over (tap, channel).
@@ -354,6 +358,15 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     }
 }
 
+// Adds what lanes of a warp have whose numbers differ by a multiple of `across`.
+template <typename S, int V>
+__device__ __forceinline__ void add_lanes(Vector<S, V>& sum, int across) {
+    for (int apart = across; apart < 32; apart *= 2) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) sum.x[e] += __shfl_xor_sync(0xffffffffu, sum.x[e], apart);
+    }
+}
+
 // The gradient to f from those to out and, if there is one, to f itself; and its sums over blocks of pixels of an image.
 template <typename T>
 struct GateWork {
@@ -361,60 +374,98 @@ struct GateWork {
     T* f_gradient;                  // null without a gate
     SumOf<T>* parts;                // [n, blocks, width] or null
     int size, half, blocks;         // pixels of an image, channels of out
+    int columns;                    // of out, of a block: a power of 2
     bool wide;
     Gate gate;
 };
+// Numbers side by side as whole words: single ones would be taken apart as soon as they come.
+template <typename T, int V>
+struct Packed {
+    static constexpr bool whole = V * sizeof(T) % sizeof(unsigned) == 0;
+    using Word = std::conditional_t<whole, unsigned, T>;
+    static constexpr int words = whole ? int(V * sizeof(T) / sizeof(unsigned)) : V;
+    Vector<Word, words> bits;
 
+    __device__ __forceinline__ void read(const T* from) { bits = vector_at<words>(reinterpret_cast<const Word*>(from)); }
+    __device__ __forceinline__ Vector<SumOf<T>, V> numbers() const {
+        Vector<T, V> some;
+        std::memcpy(&some, &bits, sizeof bits);
+        return widened(some);
+    }
+};
+
+// While a row is computed, the next one of its thread comes.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ GateWork<T> w) {
+__global__ void __launch_bounds__(kThreads, kGateBlocks<T>) gate_kernel(const __grid_constant__ GateWork<T> w) {
+    using S = SumOf<T>;
+    __shared__ __align__(sizeof(int4)) S sums[kThreads / 32][2 * kGateColumns];
     after_previous();
-    by_vector<T>(w.wide, [&](auto vector) {
-        using S = SumOf<T>;
-        constexpr int V = decltype(vector)::value, across = kGateColumns / V, lines = kThreads / across;
-        __shared__ __align__(sizeof(Vector<S, V>)) S sums[lines][2 * kGateColumns];
-        const int64_t image = blockIdx.x / unsigned(w.blocks);
-        const int block = int(blockIdx.x % unsigned(w.blocks)), halves = w.gate == Gate::none ? 1 : 2;
-        const int rows = (w.size + w.blocks - 1) / w.blocks, end = min(w.size, (block + 1) * rows);
-        const int lane = int(threadIdx.x) % across, line = int(threadIdx.x) / across;
-        const int column = int(blockIdx.y) * kGateColumns + lane * V;
+    const int64_t image = blockIdx.x / unsigned(w.blocks);
+    const int block = int(blockIdx.x % unsigned(w.blocks)), halves = w.gate == Gate::none ? 1 : 2;
+    const int rows = (w.size + w.blocks - 1) / w.blocks, end = min(w.size, (block + 1) * rows);
+    const auto run = [&](auto vector, auto inputs) {
+        constexpr int V = decltype(vector)::value, INPUTS = decltype(inputs)::value;  // gradient, both of f, both of extra
+        const int across = w.columns / V, lines = kThreads / across;
+        const int lane = int(threadIdx.x) % across, column = int(blockIdx.y) * w.columns + lane * V;
+        int row = column < w.half ? block * rows + int(threadIdx.x) / across : end;
+        const int64_t start = (image * w.size + row) * w.half, at = 2 * start + column, apart = int64_t(lines) * w.half;
+        const T *gradient = w.gradient + start + column, *f = INPUTS > 1 ? w.f + at : nullptr;
+        const T* extra = INPUTS > 3 ? w.extra + at : nullptr;
+        T* to_f = INPUTS > 1 ? w.f_gradient + at : nullptr;
+        Packed<T, V> next[INPUTS];
+        const auto read = [&] {
+            next[0].read(gradient), gradient += apart;
+            if constexpr (INPUTS > 1) next[1].read(f), next[2].read(f + w.half), f += 2 * apart;
+            if constexpr (INPUTS > 3) next[3].read(extra), next[4].read(extra + w.half), extra += 2 * apart;
+        };
+        if (row < end) read();
         Vector<S, V> sum[2] = {};
-#pragma unroll(sizeof(T) == 8 ? 1 : 2)
-        for (int row = block * rows + line; row < end && column < w.half; row += lines) {
-            const int64_t pixel = image * w.size + row, at = pixel * halves * w.half + column;
-            Vector<S, V> to[2] = {widened(vector_at<V>(w.gradient + pixel * w.half + column)), {}};
-            if (halves == 2) {
-                Vector<T, V> f[2], extra[2] = {};
+#pragma unroll 1
+        while (row < end) {
+            Packed<T, V> now[INPUTS];
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    f[half] = vector_at<V>(w.f + at + half * w.half);
-                    if (w.extra != nullptr) extra[half] = vector_at<V>(w.extra + at + half * w.half);
-                }
+            for (int k = 0; k < INPUTS; ++k) now[k] = next[k];
+            if ((row += lines) < end) read();
+            Vector<S, V> to[2] = {now[0].numbers(), {}};
+            if constexpr (INPUTS > 1) {
+                const Vector<S, V> a = now[1].numbers(), b = now[2].numbers();
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
-                    const S g = to[0].x[e];
-                    const Gated<S> one = gated_of<T>(w.gate, widened(f[0].x[e]), widened(f[1].x[e]));
-                    to[0].x[e] = g * one.by_a, to[1].x[e] = g * one.by_b;
+                    const Gated<S> one = gated_of<T>(w.gate, a.x[e], b.x[e]);
+                    to[1].x[e] = to[0].x[e] * one.by_b, to[0].x[e] *= one.by_a;
                 }
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    to[half] += widened(extra[half]);
-                    write(w.f_gradient + at + half * w.half, to[half]);
-                }
+                if constexpr (INPUTS > 3) to[0] += now[3].numbers(), to[1] += now[4].numbers();
+                write(to_f, to[0]), write(to_f + w.half, to[1]), to_f += 2 * apart;
+                sum[1] += to[1];
             }
-            sum[0] += to[0], sum[1] += to[1];
+            sum[0] += to[0];
         }
         if (w.parts == nullptr) return;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) write(&sums[line][half * kGateColumns + lane * V], sum[half]);
-        __syncthreads();
-        for (int e = int(threadIdx.x); e < halves * kGateColumns; e += kThreads) {
-            const int half = e / kGateColumns, channel = int(blockIdx.y) * kGateColumns + e % kGateColumns;
-            if (channel >= w.half) continue;
-            S total = sums[0][e];
-            for (int k = 1; k < lines; ++k) total += sums[k][e];
-            w.parts[(int64_t(blockIdx.x) * halves + half) * w.half + channel] = total;
+        for (int half = 0; half < (INPUTS > 1 ? 2 : 1); ++half) {
+            add_lanes(sum[half], across);
+            if (int(threadIdx.x) % 32 >= across) continue;
+            write(&sums[threadIdx.x / unsigned(max(across, 32))][half * kGateColumns + lane * V], sum[half]);
         }
-    });
+    };
+    const auto by_inputs = [&](auto vector) {
+        if (halves == 1) run(vector, std::integral_constant<int, 1>{});
+        else if (w.extra == nullptr) run(vector, std::integral_constant<int, 3>{});
+        else run(vector, std::integral_constant<int, 5>{});
+    };
+    if (w.wide) by_inputs(std::integral_constant<int, kGateVector<T>>{});
+    else by_inputs(std::integral_constant<int, 1>{});
+    if (w.parts == nullptr) return;
+    __syncthreads();
+    const int lines = kThreads / max(w.columns / (w.wide ? kGateVector<T> : 1), 32);
+    for (int e = int(threadIdx.x); e < halves * w.columns; e += kThreads) {
+        const int half = e / w.columns, of = e % w.columns, channel = int(blockIdx.y) * w.columns + of;
+        if (channel >= w.half) continue;
+        S total = 0;
+#pragma unroll 4
+        for (int k = 0; k < lines; ++k) total += sums[k][half * kGateColumns + of];
+        w.parts[(int64_t(blockIdx.x) * halves + half) * w.half + channel] = total;
+    }
 }
 
 // out[outer, e] = sum over count of parts[outer, count, e], e < size; a part has `stride` numbers
@@ -528,12 +579,19 @@ public:
         return launch(add_kernel<T>, grid, kThreads, 0, stream_, additions);
     }
 
-    int64_t blocks() const { return parts_of(q.h * q.w, kGateRows); }  // of an image, for sums
+    // Of an image, for sums: all at once on the GPU.
+    int64_t blocks(int processors) const {
+        const int64_t at_once = int64_t(processors) * kGateBlocks<T> / (q.n * parts_of(half_, gate_columns()));
+        return std::max<int64_t>(1, std::min(at_once, parts_of(q.h * q.w, kGateRows)));
+    }
 
-    cudaError_t to_f(const T* f, const T* gradient, const T* extra, T* f_gradient, SumOf<T>* parts, Gate gate) const {
+    cudaError_t to_f(const T* f, const T* gradient, const T* extra, T* f_gradient, SumOf<T>* parts, int processors,
+                     Gate gate) const {
         const bool wide = whole(half_) && aligned(f) && aligned(gradient) && aligned(extra) && aligned(f_gradient);
-        const GateWork<T> w{f, gradient, extra, f_gradient, parts, int(q.h * q.w), half_, int(blocks()), wide, gate};
-        const dim3 grid(unsigned(q.n * blocks()), unsigned(parts_of(half_, kGateColumns)));
+        const int columns = gate_columns();
+        const int64_t each = blocks(processors);
+        const GateWork<T> w{f, gradient, extra, f_gradient, parts, int(q.h * q.w), half_, int(each), columns, wide, gate};
+        const dim3 grid(unsigned(q.n * each), unsigned(parts_of(half_, columns)));
         return launch(gate_kernel<T>, grid, kThreads, 0, stream_, w);
     }
 
@@ -552,6 +610,7 @@ private:
         return work_.groups == 1 || (!work_.interleaved && whole(channels / work_.groups));
     }
     static bool wide(int64_t columns) { return columns > 64; }
+    int gate_columns() const { return half_ <= kGateColumns / 2 ? kGateColumns / 2 : kGateColumns; }
 
     template <bool MIRRORED>
     cudaError_t by_width(const Work<T>& w, int halves) const {
@@ -606,7 +665,7 @@ struct Plan {
         bias_by_weight = !conv.gated && result.bias != nullptr && result.condition == nullptr &&
                          result.weight != nullptr && own.room_for_ones();
         sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
-        weight = sums + room(result.of_pixels() && !bias_by_weight, conv.n * own.blocks() * conv.cout, sizeof(SumOf<T>));
+        weight = sums + room(result.of_pixels() && !bias_by_weight, conv.n * own.blocks(processors) * conv.cout, sizeof(SumOf<T>));
         link_weight = weight + room(result.weight != nullptr, own.weight_parts(bias_by_weight, processors), sizeof(SumOf<T>));
         all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(false, processors), sizeof(SumOf<T>));
     }
@@ -680,11 +739,12 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
             T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
                                                      : reinterpret_cast<T*>(room(plan.f_gradient));
             SumOf<T>* const sums = result.of_pixels() ? parts(plan.sums) : nullptr;
-            errors += own.to_f(in(f), g, in(extra), f_gradient, sums, gate);
+            errors += own.to_f(in(f), g, in(extra), f_gradient, sums, processors, gate);
             const auto add = [&](int64_t outer, int64_t count, void* out) {
                 if (out != nullptr) additions.each[additions.number++] = {sums, outer, count, conv.cout, conv.cout, to(out)};
             };
-            add(1, conv.n * own.blocks(), result.bias), add(conv.n, own.blocks(), result.condition);
+            const int64_t blocks = own.blocks(processors);
+            add(1, conv.n * blocks, result.bias), add(conv.n, blocks, result.condition);
             if (conv.gated) g = f_gradient;
         }
         const auto products = [&](const Conv<T>& c, const void* source, const void* matrix, void* to_source, void* to_matrix,
