@@ -665,7 +665,8 @@ struct Plan {
         bias_by_weight = !conv.gated && result.bias != nullptr && result.condition == nullptr &&
                          result.weight != nullptr && own.room_for_ones();
         sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
-        weight = sums + room(result.of_pixels() && !bias_by_weight, conv.n * own.blocks(processors) * conv.cout, sizeof(SumOf<T>));
+        const int64_t sums_size = conv.n * own.blocks(processors) * conv.cout;
+        weight = sums + room(result.of_pixels() && !bias_by_weight, sums_size, sizeof(SumOf<T>));
         link_weight = weight + room(result.weight != nullptr, own.weight_parts(bias_by_weight, processors), sizeof(SumOf<T>));
         all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(false, processors), sizeof(SumOf<T>));
     }
