@@ -54,6 +54,7 @@ R64 = {"name": "pixelcnn", "layers": 7, "maps": 64, "first_kernel": 7, "kernel":
 BYTES_AT_ONCE = 4 << 20  # of a stack's sums [n, 2C, H, W] for a thread, where no gradient is wanted
 
 Offsets = set[tuple[int, int]]
+Halves = tuple[Tensor, Tensor, Tensor, Tensor]  # W_o, b_o, W_s, b_s
 
 
 class GatedPixelCNN(nn.Module):
@@ -148,14 +149,26 @@ class GatedPixelCNN(nn.Module):
     def _params(self, z: Tensor | None, x: Tensor) -> Tensor:
         v = h = x if self.variant == "infovae2017" else 2 * x - 1
         skip: Tensor | None = None
-        for layer, condition in zip(self.layers, self.conditions(z), strict=True):
+        for layer, out, condition in zip(self.layers, self._outs(), self.conditions(z), strict=True):
             if self.checkpoint_layers and torch.is_grad_enabled():
                 # Without the sum of the skips: it would be kept once for each layer.
-                v, h, more = checkpoint(layer, v, h, None, *condition, use_reentrant=False)
+                v, h, more = checkpoint(layer, v, h, None, out, *condition, use_reentrant=False)
                 skip = more if skip is None else skip + more
             else:
-                v, h, skip = layer(v, h, skip, *condition)
+                v, h, skip = layer(v, h, skip, out, *condition)
         return self.head(h if skip is None else skip)
+
+    def _outs(self) -> list["Halves | None"]:
+        """W_o, b_o, W_s and b_s of each layer that has both: contiguous halves, in one copy for all layers."""
+        outs = [layer.out for layer in self.layers[:-1]] if self.variant == "gated" else []
+        if not outs:
+            return [None] * len(self.layers)
+        weight = torch.stack([cast(Tensor, out.weight) for out in outs]).unflatten(3, (2, -1)).movedim(3, 0)
+        bias = torch.stack([cast(Tensor, out.bias) for out in outs]).unflatten(1, (2, -1))
+        each = weight.flatten(0, 1).unbind(), bias.flatten(0, 1).unbind()
+        count = len(outs)
+        halves = zip(each[0][:count], each[1][::2], each[0][count:], each[1][1::2], strict=True)
+        return [*halves, None]
 
     def conditions(self, z: Tensor | None) -> list[tuple[Tensor, ...]]:
         """What z adds in each layer, (U_v z, U_h z): [N, 2C] each, or [N, 2C, H, W]; nothing without z."""
@@ -163,12 +176,12 @@ class GatedPixelCNN(nn.Module):
         if not self.inputs:
             return [()] * len(self.layers)
         code = self.code(z)
-        each = [linear(code) for linear in self.condition]
         if self.variant != "gated" or code.ndim != 2:
-            return [condition.split(2 * self.maps, 1) for condition in each]
-        # The convolutions want contiguous ones: [L, N, 2 * 2C] -> [2 * L, N, 2C] in one copy.
-        both = torch.stack(each).unflatten(2, (2, -1)).movedim(2, 0).flatten(0, 1).unbind()
-        return list(zip(both[: len(each)], both[len(each) :], strict=True))
+            return [linear(code).split(2 * self.maps, 1) for linear in self.condition]
+        # All products in one, [2 L, N, 2C], whose parts are contiguous as the convolutions want them.
+        weight = torch.stack([linear.weight for linear in self.condition]).view(-1, 2 * self.maps, self.inputs)
+        both = torch.bmm(code.expand(len(weight), -1, -1), weight.mT).unbind()
+        return list(zip(both[::2], both[1::2], strict=True))
 
     def _check_code(self, z: Tensor | None) -> None:
         if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
@@ -207,15 +220,19 @@ class _Layer(nn.Module):
         self.out = MaskedConv2d(maps, maps if last else 2 * maps, 1, window="H", **colours)  # W_o, W_s: [C + C]
 
     def forward(
-        self, v: Tensor, h: Tensor, skip: Tensor | None, above: Tensor | None = None, beside: Tensor | None = None
+        self,
+        v: Tensor,
+        h: Tensor,
+        skip: Tensor | None,
+        out: Halves | None,
+        above: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         v, below = self.vertical.with_f(v, above)
         o = self.horizontal(h, beside, link=(below, self.link.weight.squeeze(0)))
-        if self.last:
+        if out is None:
             return v, h, self.out(o, skip)
-        # What is to be added costs little in the convolution; halves that are contiguous are copied once, here.
-        step, more = (half.contiguous() for half in self.out.weight.split(self.maps, 2))
-        step_bias, more_bias = cast(Tensor, self.out.bias).split(self.maps)
+        step, step_bias, more, more_bias = out  # what is to be added costs little in the convolution
         options = self.out.mask._asdict() | {"backend": self.out.backend}
         h = masked_conv2d(o, step, step_bias, condition=None if self.first else h, **options)
         return v, h, masked_conv2d(o, more, more_bias, condition=skip, **options)
@@ -243,7 +260,13 @@ class _Layer2017(nn.Module):
             self.out = MaskedConv2d(maps, maps, 1, window="B", backend=backend)
 
     def forward(
-        self, v: Tensor, h: Tensor, skip: None, above: Tensor | None = None, beside: Tensor | None = None
+        self,
+        v: Tensor,
+        h: Tensor,
+        skip: None,
+        out: None,
+        above: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, None]:
         v = self.vertical(v, above)
         if self.first:
