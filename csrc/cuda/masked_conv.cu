@@ -144,18 +144,22 @@ struct Room {
     static_assert(left * sizeof(T) % 16 == 0 && step * sizeof(T) % 16 == 0 && most % 16 == 0);
 };
 
-// load(step, slot) for all steps, some ahead of compute(slot).
+// load(step, slot) for all steps, some ahead of compute(slot): at first one for each slot.
 template <int STAGES, typename Load, typename Compute>
 __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) {
 #pragma unroll 1
     for (int next = 0; next < steps + STAGES - 1; ++next) {
         const int s = next - (STAGES - 1);
-        if (s >= 0) {
+        if (s > 0) {
             __pipeline_wait_prior(STAGES - 2);
             __syncthreads();  // what all have brought is there, and all are done with the slot that comes next
         }
         if (next < steps) load(next, next % STAGES);
         __pipeline_commit();
+        if (s == 0) {
+            __pipeline_wait_prior(STAGES - 1);
+            __syncthreads();
+        }
         if (s >= 0) compute(s % STAGES);
     }
     __pipeline_wait_prior(0);
