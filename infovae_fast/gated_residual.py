@@ -1,6 +1,7 @@
 """OPERATORS: what stands between the convolutions of PixelCNN++ (arXiv 1701.05517), each in one pass over memory.
 
     elu_pair(s_1, ..)      drop(elu([t, -t])),  t = [s_1, ..] + b, with zeros around     [N, F, H, W] -> [N, 2F, H', W']
+    elu_pair_through(s)    elu_pair(s), s_1, ..: who reads s on from here has both gradients added in one pass
     gated_residual(s, f)   s + g_a sigmoid(g_b),  g = f + b + U z                        [N, 2F, H, W] -> [N, F, H, W]
 
 * b are the biases of the convolutions that made s and f, U z is one vector for an image; each may be missing.
@@ -30,6 +31,7 @@ class Operators(NamedTuple):
     """The functions of this page, positional arguments only."""
 
     elu_pair: Callable[[Sequence[Tensor], Tensor | None, Pad, float], Tensor]
+    elu_pair_through: Callable[[Sequence[Tensor], Tensor | None, Pad, float], tuple[Tensor, ...]]
     gated_residual: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
@@ -40,6 +42,10 @@ def elu_pair_reference(s: Sequence[Tensor], bias: Tensor | None = None, pad: Pad
     t = F.elu(torch.cat([t, -t], 1))
     t = F.dropout(t, dropout) if dropout else t
     return F.pad(t, [*pad]) if any(pad) else t
+
+
+def _reference_through(s: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    return elu_pair_reference(s, *options), *s
 
 
 def gated_residual_reference(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None) -> Tensor:
@@ -58,17 +64,20 @@ def _kernels() -> Any:
 
 class _EluPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, bias: Tensor | None, pad: Pad, dropout: float, *s: Tensor) -> Tensor:
+    def forward(ctx: Any, bias: Tensor | None, pad: Pad, dropout: float, *s: Tensor) -> tuple[Tensor, ...]:
         seed = torch.randint(2**31, (1,), device=s[0].device) if dropout else None
         ctx.save_for_backward(bias, seed, *s)
         ctx.options = tuple(pad) or (0, 0, 0, 0), dropout
-        return _kernels().elu_pair(s, bias, seed, *ctx.options)
+        ctx.set_materialize_grads(False)
+        return _kernels().elu_pair(s, bias, seed, *ctx.options), *s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, *more
         bias, seed, *s = ctx.saved_tensors
-        *to_s, to_bias = _kernels().elu_pair_gradients(upstream, s, bias, seed, *ctx.options)
+        *to_s, to_bias = _kernels().elu_pair_gradients(upstream, s, bias, seed, *ctx.options, more)
         return None if bias is None else to_bias, None, None, *to_s
 
 
@@ -82,13 +91,16 @@ class _GatedResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         f, bias, condition = ctx.saved_tensors
-        to_f, sums = _kernels().gated_residual_gradients(upstream, f, bias, condition)  # sums over pixels, [N, 2F]
-        to_bias = None if bias is None else sums.sum(0).to(bias.dtype)
-        return upstream, to_f, to_bias, None if condition is None else sums.to(condition.dtype)
+        to_f, to_bias, to_condition = _kernels().gated_residual_gradients(upstream, f, bias, condition)
+        return upstream, to_f, None if bias is None else to_bias, None if condition is None else to_condition
 
 
-def _triton_elu_pair(s: Sequence[Tensor], bias: Tensor | None, pad: Pad, dropout: float) -> Tensor:
+def _triton_through(s: Sequence[Tensor], bias: Tensor | None, pad: Pad, dropout: float) -> tuple[Tensor, ...]:
     return _EluPair.apply(bias, pad, dropout, *s)
+
+
+def _triton_elu_pair(s: Sequence[Tensor], *options: Any) -> Tensor:
+    return _triton_through(s, *options)[0]
 
 
 def _triton_reason(s: Tensor) -> str | None:
@@ -97,10 +109,11 @@ def _triton_reason(s: Tensor) -> str | None:
     return triton_missing() or transforms()
 
 
-TRITON = Operators(_triton_elu_pair, _GatedResidual.apply)
+TRITON = Operators(_triton_elu_pair, _triton_through, _GatedResidual.apply)
+REFERENCE = Operators(elu_pair_reference, _reference_through, gated_residual_reference)
 BACKENDS = (
     Backend("triton", _triton_reason, TRITON),  # type: ignore[arg-type]
-    Backend("reference", lambda s: None, Operators(elu_pair_reference, gated_residual_reference)),  # type: ignore[arg-type]
+    Backend("reference", lambda s: None, REFERENCE),  # type: ignore[arg-type]
 )
 
 

@@ -1,14 +1,18 @@
 """`elu_pair` and `gated_residual` on the GPU: the same page as `infovae_fast/gated_residual.py`.
 
-Tensors are channels-last, [pixels, F]: a program takes a block of pixels and, four times, a quarter of the channels. So
-one number of Philox's four serves a quarter, its halves t and -t. With E = e^-|t|
+Tensors are channels-last, rows of pixels of F channels. A thread takes vectors: V neighbouring channels, 16 bytes where
+F allows; a program takes P of a row of `elu_pair`, else R pixels and C vectors of each. What depends on the row alone
+is found once for all of a program. With E = e^-|t|
 
     elu(t), elu(-t) = t, E - 1   where t > 0, else   E - 1, -t          E - 1 by its series where |t| is small
     gradient to t   = g_1 - E g_2   where t > 0, else   E g_1 - g_2
 
-The gradients to biases and conditions are sums over pixels: each program's in float32 (float64), then PyTorch's.
+The numbers of a vector share the four words of a Philox call, a second one where p is no multiple of 1/256.
+
+The gradients to biases and conditions are sums over pixels: each program's in float32 (float64), then of those.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,16 +22,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES = 2048  # of a tile as it is computed: pixels times a quarter of the channels
+VECTORS = 128  # of a program's tile
+PAIR_VECTORS = 256  # the same where `elu_pair` writes its result
 WARPS = 4
 STEPS = 4  # tiles of a program that sums over pixels
+ROUNDS = tl.constexpr(7)  # of Philox: the fewest in which its authors found no flaw
+PARTS = 1024  # about so many sums of programs are left to be added
 
 
 @triton.jit
-def exponential(t):
-    """E = e^-|t| and E - 1."""
-    m = tl.where(t > 0, -t, t)
-    e = tl.exp(m)
+def decay(t, SHORT: tl.constexpr):
+    """E = e^-|t|."""
+    if SHORT:
+        return tl.exp2(tl.abs(t) * -1.4426950408889634)
+    return tl.exp(-tl.abs(t))
+
+
+@triton.jit
+def decay_less_one(t, SHORT: tl.constexpr):
+    """E - 1, to float32's digits or float64's; where it is SHORT, to more than bfloat16 and float16 have."""
+    m = -tl.abs(t)
+    if SHORT:
+        return tl.where(m > -0.03125, m + m * m * 0.5, decay(t, SHORT) - 1.0)
     if t.dtype == tl.float32:
         series = 1.0 + m * (1.0 / 8)
     else:
@@ -36,204 +52,236 @@ def exponential(t):
             series = 1.0 + m * (1.0 / (14 - i)) * series
     for i in tl.static_range(6):
         series = 1.0 + m * (1.0 / (7 - i)) * series
-    return e, tl.where(m > -0.35, m * series, e - 1.0)
+    return tl.where(m > -0.35, m * series, decay(t, SHORT) - 1.0)
 
 
 @triton.jit
-def kept(words, threshold, HALF: tl.constexpr):
-    return ((words >> (16 * HALF)) & 0xFFFF).to(tl.int32) >= threshold
+def pick(words, k):
+    """The k-th of four words."""
+    low, high = tl.where(k == 0, words[0], words[1]), tl.where(k == 2, words[2], words[3])
+    return tl.where(k < 2, low, high).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def words_of(seed, part, q, c, Q: tl.constexpr):
-    """Four random words for each pixel and channel of a quarter."""
-    offset = q[:, None] * Q + c[None, :]
-    return tl.randint4x(tl.load(seed) + part, offset)
+def random_bits(seed, part, vector, v, V: tl.constexpr, BITS: tl.constexpr):
+    """In a word for each number v of a vector: BITS of its own, and above them BITS for its negative."""
+    key = tl.load(seed) + part
+    if BITS == 8:
+        return pick(tl.randint4x(key, vector, ROUNDS), v // 2) >> ((v % 2) * 16).to(tl.uint32)
+    word = pick(tl.randint4x(key, 2 * vector, ROUNDS), v % 4)
+    if V == 8:
+        word = tl.where(v < 4, word, pick(tl.randint4x(key, 2 * vector + 1, ROUNDS), v % 4))
+    return word
 
 
 @triton.jit
-def pick(w0, w1, w2, w3, k: tl.constexpr):
-    word = w0 if k == 0 else (w1 if k == 1 else (w2 if k == 2 else w3))
-    return word.to(tl.uint32, bitcast=True)
+def dropped(plus, minus, bits, threshold, BITS: tl.constexpr):
+    """What stays of the pair, divided by the chance to stay."""
+    scale = (1 << BITS) / (tl.zeros_like(plus) + ((1 << BITS) - threshold))
+    first, second = bits & ((1 << BITS) - 1), (bits >> BITS) & ((1 << BITS) - 1)
+    plus = tl.where(first.to(tl.int32) >= threshold, plus * scale, 0.0)
+    return plus, tl.where(second.to(tl.int32) >= threshold, minus * scale, 0.0)
 
 
 @triton.jit
 def elu_pair_kernel(
-    s, bias, out, seed, part, threshold, pixels, height, width, out_height, out_width, left, above, at, half,
-    F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
-    WIDE: tl.constexpr,
+    s, bias, out, seed, part, threshold, height, width, out_height, out_width, left, above, at, half, G: tl.constexpr,
+    V: tl.constexpr, P: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
-    """Channels at .. at + F and half + at .. of `out`, that has 2 half channels; pixels are those of `out`."""
-    q = tl.program_id(0) * R + tl.arange(0, R)
-    x = q % out_width - left
-    row = q // out_width
-    y = row % out_height - above
-    inside = (q < pixels) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    source = (row // out_height * height + y) * width + x
-    to_pixel = out + q.to(tl.int64) * (2 * half) + at
-    from_pixel = s + source.to(tl.int64) * F
-    c = tl.arange(0, BQ)
-    if DROP:
-        w0, w1, w2, w3 = words_of(seed, part, source, c, Q)
-    scale = 65536 / (tl.zeros([1, 1], WIDE) + (65536 - threshold))
-    for k in tl.static_range(4):
-        channel = k * Q + c
-        real = (c < Q) & (channel < F)
-        there = inside[:, None] & real[None, :]
-        t = tl.load(from_pixel[:, None] + channel[None, :], mask=there, other=0.0).to(WIDE)
-        if BIAS:
-            t += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
-        _, less = exponential(t)
-        plus, minus = tl.where(t > 0, t, less), tl.where(t > 0, less, -t)
-        if DROP:
-            word = pick(w0, w1, w2, w3, k)
-            plus = tl.where(kept(word, threshold, 0), plus * scale, 0.0)
-            minus = tl.where(kept(word, threshold, 1), minus * scale, 0.0)
-        to = to_pixel[:, None] + channel[None, :]
-        written = (q < pixels)[:, None] & real[None, :]
-        tl.store(to, tl.where(there, plus, 0.0), mask=written)
-        tl.store(to + half, tl.where(there, minus, 0.0), mask=written)
+    """Program (row, b): of a row of `out` the vectors at .. at + G and half + at .. of each pixel, out of 2 half."""
+    row = tl.program_id(0)
+    image = row // out_height
+    y = row - image * out_height - above
+    source_row = image * height + y
+    vector = tl.program_id(1) * P + tl.arange(0, P)[:, None]
+    x, g = vector // G, vector % G
+    v = tl.arange(0, V)[None, :]
+    written = x < out_width
+    inside = written & (x >= left) & (x < width + left) & (y >= 0) & (y < height)
+    own = vector - left * G
+    t = tl.load(s + source_row.to(tl.int64) * width * (G * V) + (own * V + v), mask=inside, other=0.0).to(WIDE)
+    if BIAS:
+        t += tl.load(bias + (g * V + v), mask=written, other=0.0).to(WIDE)
+    less = decay_less_one(t, SHORT)
+    plus, minus = tl.where(t > 0, t, less), tl.where(t > 0, less, -t)
+    if BITS:
+        bits = random_bits(seed, part, source_row * (width * G) + own, v, V, BITS)
+        plus, minus = dropped(plus, minus, bits, threshold, BITS)
+    to = out + row.to(tl.int64) * out_width * (2 * half * V) + ((x * (2 * half) + at + g) * V + v)
+    tl.store(to, tl.where(inside, plus, 0.0), mask=written)
+    tl.store(to + half * V, tl.where(inside, minus, 0.0), mask=written)
 
 
 @triton.jit
 def elu_pair_gradients_kernel(
-    upstream, s, bias, to_s, sums, seed, part, threshold, steps, pixels, height, width, out_height, out_width, left,
-    above, at, half, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, BIAS: tl.constexpr,
-    DROP: tl.constexpr, WIDE: tl.constexpr,
+    upstream, s, bias, more, to_s, sums, seed, part, threshold, steps, rows, height, width, out_height, out_width, left,
+    above, at, half, G: tl.constexpr, V: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
+    MORE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
-    """Pixels are those of s, `steps` tiles of them a program. sums [programs, F]: of to_s over those."""
-    c = tl.arange(0, BQ)
-    sum_0 = tl.zeros([R, BQ], WIDE)
-    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
-    scale = 65536 / (tl.zeros([1, 1], WIDE) + (65536 - threshold))
+    """Program (r, b): `steps` of the rows of s. sums [programs, F]: of to_s over those. `more` is added to to_s."""
+    chunks: tl.constexpr = (G + C - 1) // C
+    first = tl.program_id(0) // chunks
+    x = (tl.program_id(1) * R + tl.arange(0, R))[:, None, None]
+    g = (tl.program_id(0) % chunks * C + tl.arange(0, C))[None, :, None]
+    v = tl.arange(0, V)[None, None, :]
+    real = (x < width) & (g < G)
+    inside = real & (x + left >= 0) & (x + left < out_width)
+    vector = x * G + g
+    own = vector * V + v
+    to_pair = ((x + left) * (2 * half) + at + g) * V + v
+    if BIAS:
+        shift = tl.load(bias + (g * V + v), mask=g < G, other=0.0).to(WIDE)
+        total = tl.zeros([R, C, V], WIDE)
     for step in range(steps):
-        q = (tl.program_id(0) * steps + step) * R + tl.arange(0, R)
-        x = q % width + left
-        row = q // width
-        y = row % height + above
-        inside = (q < pixels) & (x >= 0) & (x < out_width) & (y >= 0) & (y < out_height)
-        source = (row // height * out_height + y) * out_width + x
-        own = q.to(tl.int64) * F
-        start = upstream + source.to(tl.int64) * (2 * half) + at
-        if DROP:
-            w0, w1, w2, w3 = words_of(seed, part, q, c, Q)
-        for k in tl.static_range(4):
-            channel = k * Q + c
-            real = (c < Q) & (channel < F)
-            there = (q < pixels)[:, None] & real[None, :]
-            t = tl.load(s + own[:, None] + channel[None, :], mask=there, other=0.0).to(WIDE)
-            if BIAS:
-                t += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
-            read = inside[:, None] & real[None, :]
-            plus = tl.load(start[:, None] + channel[None, :], mask=read, other=0.0).to(WIDE)
-            minus = tl.load(start[:, None] + half + channel[None, :], mask=read, other=0.0).to(WIDE)
-            if DROP:
-                word = pick(w0, w1, w2, w3, k)
-                plus = tl.where(kept(word, threshold, 0), plus * scale, 0.0)
-                minus = tl.where(kept(word, threshold, 1), minus * scale, 0.0)
-            e, _ = exponential(t)
-            slope = tl.where(t > 0, plus - e * minus, e * plus - minus)
-            tl.store(to_s + own[:, None] + channel[None, :], slope, mask=there)
-            if BIAS:
-                slope = tl.where(there, slope, 0.0)
-                if k == 0:
-                    sum_0 += slope
-                elif k == 1:
-                    sum_1 += slope
-                elif k == 2:
-                    sum_2 += slope
-                else:
-                    sum_3 += slope
+        row = first * steps + step
+        image = row // height
+        y = row - image * height + above
+        there = real & (row < rows)
+        read = inside & (row < rows) & (y >= 0) & (y < out_height)
+        start = row.to(tl.int64) * width * (G * V)
+        pair = upstream + (image * out_height + y).to(tl.int64) * out_width * (2 * half * V)
+        t = tl.load(s + start + own, mask=there, other=0.0).to(WIDE)
+        plus = tl.load(pair + to_pair, mask=read, other=0.0).to(WIDE)
+        minus = tl.load(pair + half * V + to_pair, mask=read, other=0.0).to(WIDE)
+        if BIAS:
+            t += shift
+        if BITS:
+            bits = random_bits(seed, part, row * (width * G) + vector, v, V, BITS)
+            plus, minus = dropped(plus, minus, bits, threshold, BITS)
+        e = decay(t, SHORT)
+        slope = tl.where(t > 0, plus - e * minus, e * plus - minus)
+        if BIAS:
+            total += tl.where(there, slope, 0.0)
+        if MORE:
+            slope += tl.load(more + start + own, mask=there, other=0.0).to(WIDE)
+        tl.store(to_s + start + own, slope, mask=there)
     if BIAS:
-        put_sums(sums, sum_0, 0, c, F, Q)
-        put_sums(sums, sum_1, 1, c, F, Q)
-        put_sums(sums, sum_2, 2, c, F, Q)
-        put_sums(sums, sum_3, 3, c, F, Q)
+        program = (first * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        put_sums(sums + program * (G * V), total, g, v, G, V)
 
 
 @triton.jit
-def put_sums(sums, tile, k: tl.constexpr, c, F: tl.constexpr, Q: tl.constexpr):
-    channel = k * Q + c
-    tl.store(sums + tl.program_id(0).to(tl.int64) * F + channel, tl.sum(tile, axis=0), mask=(c < Q) & (channel < F))
+def put_sums(sums, tile, g, v, G: tl.constexpr, V: tl.constexpr):
+    tl.store(sums + (g * V + v), tl.sum(tile, axis=0, keep_dims=True), mask=g < G)
 
 
 @triton.jit
-def gate_of(f, bias, condition, image, q, channel, real, there, F: tl.constexpr, BIAS: tl.constexpr,
-            CONDITION: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """g of channels of f; all of a program's pixels are of one image."""
-    g = tl.load(f + q[:, None] * (2 * F) + channel[None, :], mask=there, other=0.0).to(WIDE)
+def totals_kernel(sums, out, rows, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The sums over the rows of sums [rows, F]."""
+    channel = tl.program_id(0) * C + tl.arange(0, C)
+    total = tl.zeros([R, C], sums.dtype.element_ty)
+    for start in range(0, rows, R):
+        row = start + tl.arange(0, R)
+        there = (row < rows)[:, None] & (channel < F)[None, :]
+        total += tl.load(sums + row.to(tl.int64)[:, None] * F + channel[None, :], mask=there, other=0.0)
+    tl.store(out + channel, tl.sum(total, axis=0), mask=channel < F)
+
+
+@triton.jit
+def gate_of(f, bias, condition, image, start, of_pixel, g, v, there, G: tl.constexpr, V: tl.constexpr,
+            BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Vectors g of f, of pixels of one image, with what is added to them."""
+    t = tl.load(f + start + of_pixel + (g * V + v), mask=there, other=0.0).to(WIDE)
     if BIAS:
-        g += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
+        t += tl.load(bias + (g * V + v), mask=g < 2 * G, other=0.0).to(WIDE)
     if CONDITION:
-        g += tl.load(condition + image * (2 * F) + channel, mask=real, other=0.0).to(WIDE)[None, :]
-    return g
+        t += tl.load(condition + image * (2 * G * V) + (g * V + v), mask=g < 2 * G, other=0.0).to(WIDE)
+    return t
 
 
 @triton.jit
 def gated_residual_kernel(
-    s, f, bias, condition, out, pixels, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr,
-    BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr,
+    s, f, bias, condition, out, blocks, pixels, G: tl.constexpr, V: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
-    """Program (image, b): a block of the `pixels` of an image."""
-    image = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(1) * R + tl.arange(0, R)
-    q = image * pixels + p
-    c = tl.arange(0, BQ)
-    for k in tl.static_range(4):
-        channel = k * Q + c
-        real = (c < Q) & (channel < F)
-        there = (p < pixels)[:, None] & real[None, :]
-        a = gate_of(f, bias, condition, image, q, channel, real, there, F, BIAS, CONDITION, WIDE)
-        b = gate_of(f, bias, condition, image, q, F + channel, real, there, F, BIAS, CONDITION, WIDE)
-        at = q[:, None] * F + channel[None, :]
-        t = tl.load(s + at, mask=there, other=0.0).to(WIDE)
-        tl.store(out + at, t + a / (1 + tl.exp(-b)), mask=there)
+    """A program: a block of the `pixels` of an image."""
+    chunks: tl.constexpr = (G + C - 1) // C
+    block = tl.program_id(0) // chunks
+    image = (block // blocks).to(tl.int64)
+    p = (block % blocks * R + tl.arange(0, R))[:, None, None]
+    g = (tl.program_id(0) % chunks * C + tl.arange(0, C))[None, :, None]
+    v = tl.arange(0, V)[None, None, :]
+    there = (p < pixels) & (g < G)
+    start, twice = image * pixels * (G * V), p * (2 * G * V)
+    a = gate_of(f, bias, condition, image, 2 * start, twice, g, v, there, G, V, BIAS, CONDITION, WIDE)
+    b = gate_of(f, bias, condition, image, 2 * start, twice, G + g, v, there, G, V, BIAS, CONDITION, WIDE)
+    at = start + (p * G + g) * V + v
+    t = tl.load(s + at, mask=there, other=0.0).to(WIDE)
+    e = decay(b, SHORT)
+    far = 1 / (1 + e)
+    tl.store(out + at, t + a * tl.where(b > 0, far, e * far), mask=there)
 
 
 @triton.jit
 def gated_residual_gradients_kernel(
-    upstream, f, bias, condition, to_f, sums, steps, pixels, F: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    BQ: tl.constexpr, BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr,
+    upstream, f, bias, condition, to_f, sums, steps, blocks, pixels, G: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, BIAS: tl.constexpr, CONDITION: tl.constexpr, WIDE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
-    """Program (image, b, quarter): `steps` tiles. sums [images, blocks, 2F]: of to_f over those."""
-    image = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BQ)
-    channel = tl.program_id(2) * Q + c
-    real = (c < Q) & (channel < F)
-    sum_a = tl.zeros([R, BQ], WIDE)
-    sum_b = tl.zeros([R, BQ], WIDE)
+    """A program: `steps` tiles of an image. sums [images, blocks, 2F]: of to_f over those."""
+    chunks: tl.constexpr = (G + C - 1) // C
+    block = tl.program_id(0) // chunks
+    image = (block // blocks).to(tl.int64)
+    g = (tl.program_id(0) % chunks * C + tl.arange(0, C))[None, :, None]
+    v = tl.arange(0, V)[None, None, :]
+    start = image * pixels * (G * V)
+    sum_a = tl.zeros([R, C, V], WIDE)
+    sum_b = tl.zeros([R, C, V], WIDE)
     for step in range(steps):
-        p = (tl.program_id(1) * steps + step) * R + tl.arange(0, R)
-        q = image * pixels + p
-        there = (p < pixels)[:, None] & real[None, :]
-        a = gate_of(f, bias, condition, image, q, channel, real, there, F, BIAS, CONDITION, WIDE)
-        b = gate_of(f, bias, condition, image, q, F + channel, real, there, F, BIAS, CONDITION, WIDE)
-        g = tl.load(upstream + q[:, None] * F + channel[None, :], mask=there, other=0.0).to(WIDE)
-        open = 1 / (1 + tl.exp(-b))
-        to_a = g * open
-        to_b = to_a * a / (1 + tl.exp(b))  # 1 - open, without cancellation
-        to = to_f + q[:, None] * (2 * F) + channel[None, :]
+        p = ((block % blocks * steps + step) * R + tl.arange(0, R))[:, None, None]
+        there = (p < pixels) & (g < G)
+        twice = p * (2 * G * V)
+        a = gate_of(f, bias, condition, image, 2 * start, twice, g, v, there, G, V, BIAS, CONDITION, WIDE)
+        b = gate_of(f, bias, condition, image, 2 * start, twice, G + g, v, there, G, V, BIAS, CONDITION, WIDE)
+        up = tl.load(upstream + start + (p * G + g) * V + v, mask=there, other=0.0).to(WIDE)
+        e = decay(b, SHORT)
+        far = 1 / (1 + e)
+        near = e * far
+        to_a = up * tl.where(b > 0, far, near)
+        to_b = to_a * a * tl.where(b > 0, near, far)  # 1 - sigmoid, without cancellation
+        to = to_f + 2 * start + twice + g * V + v
         tl.store(to, to_a, mask=there)
-        tl.store(to + F, to_b, mask=there)
+        tl.store(to + G * V, to_b, mask=there)
         sum_a += tl.where(there, to_a, 0.0)
         sum_b += tl.where(there, to_b, 0.0)
     if BIAS or CONDITION:
-        own = sums + (image * tl.num_programs(1) + tl.program_id(1)) * (2 * F) + channel
-        tl.store(own, tl.sum(sum_a, axis=0), mask=real)
-        tl.store(own + F, tl.sum(sum_b, axis=0), mask=real)
+        own = sums + block.to(tl.int64) * (2 * G * V)
+        put_sums(own, sum_a, g, v, G, V)
+        put_sums(own + G * V, sum_b, g, v, G, V)
 
 
-def tile(channels: int, dtype: torch.dtype) -> dict[str, Any]:
-    """F; Q, a quarter of it; the tile's R pixels and BQ channels, and what it is computed in."""
-    quarter = triton.cdiv(channels, 4)
-    columns, wide = triton.next_power_of_2(quarter), wider(dtype)
-    rows = max(1, BYTES // wide.itemsize // columns)
-    wide = tl.float64 if wide == torch.float64 else tl.float32
-    return {"F": channels, "Q": quarter, "R": rows, "BQ": columns, "WIDE": wide}
+def vectors(parts: Sequence[Tensor], channels: int) -> dict[str, Any]:
+    """The vectors that fit each of `parts`, G of them in `channels`; what is computed in, and with how many digits."""
+    dtype = parts[0].dtype
+    v = math.gcd(16 // dtype.itemsize, *(t.shape[1] for t in parts))
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"G": channels // v, "V": v, "WIDE": wide, "SHORT": dtype.itemsize < 4}
+
+
+def tile(sizes: dict[str, Any], itemsize: int, pixels: int) -> dict[str, Any]:
+    """R of so many pixels in a row and C vectors of each: a power of 2 that divides G, if it fills 64 bytes."""
+    g = sizes["G"]
+    whole = g & -g
+    c = min(whole if whole * sizes["V"] * itemsize >= 64 else triton.next_power_of_2(g), VECTORS)
+    r = max(1, min(triton.next_power_of_2(pixels), VECTORS // c))
+    return sizes | {"R": r, "C": c, "num_warps": max(1, min(WARPS, r * c // 32))}
+
+
+def bits(seed: Tensor | None, dropout: float) -> tuple[int, int]:
+    """Of a random number that drops, 0 without dropout; and how many of their values do."""
+    threshold = min(round(dropout * 65536), 65535)
+    if seed is None:
+        return 0, 0
+    return (16, threshold) if threshold % 256 else (8, threshold // 256)
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def totals(sums: Tensor, out: Tensor) -> None:
+    """out = sums.sum(0)."""
+    rows, channels = sums.shape
+    totals_kernel[(triton.cdiv(channels, 16),)](sums, out, rows, channels, R=128, C=16, num_warps=WARPS)
 
 
 def _last(t: Tensor) -> Tensor:
@@ -252,11 +300,6 @@ def _on(t: Tensor) -> Any:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _threshold(dropout: float) -> int:
-    """Of 65536 numbers, how many are dropped."""
-    return min(round(dropout * 65536), 65535)
-
-
 @torch.library.custom_op("infovae_fast::elu_pair_triton", mutates_args=())
 def elu_pair(
     s: Sequence[Tensor], bias: Tensor | None, seed: Tensor | None, pad: Sequence[int], dropout: float
@@ -265,15 +308,17 @@ def elu_pair(
     bias = _flat(bias)
     out_height, out_width, half = _sizes(s, pad)
     out = _new(s[0], n, 2 * half, out_height, out_width)
-    at, pixels = 0, n * out_height * out_width
+    at, (n_bits, threshold) = 0, bits(seed, dropout)
     with _on(out):
         for part, own in enumerate(s):
-            sizes = tile(own.shape[1], own.dtype)
-            if pixels:
-                elu_pair_kernel[(triton.cdiv(pixels, sizes["R"]),)](
-                    _last(own), own if bias is None else bias[at:], out, own if seed is None else seed, part,
-                    _threshold(dropout), pixels, height, width, out_height, out_width, pad[0], pad[2], at, half,
-                    **sizes, BIAS=bias is not None, DROP=seed is not None, num_warps=WARPS,
+            sizes = vectors(s, own.shape[1])
+            v, in_row = sizes["V"], out_width * sizes["G"]
+            p = min(PAIR_VECTORS, triton.next_power_of_2(in_row))
+            if out.numel():
+                elu_pair_kernel[(n * out_height, triton.cdiv(in_row, p))](
+                    _last(own), own if bias is None else bias[at:], out, own if seed is None else seed, part, threshold,
+                    height, width, out_height, out_width, pad[0], pad[2], at // v, half // v, **sizes, P=p,
+                    BIAS=bias is not None, BITS=n_bits, num_warps=max(1, min(WARPS, p // 32)),
                 )  # fmt: skip
             at += own.shape[1]
     return out
@@ -281,31 +326,40 @@ def elu_pair(
 
 @torch.library.custom_op("infovae_fast::elu_pair_gradients_triton", mutates_args=())
 def elu_pair_gradients(
-    upstream: Tensor, s: Sequence[Tensor], bias: Tensor | None, seed: Tensor | None, pad: Sequence[int], dropout: float
+    upstream: Tensor,
+    s: Sequence[Tensor],
+    bias: Tensor | None,
+    seed: Tensor | None,
+    pad: Sequence[int],
+    dropout: float,
+    more: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """To each of s, and to the bias."""
+    """To each of s, with the one of `more` added, and to the bias."""
     n, _, height, width = s[0].shape
     bias = _flat(bias)
+    to_bias = upstream.new_empty(0) if bias is None else torch.empty_like(bias)
     out_height, out_width, half = _sizes(s, pad)
-    upstream, found, totals = _last(upstream), [], []
-    at, pixels = 0, n * height * width
+    upstream, found, rows = _last(upstream), [], n * height
+    at, (n_bits, threshold) = 0, bits(seed, dropout)
     with _on(upstream):
-        for part, own in enumerate(s):
-            sizes = tile(own.shape[1], own.dtype)
-            steps = STEPS if bias is not None else 1
-            programs = triton.cdiv(pixels, sizes["R"] * steps)
+        for part, (own, added) in enumerate(zip(s, more, strict=True)):
+            sizes = tile(vectors(s, own.shape[1]), own.dtype.itemsize, width)
+            v, steps = sizes["V"], max(STEPS, triton.cdiv(rows, PARTS)) if bias is not None else 1
+            blocks, groups = triton.cdiv(width, sizes["R"]), triton.cdiv(rows, steps)
             to_s = _new(own, *own.shape)
-            sums = own.new_empty(programs, own.shape[1], dtype=wider(own.dtype)) if bias is not None else to_s
-            if pixels:
-                elu_pair_gradients_kernel[(programs,)](
-                    upstream, _last(own), own if bias is None else bias[at:], to_s, sums, own if seed is None else seed,
-                    part, _threshold(dropout), steps, pixels, height, width, out_height, out_width, pad[0], pad[2], at,
-                    half, **sizes, BIAS=bias is not None, DROP=seed is not None, num_warps=WARPS,
+            sums = to_s if bias is None else own.new_empty(groups * blocks, own.shape[1], dtype=wider(own.dtype))
+            if own.numel():
+                elu_pair_gradients_kernel[(groups * triton.cdiv(sizes["G"], sizes["C"]), blocks)](
+                    upstream, _last(own), own if bias is None else bias[at:], own if added is None else _last(added),
+                    to_s, sums, own if seed is None else seed, part, threshold, steps, rows, height, width, out_height,
+                    out_width, pad[0], pad[2], at // v, half // v, **sizes, BIAS=bias is not None,
+                    MORE=added is not None, BITS=n_bits,
                 )  # fmt: skip
+            if bias is not None:
+                totals(sums, to_bias[at : at + own.shape[1]])
             found.append(to_s)
-            totals += [sums.sum(0)] if bias is not None else []
             at += own.shape[1]
-    return [*found, upstream.new_empty(0) if bias is None else torch.cat(totals).to(bias.dtype)]
+    return [*found, to_bias]
 
 
 def _sizes(s: Sequence[Tensor], pad: Sequence[int]) -> tuple[int, int, int]:
@@ -316,14 +370,15 @@ def _sizes(s: Sequence[Tensor], pad: Sequence[int]) -> tuple[int, int, int]:
 
 @torch.library.custom_op("infovae_fast::gated_residual_triton", mutates_args=())
 def gated_residual(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None) -> Tensor:
-    out, sizes, pixels = _new(s, *s.shape), tile(s.shape[1], s.dtype), s.shape[2] * s.shape[3]
+    out, pixels = _new(s, *s.shape), s.shape[2] * s.shape[3]
+    sizes = tile(vectors([s], s.shape[1]), s.dtype.itemsize, pixels)
+    blocks, chunks = triton.cdiv(pixels, sizes["R"]), triton.cdiv(sizes["G"], sizes["C"])
     bias, condition = _flat(bias), _flat(condition)
     with _on(s):
         if out.numel():
-            gated_residual_kernel[(len(s), triton.cdiv(pixels, sizes["R"]))](
-                _last(s), _last(f), f if bias is None else bias, f if condition is None else condition,
-                out, pixels, **sizes, BIAS=bias is not None, CONDITION=condition is not None,
-                num_warps=WARPS,
+            gated_residual_kernel[(len(s) * blocks * chunks,)](
+                _last(s), _last(f), f if bias is None else bias, f if condition is None else condition, out, blocks,
+                pixels, **sizes, BIAS=bias is not None, CONDITION=condition is not None,
             )  # fmt: skip
     return out
 
@@ -331,23 +386,27 @@ def gated_residual(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor 
 @torch.library.custom_op("infovae_fast::gated_residual_gradients_triton", mutates_args=())
 def gated_residual_gradients(
     upstream: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """To f, and its sums over the pixels, [N, 2F]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """To f, to the bias and to the condition."""
     n, channels, height, width = f.shape
-    sizes, pixels = tile(channels // 2, f.dtype), height * width
+    pixels = height * width
+    sizes = tile(vectors([upstream], channels // 2), f.dtype.itemsize, pixels)
     bias, condition = _flat(bias), _flat(condition)
-    to_f, steps = _new(f, *f.shape), min(STEPS, triton.cdiv(pixels, sizes["R"]))
-    blocks = triton.cdiv(pixels, sizes["R"] * steps) if pixels else 0
+    to_f, steps = _new(f, *f.shape), max(1, min(STEPS, triton.cdiv(pixels, sizes["R"])))
+    blocks, chunks = triton.cdiv(pixels, sizes["R"] * steps), triton.cdiv(sizes["G"], sizes["C"])
     wanted = bias is not None or condition is not None
     sums = f.new_empty((n, blocks, channels) if wanted else (0, 0, 0), dtype=wider(f.dtype))
+    to_bias = f.new_empty(0) if bias is None else torch.empty_like(bias)
     with _on(f):
         if f.numel():
-            gated_residual_gradients_kernel[(n, blocks, 4)](
-                _last(upstream), _last(f), f if bias is None else bias, f if condition is None else
-                condition, to_f, sums, steps, pixels, **sizes, BIAS=bias is not None,
-                CONDITION=condition is not None, num_warps=WARPS,
+            gated_residual_gradients_kernel[(n * blocks * chunks,)](
+                _last(upstream), _last(f), f if bias is None else bias, f if condition is None else condition, to_f,
+                sums, steps, blocks, pixels, **sizes, BIAS=bias is not None, CONDITION=condition is not None,
             )  # fmt: skip
-    return to_f, sums.sum(1)
+        of_images = sums.flatten(0, 1) if condition is None else sums.sum(1)
+        if bias is not None:
+            totals(of_images, to_bias)
+    return to_f, to_bias, f.new_empty(0) if condition is None else of_images.to(condition.dtype)
 
 
 @elu_pair.register_fake
@@ -357,7 +416,7 @@ def _(s, bias, seed, pad, dropout):
 
 
 @elu_pair_gradients.register_fake
-def _(upstream, s, bias, seed, pad, dropout):
+def _(upstream, s, bias, seed, pad, dropout, more):
     return [*(_new(t, *t.shape) for t in s), upstream.new_empty(0) if bias is None else torch.empty_like(bias)]
 
 
@@ -368,5 +427,5 @@ def _(s, f, bias, condition):
 
 @gated_residual_gradients.register_fake
 def _(upstream, f, bias, condition):
-    shape = (len(f), f.shape[1]) if bias is not None or condition is not None else (0, 0)
-    return _new(f, *f.shape), f.new_empty(shape, dtype=wider(f.dtype))
+    to_bias, to_condition = (f.new_empty(0) if t is None else torch.empty_like(t) for t in (bias, condition))
+    return _new(f, *f.shape), to_bias, to_condition

@@ -59,7 +59,8 @@ def gpu_kernels_without_a_gpu() -> None:
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
             mixture_kernels.BYTES *= 64
-            residual_kernels.BYTES *= 128
+            residual_kernels.VECTORS *= 128
+            residual_kernels.PAIR_VECTORS *= 128
         masked_conv.BACKENDS += (Backend("cuda", cuda_conv_reason, simt_conv),)
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),

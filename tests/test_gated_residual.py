@@ -108,8 +108,9 @@ def test_several_programs_steps_and_strided_biases(monkeypatch):
 
     s, f, z = random(3, 9, 7, 6, last=True), random(3, 18, 7, 6), random(3, 36)
     found = []
-    for size in (kernels.BYTES, 256):  # of a tile: one program and one step, or many
-        monkeypatch.setattr(kernels, "BYTES", size)
+    for size in (kernels.VECTORS, 4):  # of a tile: one program and one step, or many
+        monkeypatch.setattr(kernels, "VECTORS", size)
+        monkeypatch.setattr(kernels, "PAIR_VECTORS", size)
         torch.manual_seed(1)
         ours = operators(s, "triton")
         bias = torch.linspace(-1, 1, 18, dtype=torch.float64, device=DEVICE)[::2].requires_grad_()
@@ -125,6 +126,18 @@ def test_several_programs_steps_and_strided_biases(monkeypatch):
     torch.testing.assert_close(
         gate, operators(s, "reference").gated_residual(s, f, gate_bias, z[:, ::2]), rtol=1e-12, atol=1e-12
     )
+
+
+@both
+def test_gradients_to_what_goes_through_are_added(backend):
+    """Of one s that is read on and one that is not, whether the pair itself is wanted or not."""
+    s, bias = [random(2, m, 3, 5) for m in (4, 2)], random(6)
+    pair, *on = operators(s[0], backend).elu_pair_through(s, bias, (1, 0, 1, 0), 0.0)
+    assert all(torch.equal(one, own) for one, own in zip(on, s, strict=True))
+    of_pair = torch.autograd.grad(pair.sin().sum(), (*s, bias), retain_graph=True)
+    found = torch.autograd.grad(pair.sin().sum() + on[0].square().sum(), (*s, bias), retain_graph=True)
+    torch.testing.assert_close(found, (of_pair[0] + 2 * s[0], *of_pair[1:]))
+    torch.testing.assert_close(torch.autograd.grad(on[0].square().sum(), s[0])[0], 2 * s[0])
 
 
 @both
@@ -223,12 +236,12 @@ for dtype in (torch.float32, torch.bfloat16):
         seed, pad = torch.zeros(1, dtype=torch.int64), [1, 1, 1, 0]
         bias, z = torch.zeros(2 * maps, dtype=dtype), torch.zeros(1, 2 * maps, dtype=dtype)
         out = kernels.elu_pair([s], bias, seed, pad, 0.5)
-        kernels.elu_pair_gradients(out, [s], bias, seed, pad, 0.5)
+        kernels.elu_pair_gradients(out, [s], bias, seed, pad, 0.5, [s])
         kernels.gated_residual(s, f, bias, z)
         kernels.gated_residual_gradients(s, f, bias, z)
 """
     found = launch_ahead(code)
-    assert len(found) == 2 * 2 * 2 * 4
+    assert len(found) == 2 * 2 * 2 * 6
     assert all(one["local"] == 0 and one["stack"] == 0 for one in found), found
 
 

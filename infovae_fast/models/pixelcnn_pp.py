@@ -265,16 +265,19 @@ class _Block(nn.Module):
             self.condition: Any = nn.Conv2d(code, 2 * maps, 1, bias=False)
             nn.init.normal_(self.condition.weight, std=0.05)
 
-    def forward(self, between: Operators, s: Tensor, code: Tensor | None, *a: Tensor) -> Tensor:
-        """`between`: what the convolutions have between them."""
-        c, bias = self.first(between.elu_pair([s], None, self.first.pad, 0.0)), self.first.bias
+    def forward(self, between: Operators, s: Tensor, code: Tensor | None, *a: Tensor) -> tuple[Tensor, ...]:
+        """And a, for who reads it after. `between`: what the convolutions have between them."""
+        pair, s = between.elu_pair_through([s], None, self.first.pad, 0.0)
+        c, bias = self.first(pair), self.first.bias
         if a:
-            c, bias = c + self.aside(between.elu_pair(a, None, (), 0.0)), bias + self.aside.bias
+            pair, *a = between.elu_pair_through(a, None, (), 0.0)  # type: ignore[assignment]
+            c, bias = c + self.aside(pair), bias + self.aside.bias
         f = self.second(between.elu_pair([c], bias, self.second.pad, self.dropout if self.training else 0.0))
         condition = None if code is None else self.condition(code)
         if condition is not None and condition.shape[2:] != (1, 1):
             f, condition = f + condition, None
-        return between.gated_residual(s, f, self.second.bias, None if condition is None else condition[:, :, 0, 0])
+        condition = None if condition is None else condition[:, :, 0, 0]
+        return between.gated_residual(s, f, self.second.bias, condition), *a
 
 
 class _Blocks(nn.Module):
@@ -289,8 +292,9 @@ class _Blocks(nn.Module):
     def forward(
         self, between: Operators, code: Tensor | None, u: Tensor, ul: Tensor, *passed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        u = self.u(between, u, code, *passed[:1])
-        return u, self.ul(between, ul, code, u, *passed[1:])
+        u, *_ = self.u(between, u, code, *passed[:1])
+        ul, u, *_ = self.ul(between, ul, code, u, *passed[1:])
+        return u, ul
 
 
 class _Streams(nn.Module):
