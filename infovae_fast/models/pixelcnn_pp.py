@@ -214,7 +214,8 @@ class _Conv(nn.Module):
     ) -> None:
         super().__init__()
         (kernel, self.pad), self.stride, self.deviation, self.bare = rectangle, stride, deviation, bare
-        self.direction = nn.Parameter(0.05 * torch.randn(cout, cin, *kernel))  # v
+        v = 0.05 * torch.randn(cout, cin, *kernel)
+        self.direction = nn.Parameter(v.contiguous(memory_format=torch.channels_last))  # as the convolutions want it
         self.gain = nn.Parameter(torch.ones(cout))  # g
         self.bias = nn.Parameter(torch.zeros(cout))
 
@@ -223,7 +224,7 @@ class _Conv(nn.Module):
         v, g = self.direction, self.gain[:, None, None, None]
         if transforms() is not None:  # the fused function has no forward mode
             return v * (g / v.flatten(1).norm(dim=1)[:, None, None, None])
-        return torch._weight_norm(v, g)
+        return torch._weight_norm(v.permute(0, 2, 3, 1), g).permute(0, 3, 1, 2)  # which copies what is not contiguous
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bare:
