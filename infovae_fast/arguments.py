@@ -29,7 +29,7 @@ def number(name: str, value: Any, kind: Any, above: int) -> Any:
 
 def reduced(nll: Tensor, reduction: Reduction) -> Tensor:
     """[N, ...] summed to [N], and that as asked for."""
-    per_example = nll.unsqueeze(-1).flatten(1).sum(1)  # [N, ...] -> [N]
+    per_example = nll if nll.ndim == 1 else nll.flatten(1).sum(1)  # [N, ...] -> [N]
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is unknown; accepted: 'none', 'mean', 'sum'")
     return per_example if reduction == "none" else getattr(per_example, reduction)()

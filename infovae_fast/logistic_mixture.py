@@ -46,11 +46,16 @@ Tail = Literal["exact", "openai"]
 def split_params(params: Tensor, data_channels: int | None = None, mixtures: int | None = None) -> tuple[Tensor, ...]:
     """Logits [N, K, *S]; means and log-scales [N, C, K, *S]; raw coefficients [N, 3, K, *S], none for one channel."""
     (params,) = float32_or_better(params=params)
+    table = params.unflatten(1, (_rows(params, data_channels, mixtures), -1))
+    return table[:, 0], table[:, 1::3], table[:, 2::3], table[:, 3::3]
+
+
+def _rows(params: Tensor, data_channels: int | None, mixtures: int | None = None) -> int:
+    """Of K numbers each. ValueError for what is no mixture."""
     for channels, rows in ((1, 3), (3, 10)):
         k, rest = divmod(params.shape[1] if params.ndim > 1 else 0, rows)
         if k and not rest and data_channels in (None, channels) and mixtures in (None, k):
-            table = params.unflatten(1, (rows, k))
-            return table[:, 0], table[:, 1::3], table[:, 2::3], table[:, 3::3]
+            return rows
     raise ValueError(
         f"params {tuple(params.shape)} fit no mixture of {mixtures or 'K'} logistics for {data_channels or '1 or 3'} "
         "data channel(s): axis 1 must be 3 K long for 1 channel, 10 K for 3; other numbers of channels do not work"
@@ -106,9 +111,9 @@ def _native() -> Leaf:
 
 
 def _triton() -> Leaf:
-    from infovae_fast.kernels.logistic_mixture import logistic_mixture
+    from infovae_fast.kernels.logistic_mixture import launch, logistic_mixture
 
-    return logistic_mixture
+    return logistic_mixture if torch.compiler.is_compiling() else launch  # which saves an op's way through PyTorch
 
 
 def _cpp_reason(params: Tensor, *inputs: Any) -> str | None:
@@ -193,6 +198,6 @@ def discretized_logistic_mixture_nll(
         raise ValueError(f"tail={tail!r} is unknown; accepted: 'exact', 'openai'")
     if x.ndim < 2 or params.shape[:1] + params.shape[2:] != x.shape[:1] + x.shape[2:]:
         raise ValueError(f"params {tuple(params.shape)}, x {tuple(x.shape)} must be [N, P, *S] and [N, C, *S]")
-    split_params(params, data_channels=x.shape[1])  # refuses what is no mixture
+    _rows(params, data_channels=x.shape[1])  # refuses what is no mixture
     inputs = (params, x, levels, tail)
     return reduced(choose("logistic_mixture", BACKENDS, backend, *inputs)(*inputs), reduction)

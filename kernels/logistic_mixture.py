@@ -9,6 +9,7 @@ so that a component's log P is a sum, of what may be huge, and the logarithm of 
 the sum where w < 1. The factors stay as they are in the sum over components, and a pixel needs one logarithm.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -16,27 +17,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES = 1024  # of a tile, so that what the gradient needs fits the registers
+NUMBERS = 128  # of a tile
 WARPS = 4
+COEFFICIENTS = tl.constexpr(tuple(1 / math.factorial(i + 1) for i in range(19)))  # of (1 - e^-w) / w
+
+
+@triton.jit
+def exp(x):
+    """e^x; float32's loses digits where |x| is large, and has no denormal numbers, which GPUs need more steps for."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def power_of_e(x):
-    """e^x; float32's own loses digits where |x| is large."""
+    """e^x with all digits."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     k = tl.floor(x * 1.44269504 + 0.5)
-    return tl.exp((x - k * 0.693359375) + k * 2.12194440e-4) * tl.exp2(k)
+    return exp((x - k * 0.693359375) + k * 2.12194440e-4) * tl.exp2(k)
 
 
 @triton.jit
 def decay(w, TERMS: tl.constexpr):
     """For w >= 0: e^-w and 1 - e^-w, that divided by w where w < 1, by its series."""
-    e = tl.exp(-w)
+    e = exp(-w)
     small = tl.where(w < 1, w, 1.0)
-    series = tl.zeros_like(w) + 1.0
-    for i in tl.static_range(TERMS):
-        series = 1.0 - small * series * (1.0 / (TERMS + 1 - i))
+    series = tl.zeros_like(w)
+    for i in tl.static_range(TERMS + 1):
+        series = COEFFICIENTS[TERMS - i] - small * series
     return e, tl.where(w < 1, series, 1.0 - e)
 
 
@@ -46,7 +56,8 @@ def tanh(a, TERMS: tl.constexpr):
     w = 2 * tl.abs(a)
     e, f = decay(w, TERMS)
     f = tl.where(w < 1, w * f, f)
-    return tl.where(a < 0, -f, f) / (1 + e), 4 * e / ((1 + e) * (1 + e))
+    r = 1 / (1 + e)
+    return tl.where(a < 0, -f, f) * r, 4 * e * (r * r)
 
 
 @triton.jit
@@ -67,16 +78,16 @@ def bin_of(halves, mean, log_s, last, log_width, TERMS: tl.constexpr):
     per_half = inverse_s / last
     p = tl.where(last_bin, 10000.0, (halves + 1 - mean * last) * per_half)
     m = tl.where(first_bin, -10000.0, (halves - 1 - mean * last) * per_half)
-    ep, em = tl.exp(-tl.abs(p)), tl.exp(-tl.abs(m))
-    sp, sm = 1 / (1 + ep), 1 / (1 + em)  # sigmoid of |p| and |m|
+    ep, em = exp(-tl.abs(p)), exp(-tl.abs(m))
+    both = 1 / ((1 + ep) * (1 + em))  # sigmoid of |p| times that of |m|
     w = 2 * per_half
     e, f = decay(w, TERMS)
     outer = first_bin | last_bin
     down = tl.where(p < 0, -p, 0.0) + tl.where(m > 0, m, 0.0) - tl.where(outer | (w >= 1), 0.0, log_width - log_s)
-    factor = sp * sm * tl.where(outer, 1.0, f)
-    above = tl.where(p > 0, ep * sp, sp)  # sigmoid of -p
-    below = tl.where(m > 0, sm, em * sm)  # and of m
-    narrowing = tl.where(w < 1, e / f, tl.where(e == 0, 0.0, w * e / f))
+    factor = both * tl.where(outer, 1.0, f)
+    above = both * (1 + em) * tl.where(p > 0, ep, 1.0)  # sigmoid of -p
+    below = both * (1 + ep) * tl.where(m > 0, 1.0, em)  # and of m
+    narrowing = tl.where(w < 1, e, tl.where(e == 0, 0.0, w * e)) / f
     return down, factor, (above - below) * inverse_s, above * p - below * m + tl.where(outer, 0.0, narrowing)
 
 
@@ -107,7 +118,7 @@ def logistic_mixture_kernel(
 
     logits = tl.load(source + row_of(start, 0, K, KP, source_p), mask=inside, other=float("-inf"))
     logits -= tl.where(there, tl.max(logits, axis=1), 0.0)[:, None]
-    weight = tl.exp(logits)
+    weight = exp(logits)
     mean_0 = tl.load(source + row_of(start, 1, K, KP, source_p), mask=inside, other=0.0)
     log_s_0 = tl.load(source + row_of(start, 2, K, KP, source_p), mask=inside, other=0.0)
     at = x + image * x_n + pixel * x_s
@@ -135,7 +146,7 @@ def logistic_mixture_kernel(
     # P = sum_k weight_k / weights e^-down_k factor_k, the weight being in down.
     weights = tl.sum(weight, axis=1)
     least = tl.where(there, tl.min(down, axis=1), 0.0)
-    part = tl.exp(least[:, None] - down) * factor
+    part = exp(least[:, None] - down) * factor
     total = tl.sum(part, axis=1)
     tl.store(nll + q, least + tl.log(weights / total), mask=there)
     if GRADIENT:
@@ -160,9 +171,11 @@ def terms(dtype: torch.dtype) -> int:
     return 18 if dtype == torch.float64 else 10
 
 
-def block(dtype: torch.dtype, k: int) -> int:
-    """The pixels of a program."""
-    return max(1, BYTES // dtype.itemsize // triton.next_power_of_2(k))
+def block(k: int) -> tuple[int, int]:
+    """The pixels of a program and its warps: one number for each thread, or what the gradient needs fills registers."""
+    columns = triton.next_power_of_2(k)
+    pixels = max(1, NUMBERS // columns)
+    return pixels, max(1, min(WARPS, pixels * columns // 32))
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -170,25 +183,27 @@ def _flat(t: Tensor) -> Tensor:
     return t.flatten(2) if t.ndim > 2 else t.unsqueeze(2)
 
 
-@torch.library.custom_op("infovae_fast::logistic_mixture_triton", mutates_args=())
-def logistic_mixture(params: Tensor, x: Tensor, levels: int, gradient: bool) -> tuple[Tensor, Tensor]:
+def launch(params: Tensor, x: Tensor, levels: int, gradient: bool) -> tuple[Tensor, Tensor]:
     """The op infovae_fast::logistic_mixture of csrc/bindings.cpp."""
     flat, x_flat = _flat(params), _flat(x)
     n, channels, pixels = x_flat.shape
     slope = torch.empty_like(params) if gradient else params.new_empty(0)
     to = _flat(slope) if gradient else flat
-    nll = params.new_zeros(n, pixels)
-    if params.numel():
+    nll = params.new_empty(n, pixels)
+    if nll.numel():
         k = params.shape[1] // (3 if channels == 1 else 10)
-        pixels_of_program = block(params.dtype, k)
+        pixels_of_program, warps = block(k)
         with torch.cuda.device(params.device) if params.is_cuda else nullcontext():
             logistic_mixture_kernel[(triton.cdiv(n * pixels, pixels_of_program),)](
                 flat, x_flat, nll, to, n, pixels, *flat.stride(), *x_flat.stride(), *to.stride(), levels - 1, k,
-                triton.next_power_of_2(k), channels, gradient, terms(params.dtype), pixels_of_program, num_warps=WARPS,
+                triton.next_power_of_2(k), channels, gradient, terms(params.dtype), pixels_of_program, num_warps=warps,
             )  # fmt: skip
         if gradient and to.data_ptr() != slope.data_ptr():
             slope.copy_(to.view(params.shape))
     return nll.sum(1, dtype=torch.float64).to(params.dtype), slope
+
+
+logistic_mixture = torch.library.custom_op("infovae_fast::logistic_mixture_triton", launch, mutates_args=())
 
 
 @logistic_mixture.register_fake

@@ -58,7 +58,7 @@ def gpu_kernels_without_a_gpu() -> None:
             conv_kernels.gate_tile = lambda columns, *_: tile(256, block(columns), 0, 4, 1)
             conv_kernels.PROGRAMS = 1
             masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
-            mixture_kernels.BYTES *= 64
+            mixture_kernels.NUMBERS *= 128
             residual_kernels.VECTORS *= 128
             residual_kernels.PAIR_VECTORS *= 128
         masked_conv.BACKENDS += (Backend("cuda", cuda_conv_reason, simt_conv),)

@@ -31,7 +31,7 @@ backend, one_thread = oracle.backend, oracle.one_thread
 if triton_missing() is None:
     from infovae_fast.kernels import logistic_mixture as kernels
 
-    SETTING = kernels.BYTES  # before the other tests' larger one
+    SETTING = kernels.NUMBERS  # before the other tests' larger one
 
 ROWS = {1: ("logits", "means", "scales"), 3: ("logits", *("means", "scales", "coefficients") * 3)}
 needs_native = pytest.mark.skipif(backends.native_missing() is not None, reason=str(backends.native_missing()))
@@ -173,7 +173,7 @@ def test_several_programs(monkeypatch):
     """Triton's blocks as they are on a GPU; the interpreter's are large."""
     monkeypatch.setattr(oracle, "device", oracle.device_of("triton"))
     can_run("triton")
-    monkeypatch.setattr(kernels, "BYTES", SETTING)
+    monkeypatch.setattr(kernels, "NUMBERS", SETTING)
     sweep("triton", [(10, 3, 256, (2, 3, 7))], [torch.float32])
 
 
@@ -402,7 +402,7 @@ def test_it_compiles_as_one_graph_with_its_gradient(backend):
 def test_operators_are_well_formed(leaf):
     """opcheck: schema and fake tensors, in both layouts and one that is neither."""
     can_run({"native": "cpp"}.get(leaf, leaf))
-    op = {"native": logistic_mixture._native, "triton": lambda: logistic_mixture._triton()._opoverload}[leaf]()
+    op = {"native": logistic_mixture._native, "triton": lambda: kernels.logistic_mixture._opoverload}[leaf]()
     for channels, gradient in ((1, False), (3, True)):
         params, x = problem(1, channels, 16, (2, 3, 2))
         for p in (params, channels_last(params), params.transpose(2, 3).contiguous().transpose(2, 3)):
