@@ -2,6 +2,7 @@
 
     elu_pair(s_1, ..)      drop(elu([t, -t])),  t = [s_1, ..] + b, with zeros around     [N, F, H, W] -> [N, 2F, H', W']
     elu_pair_through(s)    elu_pair(s), s_1, ..: who reads s on from here has both gradients added in one pass
+    weights(v, g)          g v / |v| for all of v [O, I, h, w] and g [O], the norm over what an output is made of
     gated_residual(s, f)   s + g_a sigmoid(g_b),  g = f + b + U z                        [N, 2F, H, W] -> [N, F, H, W]
 
 * b are the biases of the convolutions that made s and f, U z is one vector for an image; each may be missing.
@@ -33,6 +34,7 @@ class Operators(NamedTuple):
     elu_pair: Callable[[Sequence[Tensor], Tensor | None, Pad, float], Tensor]
     elu_pair_through: Callable[[Sequence[Tensor], Tensor | None, Pad, float], tuple[Tensor, ...]]
     gated_residual: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    weights: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
 def elu_pair_reference(s: Sequence[Tensor], bias: Tensor | None = None, pad: Pad = (), dropout: float = 0.0) -> Tensor:
@@ -54,6 +56,11 @@ def gated_residual_reference(s: Tensor, f: Tensor, bias: Tensor | None, conditio
         f = f if added is None else f + added.to(f.dtype)[:, :, None, None]
     a, b = f.chunk(2, 1)
     return s + a * b.sigmoid()
+
+
+def weights_reference(v: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+    """Plain PyTorch."""
+    return [t * (one / t.flatten(1).norm(dim=1))[:, None, None, None] for t, one in zip(v, g, strict=True)]
 
 
 def _kernels() -> Any:
@@ -95,6 +102,23 @@ class _GatedResidual(torch.autograd.Function):
         return upstream, to_f, None if bias is None else to_bias, None if condition is None else to_condition
 
 
+class _Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *both: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*both)
+        return tuple(_kernels().normalised(both[: len(both) // 2], both[len(both) // 2 :]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        v, g = ctx.saved_tensors[: len(upstream)], ctx.saved_tensors[len(upstream) :]
+        return tuple(_kernels().normalised_gradients(v, g, upstream))
+
+
+def _triton_weights(v: Sequence[Tensor], g: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return _Weights.apply(*v, *g)
+
+
 def _triton_through(s: Sequence[Tensor], bias: Tensor | None, pad: Pad, dropout: float) -> tuple[Tensor, ...]:
     return _EluPair.apply(bias, pad, dropout, *s)
 
@@ -109,8 +133,8 @@ def _triton_reason(s: Tensor) -> str | None:
     return triton_missing() or transforms()
 
 
-TRITON = Operators(_triton_elu_pair, _triton_through, _GatedResidual.apply)
-REFERENCE = Operators(elu_pair_reference, _reference_through, gated_residual_reference)
+TRITON = Operators(_triton_elu_pair, _triton_through, _GatedResidual.apply, _triton_weights)
+REFERENCE = Operators(elu_pair_reference, _reference_through, gated_residual_reference, weights_reference)
 BACKENDS = (
     Backend("triton", _triton_reason, TRITON),  # type: ignore[arg-type]
     Backend("reference", lambda s: None, REFERENCE),  # type: ignore[arg-type]

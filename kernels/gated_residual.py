@@ -249,6 +249,66 @@ def gated_residual_gradients_kernel(
         put_sums(own + G * V, sum_b, g, v, G, V)
 
 
+@triton.jit
+def normalised_row(v, g, w, rows, columns, B: tl.constexpr, WIDE: tl.constexpr):
+    """A row of w = g v / |v|."""
+    row = tl.program_id(0)
+    if row < rows:
+        c = tl.arange(0, B)
+        at = row * columns + c
+        t = tl.load(v + at, mask=c < columns, other=0.0).to(WIDE)
+        scale = tl.load(g + row).to(WIDE) / tl.sqrt(tl.sum(t * t, axis=0))
+        tl.store(w + at, t * scale, mask=c < columns)
+
+
+@triton.jit
+def normalised_gradients_row(v, g, up, to_v, to_g, rows, columns, B: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    if row < rows:
+        c = tl.arange(0, B)
+        at = row * columns + c
+        t = tl.load(v + at, mask=c < columns, other=0.0).to(WIDE)
+        u = tl.load(up + at, mask=c < columns, other=0.0).to(WIDE)
+        squares, product = tl.sum(t * t, axis=0), tl.sum(t * u, axis=0)
+        norm = tl.sqrt(squares)
+        tl.store(to_v + at, (u - t * (product / squares)) * (tl.load(g + row).to(WIDE) / norm), mask=c < columns)
+        tl.store(to_g + row, product / norm)
+
+
+@triton.jit
+def normalised_kernel(
+    v0, v1, v2, v3, g0, g1, g2, g3, w0, w1, w2, w3, rows0, rows1, rows2, rows3, columns0, columns1, columns2, columns3,
+    B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (row, which)."""
+    which = tl.program_id(1)
+    if which == 0:
+        normalised_row(v0, g0, w0, rows0, columns0, B, WIDE)
+    elif which == 1:
+        normalised_row(v1, g1, w1, rows1, columns1, B, WIDE)
+    elif which == 2:
+        normalised_row(v2, g2, w2, rows2, columns2, B, WIDE)
+    else:
+        normalised_row(v3, g3, w3, rows3, columns3, B, WIDE)
+
+
+@triton.jit
+def normalised_gradients_kernel(
+    v0, v1, v2, v3, g0, g1, g2, g3, u0, u1, u2, u3, to_v0, to_v1, to_v2, to_v3, to_g0, to_g1, to_g2, to_g3,
+    rows0, rows1, rows2, rows3, columns0, columns1, columns2, columns3, B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (row, which)."""
+    which = tl.program_id(1)
+    if which == 0:
+        normalised_gradients_row(v0, g0, u0, to_v0, to_g0, rows0, columns0, B, WIDE)
+    elif which == 1:
+        normalised_gradients_row(v1, g1, u1, to_v1, to_g1, rows1, columns1, B, WIDE)
+    elif which == 2:
+        normalised_gradients_row(v2, g2, u2, to_v2, to_g2, rows2, columns2, B, WIDE)
+    else:
+        normalised_gradients_row(v3, g3, u3, to_v3, to_g3, rows3, columns3, B, WIDE)
+
+
 def vectors(parts: Sequence[Tensor], channels: int) -> dict[str, Any]:
     """The vectors that fit each of `parts`, G of them in `channels`; what is computed in, and with how many digits."""
     dtype = parts[0].dtype
@@ -407,6 +467,48 @@ def gated_residual_gradients(
         if bias is not None:
             totals(of_images, to_bias)
     return to_f, to_bias, f.new_empty(0) if condition is None else of_images.to(condition.dtype)
+
+
+def _by_fours(kernel: Any, v: Sequence[Tensor], *more: Sequence[Tensor]) -> None:
+    """The kernel on four tensors of each sequence at a time, the last one again where there are fewer."""
+    wide = tl.float64 if v[0].dtype == torch.float64 else tl.float32
+    for start in range(0, len(v), 4):
+        some = [min(i, len(v) - 1) for i in range(start, start + 4)]
+        rows = [len(v[i]) if i == start + k else 0 for k, i in enumerate(some)]
+        columns = [v[i][0].numel() for i in some]
+        size = triton.next_power_of_2(max(columns))
+        kernel[(max(rows), 4)](
+            *(own[i] for own in (v, *more) for i in some), *rows, *columns, size, wide,
+            num_warps=max(1, min(8, size // 256)),
+        )  # fmt: skip
+
+
+@torch.library.custom_op("infovae_fast::normalised_triton", mutates_args=())
+def normalised(v: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+    found = [_new(t, *t.shape) for t in v]
+    with _on(v[0]):
+        _by_fours(normalised_kernel, [_last(t) for t in v], [t.contiguous() for t in g], found)
+    return found
+
+
+@torch.library.custom_op("infovae_fast::normalised_gradients_triton", mutates_args=())
+def normalised_gradients(v: Sequence[Tensor], g: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """To each of v, then to each of g."""
+    to_v, to_g = [_new(t, *t.shape) for t in v], [torch.empty_like(t) for t in g]
+    inputs = [_last(t) for t in v], [t.contiguous() for t in g], [_last(t) for t in upstream]
+    with _on(v[0]):
+        _by_fours(normalised_gradients_kernel, *inputs, to_v, to_g)
+    return [*to_v, *to_g]
+
+
+@normalised.register_fake
+def _(v, g):
+    return [_new(t, *t.shape) for t in v]
+
+
+@normalised_gradients.register_fake
+def _(v, g, upstream):
+    return [*(_new(t, *t.shape) for t in v), *(torch.empty_like(t) for t in g)]
 
 
 @elu_pair.register_fake

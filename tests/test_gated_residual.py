@@ -129,6 +129,23 @@ def test_several_programs_steps_and_strided_biases(monkeypatch):
 
 
 @both
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_weights(backend, dtype):
+    shapes = [(3, 2, 1, 2), (5, 3, 2, 2), (1, 4, 1, 1), (2, 40, 2, 3), (7, 1, 1, 1), (4, 2, 2, 1)]
+    for some, last in ((shapes, True), (shapes[:1], False)):
+        v, g = [random(*s, dtype=dtype, last=last) for s in some], [random(s[0], dtype=dtype) for s in some]
+        found = operators(v[0], backend).weights(v, g)
+        exact = [t.detach().double().requires_grad_() for t in (*v, *g)]
+        truth = [
+            torch._weight_norm(t, one[:, None, None, None])
+            for t, one in zip(exact[: len(v)], exact[len(v) :], strict=True)
+        ]
+        upstream = [torch.randn(s, dtype=torch.float64).to(DEVICE, dtype) for s in some]
+        to = torch.autograd.grad(found, (*v, *g), upstream)
+        agree([*found, *to], [*truth, *torch.autograd.grad(truth, exact, [t.double() for t in upstream])], dtype)
+
+
+@both
 def test_gradients_to_what_goes_through_are_added(backend):
     """Of one s that is read on and one that is not, whether the pair itself is wanted or not."""
     s, bias = [random(2, m, 3, 5) for m in (4, 2)], random(6)
@@ -239,9 +256,12 @@ for dtype in (torch.float32, torch.bfloat16):
         kernels.elu_pair_gradients(out, [s], bias, seed, pad, 0.5, [s])
         kernels.gated_residual(s, f, bias, z)
         kernels.gated_residual_gradients(s, f, bias, z)
+        v = [torch.zeros(2 * maps, maps, 2, 3, dtype=dtype)]
+        kernels.normalised(v, [bias])
+        kernels.normalised_gradients(v, [bias], v)
 """
     found = launch_ahead(code)
-    assert len(found) == 2 * 2 * 2 * 6
+    assert len(found) == 2 * 2 * 2 * 8
     assert all(one["local"] == 0 and one["stack"] == 0 for one in found), found
 
 

@@ -38,7 +38,8 @@ Source: Salimans et al., arXiv 1701.05517, github.com/openai/pixel-cnn; Salimans
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ class PixelCNNPlusPlus(nn.Module):
             raise ValueError(f"initialise: got {len(x)} images; accepted: 1 or more, x and z without NaN and inf")
         hooks = [m.register_forward_pre_hook(_Conv.start) for m in self.modules() if isinstance(m, _Conv)]
         try:
-            params = self._params(z, x)
+            params = self._params(z, x, starting=True)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -166,12 +167,14 @@ class PixelCNNPlusPlus(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.initialised = bool(state)
 
-    def _params(self, z: Tensor | None, x: Tensor) -> Tensor:
+    def _params(self, z: Tensor | None, x: Tensor, starting: bool = False) -> Tensor:
         codes = [code(z) for code in self.codes] if self.inputs else [None] * RESOLUTIONS
         y = torch.cat([2 * x - 1, torch.ones_like(x[:, :1])], 1)
         between = operators(y, self.backend)
         if between is TRITON:
             y = y.contiguous(memory_format=torch.channels_last)
+        alone = between is not TRITON or starting or self.checkpoint_layers or torch.compiler.is_compiling()
+        convs = [] if alone else [m for m in self.modules() if isinstance(m, _Conv)]
 
         def run(layer: Any, *streams: Tensor) -> tuple[Tensor, Tensor]:
             of_block = (between, codes[layer.resolution]) if isinstance(layer, _Blocks) else ()
@@ -179,17 +182,18 @@ class PixelCNNPlusPlus(nn.Module):
                 return checkpoint(layer, *of_block, *streams, use_reentrant=False)
             return layer(*of_block, *streams)
 
-        u, ul = self.above(y), self.row_above(y) + self.left(y)
-        if z is not None and len(z) != len(x):
-            u, ul = (s.repeat(len(z) // len(x), 1, 1, 1) for s in (u, ul))
-        passed = [(u, ul)]
-        for layer in self.up:
-            u, ul = run(layer, u, ul)
-            passed.append((u, ul))
-        passed.pop()
-        for layer in self.down:
-            u, ul = run(layer, u, ul, *(passed.pop() if isinstance(layer, _Blocks) else ()))
-        return self.head(ul)
+        with _weights_at_once(between, convs):
+            u, ul = self.above(y), self.row_above(y) + self.left(y)
+            if z is not None and len(z) != len(x):
+                u, ul = (s.repeat(len(z) // len(x), 1, 1, 1) for s in (u, ul))
+            passed = [(u, ul)]
+            for layer in self.up:
+                u, ul = run(layer, u, ul)
+                passed.append((u, ul))
+            passed.pop()
+            for layer in self.down:
+                u, ul = run(layer, u, ul, *(passed.pop() if isinstance(layer, _Blocks) else ()))
+            return self.head(ul)
 
     def check_code(self, z: Tensor | None) -> None:
         if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
@@ -218,9 +222,12 @@ class _Conv(nn.Module):
         self.direction = nn.Parameter(v.contiguous(memory_format=torch.channels_last))  # as the convolutions want it
         self.gain = nn.Parameter(torch.ones(cout))  # g
         self.bias = nn.Parameter(torch.zeros(cout))
+        self.ready: Tensor | None = None  # the weight, where it was found with all others'
 
     @property
     def weight(self) -> Tensor:  # [Cout, Cin, height, width]
+        if self.ready is not None:
+            return self.ready
         v, g = self.direction, self.gain[:, None, None, None]
         if transforms() is not None:  # the fused function has no forward mode
             return v * (g / v.flatten(1).norm(dim=1)[:, None, None, None])
@@ -238,6 +245,20 @@ class _Conv(nn.Module):
         scale = torch.where(std > 1e-3, self.deviation / std, 1.0)
         self.gain.mul_(scale)
         self.bias.copy_(-mean * scale)
+
+
+@contextmanager
+def _weights_at_once(between: Operators, convs: Sequence[_Conv]) -> Iterator[None]:
+    """Their weights are found in a few kernels rather than one for each."""
+    if convs:
+        weights = between.weights([conv.direction for conv in convs], [conv.gain for conv in convs])
+        for conv, weight in zip(convs, weights, strict=True):
+            conv.ready = weight
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.ready = None
 
 
 class _Larger(_Conv):
