@@ -59,8 +59,11 @@ def gated_residual_reference(s: Tensor, f: Tensor, bias: Tensor | None, conditio
 
 
 def weights_reference(v: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
-    """Plain PyTorch."""
-    return [t * (one / t.flatten(1).norm(dim=1))[:, None, None, None] for t, one in zip(v, g, strict=True)]
+    """Plain PyTorch; in float32 or better, as a norm in bfloat16 would be off by more than the weights."""
+    wide = [torch.promote_types(t.dtype, torch.float32) for t in v]
+    norms = [t.flatten(1).to(dtype).norm(dim=1) for t, dtype in zip(v, wide, strict=True)]
+    scales = [(one.to(norm.dtype) / norm)[:, None, None, None] for one, norm in zip(g, norms, strict=True)]
+    return [(t * scale).to(t.dtype) for t, scale in zip(v, scales, strict=True)]
 
 
 def _kernels() -> Any:

@@ -78,6 +78,7 @@ __device__ __forceinline__ void wait([[maybe_unused]] const int* done, [[maybe_u
         int found;
         do {
             asm volatile("ld.acquire.cta.shared.b32 %0, [%1];" : "=r"(found) : "r"(from) : "memory");
+            if (found < step) __nanosleep(32);  // else those who wait take the issue slots of the others
         } while (found < step);
     }
     __syncwarp();

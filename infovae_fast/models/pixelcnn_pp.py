@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.backends import NAMES, transforms
-from infovae_fast.gated_residual import TRITON, Operators, operators
+from infovae_fast.backends import NAMES
+from infovae_fast.gated_residual import TRITON, Operators, operators, weights_reference
 from infovae_fast.models.pixelcnn import Offsets, _SpatialCode
 
 PIXELCNN_PP = {"name": "pixelcnn_pp", "blocks": 5, "maps": 160, "dropout": 0.5}  # the paper's, for CIFAR-10
@@ -228,10 +228,7 @@ class _Conv(nn.Module):
     def weight(self) -> Tensor:  # [Cout, Cin, height, width]
         if self.ready is not None:
             return self.ready
-        v, g = self.direction, self.gain[:, None, None, None]
-        if transforms() is not None:  # the fused function has no forward mode
-            return v * (g / v.flatten(1).norm(dim=1)[:, None, None, None])
-        return torch._weight_norm(v.permute(0, 2, 3, 1), g).permute(0, 3, 1, 2)  # which copies what is not contiguous
+        return weights_reference([self.direction], [self.gain])[0]  # exact in float64, with all derivatives
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bare:
