@@ -6,9 +6,9 @@
     test       the tests of the kernels, on the GPU, with every backend; --tests for others. With pytest-xdist, in
                several processes: most of their time goes to compilers
     sanitize   compute-sanitizer memcheck and racecheck over the CUDA kernels: of few points and images by the programs
-               `pairwise_alone.cu` and `masked_conv_alone.cu`, the sampler's by a few of its tests (slow)
+               `pairwise_alone.cu`, `masked_conv_alone.cu` and `resident_alone.cu`, the sampler's by a few of its tests (slow)
     bound      the ceilings of this GPU, and what ours reaches of the bound
-    bench      the two programs, and `run`, `masked_conv` and `models` of benchmarks/
+    bench      the programs, and `run`, `masked_conv` and `models` of benchmarks/
 
 Each step writes OUT/STEP.log, and each of its commands has --limit seconds; the rows go to OUT/rows.jsonl. A step that
 fails does not stop the others; the exit status tells, and the table in the end which one it was.
@@ -40,10 +40,11 @@ KERNEL_TESTS = sorted(
         "pixel",
         "gated",
         "cuda_graph",
+        "resident",
     )
     for path in ROOT.glob(f"tests/test_{stem}*.py")
 )
-ALONE = {"pairwise_alone": "300", "masked_conv_alone": "4"}  # programs, and points or images for the sanitizer
+ALONE = {"pairwise_alone": "300", "masked_conv_alone": "4", "resident_alone": "3"}  # and points or images to check
 
 
 def commands(out: Path, tests: str) -> dict[str, list[str]]:

@@ -217,7 +217,7 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
     (z,) = samples(z=z)
     with torch.no_grad():
         z = at_least_float32(z.detach())
-        s = -z if score is None else score(z) if callable(score) else score
+        s = z if score is None else score(z) if callable(score) else score
         if not isinstance(s, Tensor) or s.shape != z.shape or s.device != z.device:
             got = f"shape {tuple(s.shape)} on {s.device}" if isinstance(s, Tensor) else type(s).__name__
             accepted = f"a tensor {tuple(z.shape)} on {z.device}, or a function of z that gives one"
@@ -225,9 +225,10 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
         s = s.detach().to(z.dtype)
         if not isinstance(kernel, Kernel | None):
             refuse_non_finite(z=z)
-        kernel = kernel_of(kernel, z, z)
-        F_ = force(z, v=-s, kernel=kernel, weights=(1.0, 0.0, 0.0), backend=backend)  # [N, D]
-        direction = (kernel.phi0 * s - F_) / len(z)
+        kernel, n = kernel_of(kernel, z, z), max(len(z), 1)
+        v = s / (-n if score is None else n)  # score_j / N
+        direction = force(z, v=v, kernel=kernel, weights=(-1 / n, 0.0, 0.0), backend=backend)  # [N, D], but for j = i
+        direction = direction.add_(v, alpha=kernel.phi0)
     check_result(direction, z=z, score=s)
     return direction
 
