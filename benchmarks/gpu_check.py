@@ -6,7 +6,8 @@
     test       the tests of the kernels, on the GPU, with every backend; --tests for others. With pytest-xdist, in
                several processes: most of their time goes to compilers
     sanitize   compute-sanitizer memcheck and racecheck over the CUDA kernels: of few points and images by the programs
-               `pairwise_alone.cu`, `masked_conv_alone.cu` and `resident_alone.cu`, the sampler's by a few of its tests (slow)
+               `pairwise_alone.cu`, `masked_conv_alone.cu` and `resident_alone.cu`, the sampler's by a few of its
+               tests (slow)
     bound      the ceilings of this GPU, and what ours reaches of the bound
     bench      the programs, and `run`, `masked_conv` and `models` of benchmarks/
 

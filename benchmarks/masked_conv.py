@@ -231,6 +231,8 @@ def nll_case(layout: torch.memory_format, batch: int, compiled: bool, where: Whe
         return run
 
     steps = {"infovae_fast": step(discretized_logistic_mixture_nll), "eager": step(reference)}
+    if where[0] == "cuda":
+        steps |= {f"{name} graph": captured(run) for name, run in steps.items()}
     steps |= {"torch.compile": step(torch.compile(reference))} if compiled else {}
     truth = step(reference, params.detach().double().requires_grad_(), x.double())
     return held("nll", steps, {name: run() for name, run in steps.items()}, truth(), LARGEST_ERROR[where[1]])

@@ -150,7 +150,7 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
         "ours",
         "as a CUDA graph",
         "cropped",
-        "graph: cropped to ours",
+        "graph: cropped or eager to ours",
         "`torch.compile`",
         "eager",
     ]
@@ -160,7 +160,7 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
         pass_ = "" if what.startswith("sample") else ", forward and gradients" if gradient else ", forward"
         ours, graph = by.get(OURS), by.get(f"{OURS} graph") or by.get(ALONE)
         cells = [duration(ours), duration(graph), ratio(by.get("cropped"), ours)]
-        cells += [ratio(by.get("cropped graph"), graph)]
+        cells += [ratio(by.get("cropped graph") or by.get("eager graph"), graph)]
         cells += [ratio(by.get(k), ours) for k in ("torch.compile", "eager", "plain cached", "naive")]
         cells += [
             ", ".join(f"{by[k]['error']:.0e}" for k in (OURS, ALONE, "cropped") if "error" in by.get(k, {})) or "–"

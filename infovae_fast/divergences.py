@@ -225,10 +225,9 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
         s = s.detach().to(z.dtype)
         if not isinstance(kernel, Kernel | None):
             refuse_non_finite(z=z)
-        kernel, n = kernel_of(kernel, z, z), max(len(z), 1)
-        v = s / (-n if score is None else n)  # score_j / N
-        direction = force(z, v=v, kernel=kernel, weights=(-1 / n, 0.0, 0.0), backend=backend)  # [N, D], but for j = i
-        direction = direction.add_(v, alpha=kernel.phi0)
+        kernel, v = kernel_of(kernel, z, z), s if score is None else -s  # minus the scores
+        direction = force(z, v=v, kernel=kernel, weights=(1.0, 0.0, 0.0), backend=backend)  # [N, D], but for j = i
+        direction = direction.add_(v if kernel.phi0 == 1 else kernel.phi0 * v).div_(-len(z))
     check_result(direction, z=z, score=s)
     return direction
 
