@@ -667,9 +667,12 @@ Tensor resident_cuda_op(const Tensor& table, const Tensor& biases, const std::op
     TORCH_CHECK_VALUE(type == at::kHalf || type == at::kBFloat16, "resident: got ", type, "; accepted: 16 bit numbers");
     Resident network{n, y.size(0), y.size(1), y.size(2), y.size(3), sizes[0], layers, maps, first_reach, reach};
     const ResidentNeed need = resident_cuda_need(network);
-    TORCH_CHECK_VALUE(need.error == nullptr, "resident: ", need.error);
+    TORCH_CHECK_VALUE(need.error == nullptr, "resident: got sizes ", sizes, " and y ", y.sizes(), " for ", n, " codes; accepted: ",
+                      need.error);
     network.y = given(y, type, y.sizes(), "y");
     network.table = given(table, type, {need.table}, "table");
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(network.table) % 16 == 0, "table: got a view that starts between vectors; ",
+                      "accepted: aligned to 16 bytes");
     network.biases = static_cast<const float*>(given(biases, at::kFloat, {need.biases}, "biases"));
     if (condition.has_value()) network.condition = given(*condition, type, {n, layers * 4 * maps}, "condition");
     network.out = out.mutable_data_ptr();

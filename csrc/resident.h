@@ -20,8 +20,9 @@ struct Resident {
 
 struct ResidentNeed {
     int64_t table, biases;  // elements
+    int64_t tiles, readers; // of 16 pixels; and how many behind one may read what it overwrites
     size_t shared;          // bytes of shared memory of a block
-    const char* error;      // what there are no kernels for, or null
+    const char* error;      // what is accepted, where there are no kernels for this, or null
 };
 
 ResidentNeed resident_cuda_need(const Resident& network);

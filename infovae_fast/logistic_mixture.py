@@ -113,7 +113,8 @@ def _native() -> Leaf:
 def _triton() -> Leaf:
     from infovae_fast.kernels.logistic_mixture import launch, logistic_mixture
 
-    return logistic_mixture if torch.compiler.is_compiling() else launch  # which saves an op's way through PyTorch
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return logistic_mixture if traced else launch  # which saves an op's way through PyTorch
 
 
 def _cpp_reason(params: Tensor, *inputs: Any) -> str | None:

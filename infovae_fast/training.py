@@ -43,6 +43,15 @@ class TrainingDiverged(RuntimeError):
     """The loss is not a finite number any more; the message names the step and the last good checkpoint."""
 
 
+def lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Gives moments the layout in memory of their parameters, which those of an older checkpoint may not have: fused
+    steps pair numbers by their place."""
+    for parameter, state in optimizer.state.items():
+        for name, moment in state.items():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+
+
 class InfoVAETraining(pl.LightningModule):
     """Adam on the objective of an `InfoVAE`; an adversarial divergence has its critic updated before every step.
 
@@ -84,6 +93,10 @@ class InfoVAETraining(pl.LightningModule):
         parameters = [p for p in self.model.parameters() if p not in critic]
         adam = torch.optim.Adam(parameters, lr=self.lr, fused=parameters[0].is_cuda)
         return adam if adversary is None else [adam, adversary.critic_optimizer()]
+
+    def on_train_start(self) -> None:
+        for optimizer in self._optimizers():
+            lay_out(optimizer)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(_stream(self.seed, self.current_epoch))

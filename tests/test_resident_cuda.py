@@ -111,7 +111,19 @@ def test_it_knows_the_shared_memory(case, monkeypatch):
     monkeypatch.setattr(resident, "leaf", lambda *inputs: found.append(simt.run(*inputs)) or found[-1][0])
     model, z, x = network(*case)
     resident.params(model, z, x)
-    assert found[0][1] == resident.shared_memory(model)
+    shared, tiles, readers = found[0][1]
+    assert shared == resident.shared_memory(model)
+
+    # Nobody overwrites what a tile that is not waited for has yet to read: pixel p takes the place of v's pixel
+    # p + reach and of h's pixel p, and who reads them comes later, so far behind at most.
+    _, height, width = case[0]
+    reach = case[3].get("kernel", 3) // 2
+    row = width + reach
+    taps = [dy * row + dx for dy in range(-reach, 1) for dx in range(-reach, reach + 1)]
+    for p in range(height * row):
+        of_v, of_h = ([p + reach - tap for tap in taps], [p + dx for dx in range(reach + 1)])
+        seen = [q // 16 for q in of_v + of_h if q < 16 * tiles]
+        assert p // 16 <= min(seen) and max(seen) <= p // 16 + readers
 
 
 def test_what_it_has_no_room_for():
@@ -132,15 +144,27 @@ def test_what_it_has_no_room_for():
     )
     for options in ({"variant": "infovae2017"}, {"condition": "spatial"}):
         assert "variant 'gated'" in limits(maps=32, **options)
+    assert limits(maps=32, backend="reference") == "got backends ['reference']; accepted: 'auto', 'cuda'"
     assert "data_channels 1" in limits((3, 16, 16), 3, data_channels=3, maps=15)
 
 
 def test_where_it_runs():
-    model, _, x = network(*CASES[6])
+    model, z, x = network(*CASES[6])
     with torch.no_grad():
-        assert (resident.reason(model, x) is None) == ON_GPU
-        assert "16 bits" in (resident.reason(model.float(), x) or "") or not ON_GPU
-    assert resident.reason(model, x) == "there are no derivatives"
+        assert (resident.reason(model, z, x) is None) == ON_GPU
+        with torch.autograd.forward_ad.dual_level():
+            assert resident.reason(model, z, x) == "there are no derivatives"
+    assert resident.reason(model, z, x) == "there are no derivatives"
+
+
+def test_its_numbers_are_those_of_the_layers():
+    model, z, x = network(*CASES[6])
+    single = copy.deepcopy(model).float()
+    of = resident.dtype_of
+    assert of(model, z, x) == torch.bfloat16 and of(single, z.float(), x.float()) == torch.float32
+    assert of(model, z, x.float()) is None and of(single, z, x) is None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert of(single, z.float(), x) == torch.bfloat16 and of(single, z.double(), x) is None
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

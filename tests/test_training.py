@@ -16,7 +16,7 @@ import torch
 from infovae_fast import InfoVAE, load_data
 from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import to_unit
-from infovae_fast.training import ImageDataModule, InfoVAETraining, ShuffledBatches, TrainingDiverged, train
+from infovae_fast.training import ImageDataModule, InfoVAETraining, ShuffledBatches, TrainingDiverged, lay_out, train
 
 SMALL = {
     "train_size": 60,
@@ -302,3 +302,18 @@ def test_refusals(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             train(out=str(tmp_path / "other"), **options)
         assert not (tmp_path / "other").exists()
+
+
+def test_moments_are_laid_out_as_their_parameters():
+    weight = torch.nn.Parameter(torch.randn(3, 2, 4, 5).contiguous(memory_format=torch.channels_last))
+    optimizer = torch.optim.Adam([weight])
+    weight.sin().sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    before = {name: t.clone() for name, t in saved["state"][0].items()}
+    saved["state"][0] = {name: t.clone(memory_format=torch.contiguous_format) for name, t in before.items()}
+    optimizer.load_state_dict(saved)  # keeps the strides of what it is given
+    assert optimizer.state[weight]["exp_avg"].stride() != weight.stride()
+    lay_out(optimizer)
+    for name, t in optimizer.state[weight].items():
+        assert torch.equal(t, before[name]) and (t.ndim == 0 or t.stride() == weight.stride())

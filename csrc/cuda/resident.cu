@@ -239,13 +239,13 @@ struct Warp {
     }
 
     // A layer for M tiles from number `tile` on, in two parts: what is read and computed, what is written.
-    template <int M, bool FIRST>
+    template <int M>
     struct Pixels {
         typename P::Left v[kSteps][M], h[kSteps][M];  // what comes next
     };
 
     template <int M, bool FIRST>
-    __device__ __forceinline__ void compute(Pixels<M, FIRST>& next, int layer, int tile) const {
+    __device__ __forceinline__ void compute(Pixels<M>& next, int layer, int tile) const {
         const T* matrix = memory + s.weights;
         const int pixel = 16 * tile, reach = int(q.reach);
         const bool last = layer + 1 == int(q.layers);
@@ -352,8 +352,8 @@ struct Warp {
         }
     }
 
-    template <int M, bool FIRST>
-    __device__ __forceinline__ void write(const Pixels<M, FIRST>& next, int layer, int tile, unsigned zeros) const {
+    template <int M>
+    __device__ __forceinline__ void write(const Pixels<M>& next, int layer, int tile, unsigned zeros) const {
         if (layer + 1 == int(q.layers)) return;
 #pragma unroll
         for (int chunk = 0; chunk < C / 8; ++chunk) {
@@ -488,10 +488,10 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
         __syncthreads();
         each_round([&](auto count, int tile, bool any, int round) {
             constexpr int M = decltype(count)::value;
-            typename Warp<T, C>::template Pixels<M, FIRST> next;
+            typename Warp<T, C>::template Pixels<M> next;
             if (any) own.template compute<M, FIRST>(next, l, tile), arrive(done + tile, M, l + 1);
             wait(done + tile + M, any ? min(s.readers, s.tiles - tile - M) : 0, l + 1);
-            if (any) own.template write<M, FIRST>(next, l, tile, zeros >> 4 * round);
+            if (any) own.template write<M>(next, l, tile, zeros >> 4 * round);
         });
         __syncthreads();
         clear(s.v, own.v_slot(l, 0), own.v_slot(l + 1, 0));
@@ -520,8 +520,9 @@ ResidentNeed resident_cuda_need(const Resident& q) {
                  q.maps * (q.maps + s.out_columns);
     need.biases = q.layers * 5 * q.maps + 2 * q.maps + q.params;
     need.shared = s.bytes;
-    if (q.maps != 16 && q.maps != 32) need.error = "accepted: 16 or 32 maps";
-    else if (q.n > 0x7fffffff) need.error = "too many images";
+    need.tiles = s.tiles, need.readers = s.readers;
+    if (q.maps != 16 && q.maps != 32) need.error = "16 or 32 maps";
+    else if (q.n > 0x7fffffff) need.error = "fewer than 2^31 codes";
     return need;
 }
 

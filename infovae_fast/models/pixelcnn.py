@@ -77,6 +77,7 @@ class GatedPixelCNN(nn.Module):
     """
 
     autoregressive = True
+    condition_is_spatial = False  # in models of older versions
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class GatedPixelCNN(nn.Module):
         if z is not None and len(z) % max(len(x), 1):
             raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
         self._check_code(z)
-        if resident.reason(self, x) is None:
+        if resident.reason(self, z, x) is None:
             return resident.params(self, z, x)
         if z is not None and len(z) > len(x):
             x = x.repeat(len(z) // len(x), 1, 1, 1)
@@ -158,7 +159,7 @@ class GatedPixelCNN(nn.Module):
                 v, h, skip = layer(v, h, skip, out, *condition)
         return self.head(h if skip is None else skip)
 
-    def _outs(self) -> list["Halves | None"]:
+    def _outs(self) -> list[Halves | None]:
         """W_o, b_o, W_s and b_s of each layer that has both: contiguous halves, in one copy for all layers."""
         outs = [layer.out for layer in self.layers[:-1]] if self.variant == "gated" else []
         if not outs:
@@ -204,7 +205,7 @@ class GatedPixelCNN(nn.Module):
 class _Layer(nn.Module):
     """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); the last gives V and h_l.
 
-    `link` and `out` hold weights that other convolutions read; they are not called themselves."""
+    `link` and, but in the last layer, `out` hold weights that other convolutions read."""
 
     def __init__(
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
@@ -249,7 +250,7 @@ class _Layer2017(nn.Module):
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
     ) -> None:
         super().__init__()
-        self.first, self.last, self.conditions = first, last, 2 * maps if first else 4 * maps
+        self.first, self.conditions = first, 2 * maps if first else 4 * maps
         gate: dict[str, Any] = {"gate": "tanh", "bias": bias, "backend": backend}
         self.vertical = MaskedConv2d(cin, maps, kernel, window="A" if first else "B", **gate)
         if first:

@@ -213,6 +213,8 @@ class _Conv(nn.Module):
     """W * s + b over a rectangle, weight-normalised; `deviation` of its outputs at the start. `bare`: W * s alone, of
     an s that has its zeros around."""
 
+    ready: Tensor | None = None  # the weight, where it was found with all others': for one forward pass at a time
+
     def __init__(
         self, cin: int, cout: int, rectangle: Rectangle, stride: int = 1, deviation: float = 1.0, bare: bool = False
     ) -> None:
@@ -222,7 +224,6 @@ class _Conv(nn.Module):
         self.direction = nn.Parameter(v.contiguous(memory_format=torch.channels_last))  # as the convolutions want it
         self.gain = nn.Parameter(torch.ones(cout))  # g
         self.bias = nn.Parameter(torch.zeros(cout))
-        self.ready: Tensor | None = None  # the weight, where it was found with all others'
 
     @property
     def weight(self) -> Tensor:  # [Cout, Cin, height, width]

@@ -54,25 +54,25 @@ def prepare(decoder: Any) -> Weights:
 
 def structure_of(decoder: Any) -> Structure:
     """What decides where a weight goes."""
-    return tuple((conv.mask, conv.weight.shape, conv.bias is not None) for conv in _convs(decoder))
+    return tuple((conv.mask, conv.weight.shape, conv.bias is not None) for conv in convs_of(decoder))
 
 
 @torch.no_grad()
 def numbers_of(decoder: Any) -> Tensor:
     """In a row: zero, the sum of the skips' biases by group, all parameters of the convolutions."""
-    given = (t for conv in _convs(decoder) for t in (conv.weight, conv.bias) if t is not None)
+    given = (t for conv in convs_of(decoder) for t in (conv.weight, conv.bias) if t is not None)
     skips = torch.stack([layer.out.bias[-decoder.maps :] for layer in decoder.layers])
     skip_bias = skips.index_select(1, order(decoder.maps, decoder.data_channels, device=skips.device)).sum(0)
     numbers = torch.cat([skips.new_zeros(1), skip_bias, *(t.flatten() for t in given)])
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
-def _convs(decoder: Any) -> list[MaskedConv2d]:
+def convs_of(decoder: Any) -> list[MaskedConv2d]:
     stack = [conv for layer in decoder.layers for conv in (layer.vertical, layer.link, layer.horizontal, layer.out)]
     return [*stack, decoder.head[1], decoder.head[3]]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def places(structure: Structure) -> Weights:
     """Where each of the weights is in `numbers_of`. Sorting takes long, so it is done once, for numbers that change."""
     groups, maps = structure[-1][0].data_channels, structure[-1][1][1]

@@ -15,24 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infovae_fast.backends import native_missing
-from infovae_fast.models.pixelcnn_weights import Structure, numbers_of, places, structure_of
+from infovae_fast.backends import native_missing, transforms
+from infovae_fast.models.pixelcnn_weights import Structure, convs_of, numbers_of, places, structure_of
 
 WARPS = 12  # kWarps of csrc/cuda/resident.cu
 LEAST_PIXELS = 16 * WARPS  # of an image: with fewer the layers, each over all images, are faster
 MOST_COLOURS = 512  # params of a pixel
 
 
-def reason(decoder: Any, x: Tensor) -> str | None:
+def reason(decoder: Any, z: Tensor | None, x: Tensor) -> str | None:
     """Why `params` cannot run this, or None. decoder is a `GatedPixelCNN`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms() is not None:
         return "there are no derivatives"
-    if x.device.type != "cuda" or decoder.layers[0].vertical.backend not in ("auto", "cuda"):
-        return "it runs on a GPU, as backend 'auto' or 'cuda'"
+    if x.device.type != "cuda":
+        return f"it runs on a GPU, and x is on {x.device}"
     if missing := native_missing("cuda"):
         return missing
-    if dtype_of(decoder, x) not in (torch.float16, torch.bfloat16):
-        return "it computes in 16 bits: in a model of them, or under autocast"
+    if dtype_of(decoder, z, x) not in (torch.float16, torch.bfloat16):
+        return "it computes in 16 bits: where all is in one such type, or under autocast, without float64"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs compute capability 8.0"
     gpu: Any = torch.cuda.get_device_properties(x.device)
@@ -43,6 +43,8 @@ def limits(decoder: Any, shared: int) -> str | None:
     """What of the network there is no kernel for, where a block may have so many bytes of shared memory."""
     if decoder.variant != "gated" or decoder.data_channels != 1 or (decoder.inputs and decoder.condition_is_spatial):
         return "accepted: variant 'gated', data_channels 1, a global condition"
+    if backends := {conv.backend for conv in convs_of(decoder)} - {"auto", "cuda"}:
+        return f"got backends {sorted(backends)}; accepted: 'auto', 'cuda'"
     _, height, width = decoder.image_shape
     if decoder.maps not in (16, 32) or decoder.head[-1].weight.shape[2] > MOST_COLOURS:
         return f"accepted: 16 or 32 maps, at most {MOST_COLOURS} params of a pixel"
@@ -53,15 +55,17 @@ def limits(decoder: Any, shared: int) -> str | None:
     return None
 
 
-def dtype_of(decoder: Any, x: Tensor) -> torch.dtype:
-    """Of the products."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if autocast else decoder.head[-1].weight.dtype
+def dtype_of(decoder: Any, z: Tensor | None, x: Tensor) -> torch.dtype | None:
+    """Of all products, by the rule of `masked_conv2d`; None where they are of several types."""
+    dtypes = {t.dtype for t in (*decoder.parameters(), x, *([] if z is None else [z]))}
+    if torch.is_autocast_enabled(x.device.type):
+        return None if torch.float64 in dtypes else torch.get_autocast_dtype(x.device.type)
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def params(decoder: Any, z: Tensor | None, x: Tensor) -> Tensor:
     """params [S N, P, H, W] for z [S N, D] and x [N, C, H, W], code s of image n in row s N + n; see `reason`."""
-    dtype = dtype_of(decoder, x)
+    dtype = dtype_of(decoder, z, x)
     table_places, bias_places = tables(structure_of(decoder), x.device)
     numbers = numbers_of(decoder)
     condition = None
@@ -88,12 +92,12 @@ def sizes(decoder: Any) -> list[int]:
     return [decoder.head[-1].weight.shape[2], len(reaches), decoder.maps, reaches[0], reaches[-1]]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def tables(structure: Structure, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where in `numbers_of` the weights are, as csrc/cuda/resident.cu reads them, and the biases."""
     weights = places(structure)
     maps = weights.skip.shape[2]
-    nothing = torch.zeros(maps, maps, dtype=torch.int64)
+    nothing = torch.zeros(maps, maps, dtype=torch.int64, device="cpu")
     matrices, biases = [], []
     for layer, skip in zip(weights.layers, weights.skip[0].split(maps), strict=True):
         step = nothing if layer.step is None else layer.step[0]

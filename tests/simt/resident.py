@@ -20,12 +20,12 @@ def leaf(
 
 def run(
     table: Tensor, biases: Tensor, condition: Tensor | None, y: Tensor, codes: int, sizes: Sequence[int]
-) -> tuple[Tensor, int]:
-    """`leaf`, and the bytes of shared memory."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """`leaf`; the bytes of shared memory, the tiles of an image, and how many behind one are waited for."""
     images, channels, height, width = y.shape
     params, layers, *others = sizes
     out = y.new_full((codes, height, width, params), torch.nan)
-    call, used = simt.load(SOURCES).resident, ctypes.c_int64()
+    call, used = simt.load(SOURCES).resident, (ctypes.c_int64 * 3)()
     call.restype = ctypes.c_char_p
 
     def pointer(t: Tensor | None) -> ctypes.c_void_p:
@@ -37,8 +37,8 @@ def run(
     error = call(
         ctypes.c_bool(y.dtype == torch.bfloat16), (ctypes.c_int64 * 10)(*numbers), pointer(y), pointer(table),
         ctypes.c_int64(table.numel()), pointer(condition), pointer(biases), ctypes.c_int64(biases.numel()),
-        pointer(out), ctypes.byref(used),
+        pointer(out), used,
     )  # fmt: skip
     if error is not None:
         raise RuntimeError(error.decode())
-    return out.permute(0, 3, 1, 2), used.value
+    return out.permute(0, 3, 1, 2), tuple(used)
