@@ -95,7 +95,7 @@ class InfoVAETraining(pl.LightningModule):
         return adam if adversary is None else [adam, adversary.critic_optimizer()]
 
     def on_train_start(self) -> None:
-        for optimizer in self._optimizers():
+        for optimizer in self.trainer.optimizers:
             lay_out(optimizer)
 
     def on_train_epoch_start(self) -> None:
