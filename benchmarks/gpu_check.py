@@ -52,10 +52,13 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
     python, rows = shlex.quote(sys.executable), shlex.quote(str(out / "rows.jsonl"))
     programs = {name: shlex.quote(str(out / name)) for name in ALONE}
     nvcc = "nvcc -std=c++17 -O3 -Icsrc -arch=native"
-    compile_ = [
-        f"{nvcc} benchmarks/{name}.cu csrc/cuda/{name.removesuffix('_alone')}*.cu -o {to}"
-        for name, to in programs.items()
-    ]
+
+    def compiled(options: str = "") -> list[str]:
+        return [
+            f"{nvcc}{options} benchmarks/{name}.cu csrc/cuda/{name.removesuffix('_alone')}*.cu -o {to}"
+            for name, to in programs.items()
+        ]
+
     sanitizer = "compute-sanitizer --error-exitcode 9 --tool"
     sampler = f"{python} -m pytest -x tests/test_pixel_sampler_cuda.py -k 'known or others or order'"
     checked = [f"{to} check {ALONE[name]}" for name, to in programs.items()] + [sampler]
@@ -66,7 +69,7 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
         "build": [f"INFOVAE_FAST_BUILD=cuda {python} setup.py build_ext --inplace", f"{python} -m infovae_fast"],
         "test": [built, f"{python} -m pytest{workers} --maxfail 30 -rs -vv {tests}"],
         "sanitize": [
-            *compile_,
+            *compiled(" -DINFOVAE_FAST_BARRIERS"),  # racecheck takes flags in shared memory for races
             built,
             *(f"{sanitizer} {tool} {it}" for it in checked for tool in ("memcheck", "racecheck")),
         ],
@@ -75,7 +78,7 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
             f"{python} -m benchmarks.run --device cuda --compile --resume --memory 40 --out {rows}",
             f"{python} -m benchmarks.masked_conv --device cuda --compile --out {rows}",
             f"{python} -m benchmarks.models --device cuda --out {rows}",
-            *compile_,
+            *compiled(),
             *(f"{to} $(git describe --always --dirty) >> {rows}" for to in programs.values()),
         ],
     }

@@ -124,7 +124,7 @@ def lines_of(head: list[str], cells: list[list[str]]) -> str:
 def gpu_table(rows: list[dict[str, Any]], rates: dict[str, float] | None) -> str:
     found, graph = newest(rows), f"{OURS} graph"
     head = [rows[-1]["device"], "ours", "as a CUDA graph", "kernels alone", "bound, reached", "eager, expanded"]
-    head += ["`torch.compile`", "gradient error: ours, alone, eager"]
+    head += ["`torch.compile`", "KeOps", "gradient error: ours, alone, eager"]
     table = []
     for case in pairwise.GPU_CASES:
         by = found.get((case.what, case.n, case.d, case.gradient, case.dtype), {})
@@ -139,7 +139,7 @@ def gpu_table(rows: list[dict[str, Any]], rates: dict[str, float] | None) -> str
         least = bound(case, rates, "cuda") if rates and case.what in ("rbf", "stein") else None
         known = least is not None and least > SHORTEST_BOUND_S
         cells.append(f"{duration({'median_s': least})}, {least / best:.0%}" if known else "–")
-        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile")] + [errors]
+        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile", "KeOps")] + [errors]
         table.append([name, *cells])
     return lines_of(head, table)
 

@@ -71,8 +71,9 @@ __device__ __forceinline__ void arrive([[maybe_unused]] int* done, [[maybe_unuse
     if (lane < tiles) asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(to), "r"(step) : "memory");
 #endif
 }
-__device__ __forceinline__ void wait([[maybe_unused]] const int* done, [[maybe_unused]] int tiles, [[maybe_unused]] int step) {
-#ifdef __CUDACC__
+__device__ __forceinline__ void wait([[maybe_unused]] const int* done, [[maybe_unused]] int tiles,
+                                     [[maybe_unused]] int step) {
+#if defined(__CUDACC__) && !defined(INFOVAE_FAST_BARRIERS)
     for (int k = int(threadIdx.x) % 32; k < tiles; k += 32) {
         const unsigned from = unsigned(__cvta_generic_to_shared(done + k));
         int found;
@@ -83,7 +84,7 @@ __device__ __forceinline__ void wait([[maybe_unused]] const int* done, [[maybe_u
     }
     __syncwarp();
 #else
-    __syncthreads();  // tests/simt runs a warp until it meets others: here all do, equally often
+    __syncthreads();  // tests/simt runs a warp until it meets others, racecheck knows no flags: all come here equally often
 #endif
 }
 
@@ -165,7 +166,8 @@ struct Warp {
                                         const T* matrix, int step, int pairs, int first, int apart) const {
 #pragma unroll
         for (int j = 0; j < COUNT; ++j) {
-            const uint4 four = *reinterpret_cast<const uint4*>(matrix + ((step * pairs + first + j * apart) * 32 + lane) * 8);
+            const int place = (step * pairs + first + j * apart) * 32 + lane;
+            const uint4 four = *reinterpret_cast<const uint4*>(matrix + place * 8);
             const typename P::Right right{{{four.x, four.y}, {four.z, four.w}}};
 #pragma unroll
             for (int i = 0; i < M; ++i) P::add(sums[i][j], left[i], right);
@@ -363,7 +365,8 @@ struct Warp {
             for (int e = 0; e < 2 * M; ++e) {
                 const bool zero = zeros >> e & 1;
                 const int place = 8 * e * C / 2, k = chunk % 2 * 2 + e % 2;
-                to_v[place] = zero ? 0 : next.v[chunk / 2][e / 2].r[k], to_h[place] = zero ? 0 : next.h[chunk / 2][e / 2].r[k];
+                to_v[place] = zero ? 0 : next.v[chunk / 2][e / 2].r[k];
+                to_h[place] = zero ? 0 : next.h[chunk / 2][e / 2].r[k];
             }
         }
     }
@@ -453,7 +456,9 @@ __global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_cons
 
     const T* table = static_cast<const T*>(q.table);
     const auto bring = [&](int count) {
-        for (int e = thread * 8; e < count; e += kThreads * 8) __pipeline_memcpy_async(memory + s.weights + e, table + e, 16);
+        for (int e = thread * 8; e < count; e += kThreads * 8) {
+            __pipeline_memcpy_async(memory + s.weights + e, table + e, 16);
+        }
         __pipeline_commit();
         table += count;
     };
