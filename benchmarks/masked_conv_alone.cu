@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "alone.h"
 #include "masked_conv.h"
 
 using namespace infovae_fast;
@@ -28,17 +29,6 @@ using Half = __nv_bfloat16;
 namespace {
 
 constexpr int kSide = 28, kSize = kSide * kSide, kBatch = 128;
-
-void check(cudaError_t error) {
-    if (error == cudaSuccess) return;
-    std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-    std::exit(1);
-}
-void check(const char* error) {
-    if (error == nullptr) return;
-    std::fprintf(stderr, "%s\n", error);
-    std::exit(1);
-}
 
 float number(float x) { return x; }
 float number(Half x) { return __bfloat162float(x); }

@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "alone.h"
 #include "pairwise.h"
 
 using namespace infovae_fast;
@@ -25,12 +26,6 @@ namespace {
 
 constexpr double kLargestError = 1e-5;  // of the gradient, relative to its largest component, and of the value
 constexpr int kValueMost = 4096;
-
-void check(cudaError_t error) {
-    if (error == cudaSuccess) return;
-    std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-    std::exit(1);
-}
 
 struct Cloud {
     int n, d;
@@ -148,7 +143,7 @@ void run(const Case& one, bool time, const char* commit) {
     cudaGraphExec_t replay;
     const auto call = [&] {
         const char* error = pairwise_cuda(q, 1, nullptr, workspace, processors, stream);
-        if (error != nullptr) std::fprintf(stderr, "%s\n", error), std::exit(1);
+        check(error);
     };
     check(cudaStreamCreate(&stream));
     call();

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "alone.h"
 #include "resident.h"
 
 using namespace infovae_fast;
@@ -28,17 +29,6 @@ namespace {
 constexpr int kSide = 28, kPixels = kSide * kSide, kMaps = 32, kLayers = 12, kFar = 3, kNear = 1, kImages = 100;
 constexpr int kCodes = 10000, kRounds = 9;
 constexpr double kLargestError = 0.05;  // of the largest of the params
-
-void check(cudaError_t error) {
-    if (error == cudaSuccess) return;
-    std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-    std::exit(1);
-}
-void check(const char* error) {
-    if (error == nullptr) return;
-    std::fprintf(stderr, "%s\n", error);
-    std::exit(1);
-}
 
 std::mt19937 random_bits(0);
 

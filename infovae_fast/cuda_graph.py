@@ -79,9 +79,8 @@ class CudaGraph(Generic[Out]):
             torch.cuda.empty_cache()  # what those calls held: the recording has memory of its own
         torch.clear_autocast_cache()  # weights that were cast before would stay as they were
         try:
-            with torch.cuda.stream(
-                self._stream
-            ):  # `torch.cuda.graph` would collect garbage, longer than most work takes
+            # `torch.cuda.graph` would collect garbage, which takes longer than most work.
+            with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     self._out = self.run(*self._inputs)

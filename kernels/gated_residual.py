@@ -1,4 +1,4 @@
-"""`elu_pair` and `gated_residual` on the GPU: the same page as `infovae_fast/gated_residual.py`.
+"""`elu_pair`, `gated_residual` and `weights` on the GPU: the same page as `infovae_fast/gated_residual.py`.
 
 Tensors are channels-last, rows of pixels of F channels. A thread takes vectors: V neighbouring channels, 16 bytes where
 F allows; a program takes P of a row of `elu_pair`, else R pixels and C vectors of each. What depends on the row alone
@@ -10,6 +10,7 @@ is found once for all of a program. With E = e^-|t|
 The numbers of a vector share the four words of a Philox call, a second one where p is no multiple of 1/256.
 
 The gradients to biases and conditions are sums over pixels: each program's in float32 (float64), then of those.
+`weights` are `normalised`: a program has what one output is made of, a launch four convolutions.
 """
 
 import math

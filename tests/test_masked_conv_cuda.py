@@ -5,8 +5,6 @@ tests/test_masked_conv.py runs all of its laws on them, too.
 
 import math
 import re
-import shutil
-import subprocess
 from functools import partial
 
 import pytest
@@ -17,7 +15,7 @@ from infovae_fast.masked_conv import Mask, masked_conv2d
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from tests import test_masked_conv_triton as shared
 from tests.oracle import check, near
-from tests.simt import ROOT, load
+from tests.simt import load, ptxas
 from tests.simt.masked_conv import SOURCES
 from tests.simt.masked_conv import run as simt
 
@@ -241,13 +239,6 @@ def test_what_has_no_room_is_said():
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 def test_it_compiles_without_spilling(architecture, tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode", target]
-    command += [SOURCES[0], "-o", str(tmp_path / "masked_conv.o")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(kernels) == 33 and set(kernels) == {("0", "0", "0")}, done.stderr
+    said = ptxas(SOURCES[0], architecture, tmp_path)
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(kernels) == 33 and set(kernels) == {("0", "0", "0")}, said

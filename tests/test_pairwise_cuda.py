@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
 from infovae_fast.backends import native_missing
 from infovae_fast.pairwise import cuda_limits, force, leaf_scales, pairwise_reference
 from tests.oracle import check, near, pairwise_scales
-from tests.simt import ROOT
+from tests.simt import ptxas
 from tests.simt.pairwise import SOURCES, leaf
 
 KERNELS = [
@@ -248,16 +246,10 @@ def test_what_has_no_room_is_said():
 @pytest.mark.parametrize(("source", "count"), [(SOURCES[0], 28), (SOURCES[1], 38)])
 def test_what_it_takes_of_a_gpu(source, count, architecture, tmp_path):
     """No kernel spills, but those on tensor cores: up to 32 registers that their loop over sources does not need."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode"]
-    command += [f"arch=compute_{architecture},code=sm_{architecture}", source, "-o", str(tmp_path / "pairwise.o")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
+    said = ptxas(source, architecture, tmp_path)
     numbers = r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
-    kernels = re.findall(numbers, done.stderr, re.DOTALL)
-    assert len(kernels) == count, done.stderr
+    kernels = re.findall(numbers, said, re.DOTALL)
+    assert len(kernels) == count, said
     for name, *found in kernels:
         stack, spilled, registers = map(int, found)
         most = 128 if "products_kernel" in name else 0

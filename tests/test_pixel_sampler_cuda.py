@@ -3,8 +3,6 @@
 import copy
 import math
 import re
-import shutil
-import subprocess
 from functools import partial
 
 import pytest
@@ -16,8 +14,8 @@ from infovae_fast.backends import Backend, native_missing
 from infovae_fast.models import incremental, pixel_sampler
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from tests.oracle import check, near
-from tests.simt import ROOT
 from tests.simt import incremental as simt
+from tests.simt import ptxas
 from tests.test_pixelcnn import Launches, network
 
 ON_GPU = torch.cuda.is_available() and native_missing("cuda") is None
@@ -305,12 +303,6 @@ def test_the_kernel_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 def test_it_compiles_without_spilling(architecture, tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"]
-    command += [simt.SOURCES[0], "-o", str(tmp_path / "incremental.cubin")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(kernels) == 6 and set(kernels) == {("0", "0", "0")}, done.stderr
+    said = ptxas(simt.SOURCES[0], architecture, tmp_path)
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(kernels) == 6 and set(kernels) == {("0", "0", "0")}, said

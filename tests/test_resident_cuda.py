@@ -2,8 +2,6 @@
 
 import copy
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from infovae_fast.backends import native_missing
 from infovae_fast.models import resident
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from tests.oracle import check
-from tests.simt import ROOT
+from tests.simt import ptxas
 from tests.simt import resident as simt
 
 ON_GPU = torch.cuda.is_available() and native_missing("cuda") is None
@@ -101,7 +99,8 @@ def test_weights_may_change():
     model, z, x = network(*CASES[0])
     before = resident.params(model, z, x)
     model.head[-1].bias.add_(1)
-    torch.testing.assert_close(resident.params(model, z, x), before + 1, rtol=0.02, atol=0.02)
+    digit = torch.finfo(before.dtype).eps
+    torch.testing.assert_close(resident.params(model, z, x), before + 1, rtol=digit, atol=digit)
 
 
 @pytest.mark.skipif(ON_GPU, reason="tests/simt tells what a block takes")
@@ -111,11 +110,18 @@ def test_it_knows_the_shared_memory(case, monkeypatch):
     monkeypatch.setattr(resident, "leaf", lambda *inputs: found.append(simt.run(*inputs)) or found[-1][0])
     model, z, x = network(*case)
     resident.params(model, z, x)
-    shared, tiles, readers = found[0][1]
-    assert shared == resident.shared_memory(model)
+    assert found[0][1][0] == resident.shared_memory(model)
 
-    # Nobody overwrites what a tile that is not waited for has yet to read: pixel p takes the place of v's pixel
-    # p + reach and of h's pixel p, and who reads them comes later, so far behind at most.
+
+@pytest.mark.skipif(ON_GPU, reason="tests/simt tells how many tiles are waited for")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_who_reads_what_is_overwritten_is_waited_for(case, monkeypatch):
+    """Pixel p takes the place of v's pixel p + reach and of h's pixel p: who reads them is p itself or behind it."""
+    found = []
+    monkeypatch.setattr(resident, "leaf", lambda *inputs: found.append(simt.run(*inputs)) or found[-1][0])
+    model, z, x = network(*case)
+    resident.params(model, z, x)
+    _, tiles, readers = found[0][1]
     _, height, width = case[0]
     reach = case[3].get("kernel", 3) // 2
     row = width + reach
@@ -174,24 +180,23 @@ def test_a_decoder_takes_it_where_no_gradient_is_wanted(monkeypatch):
     monkeypatch.setattr(resident, "leaf", lambda *inputs: calls.append(inputs) or leaf(*inputs))
     vae = InfoVAE.from_config((1, 28, 28), 3, decoder=PAPER_PIXELCNN | {"layers": 3}).cuda().eval()
     x = torch.rand(4, 1, 28, 28, device="cuda").round()
-    exact = vae.log_likelihood(x, 64, chunk=16, proposal="prior").log_likelihood
+
+    def estimate():
+        torch.manual_seed(1)
+        return vae.log_likelihood(x, 64, chunk=16, proposal="prior").log_likelihood
+
+    exact = estimate()
     assert not calls
     with torch.autocast("cuda", torch.bfloat16):
-        found = vae.log_likelihood(x, 64, chunk=16, proposal="prior").log_likelihood
+        found = estimate()
         assert len(calls) == 4
-        torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
+        torch.testing.assert_close(found, exact, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
         vae.loss(x).loss.backward()
     assert len(calls) == 4
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 def test_it_compiles_almost_without_spilling(architecture, tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"]
-    command += [simt.SOURCES[0], "-o", str(tmp_path / "resident.cubin")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
-    assert len(spilled) == 4 and max(spilled) <= 256, done.stderr
+    said = ptxas(simt.SOURCES[0], architecture, tmp_path)
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+    assert len(spilled) == 4 and max(spilled) <= 256, said

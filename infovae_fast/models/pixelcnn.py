@@ -77,7 +77,6 @@ class GatedPixelCNN(nn.Module):
     """
 
     autoregressive = True
-    condition_is_spatial = False  # in models of older versions
 
     def __init__(
         self,
@@ -112,8 +111,8 @@ class GatedPixelCNN(nn.Module):
             nn.ReLU(),
             MaskedConv2d(maps, params, 1, **pixel),
         )
-        self.condition_is_spatial = spatial = condition == "spatial"
         if inputs:
+            spatial = condition == "spatial"
             self.code: Any = _SpatialCode(inputs, (spatial_maps, height, width)) if spatial else nn.Identity()
             self.condition: Any = nn.ModuleList(
                 nn.Conv2d(spatial_maps, layer.conditions, 1, bias=False)
@@ -141,6 +140,11 @@ class GatedPixelCNN(nn.Module):
             return self._params(z, x)
         codes = [None] * -(-len(x) // size) if z is None else z.split(size)
         return torch.cat([self._params(*some) for some in zip(codes, x.split(size), strict=True)])
+
+    @property
+    def condition_is_spatial(self) -> bool:
+        """Does z become a map before it conditions the layers?"""
+        return self.inputs > 0 and isinstance(self.code, _SpatialCode)
 
     def _images_at_once(self) -> int:
         """On the CPU, of many: memory that is touched for the first time would cost more than the arithmetic."""

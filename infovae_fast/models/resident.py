@@ -41,7 +41,7 @@ def reason(decoder: Any, z: Tensor | None, x: Tensor) -> str | None:
 
 def limits(decoder: Any, shared: int) -> str | None:
     """What of the network there is no kernel for, where a block may have so many bytes of shared memory."""
-    if decoder.variant != "gated" or decoder.data_channels != 1 or (decoder.inputs and decoder.condition_is_spatial):
+    if decoder.variant != "gated" or decoder.data_channels != 1 or decoder.condition_is_spatial:
         return "accepted: variant 'gated', data_channels 1, a global condition"
     if backends := {conv.backend for conv in convs_of(decoder)} - {"auto", "cuda"}:
         return f"got backends {sorted(backends)}; accepted: 'auto', 'cuda'"

@@ -43,6 +43,18 @@ def build(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> Path:
     return library
 
 
+def ptxas(source: str, architecture: str, folder: Path) -> str:
+    """What ptxas says of the kernels of a source that nvcc compiles, without a warning, for sm_`architecture`."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode", target]
+    command += [source, "-o", str(folder / "kernels.o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    return done.stderr
+
+
 def load(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
     """`build`, loaded. SIMT_ORDER is read at each launch; what aborts takes the process along."""
     return ctypes.CDLL(str(build(sources, flags)))
