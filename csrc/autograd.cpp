@@ -2,21 +2,30 @@
 #include "autograd.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "pairwise.h"
 
@@ -24,7 +33,11 @@ namespace infovae_fast {
 namespace {
 
 using at::Tensor;
+using c10::DispatchKey;
 using torch::autograd::AutogradContext;
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
+using torch::autograd::Node;
 using torch::autograd::variable_list;
 using Maybe = std::optional<Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -42,6 +55,17 @@ struct Settings {
 template <typename Op>
 auto find(const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+}
+
+// A tensor of floats or doubles that no mode or subclass has a part in.
+bool plain(const Tensor& x) {
+    constexpr c10::DispatchKeySet known({
+        DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+#ifdef WITH_CUDA
+        DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
+#endif
+    });
+    return (x.key_set() | known) == known && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 
 bool needs_gradient(const Maybe& t) { return t.has_value() && t->defined() && t->requires_grad(); }
@@ -64,9 +88,9 @@ Five usual_pairwise(const Tensor& x, const Tensor& y, const Settings& s, bool x_
     };
     const Tensor xs = x.contiguous(), ys = y.contiguous(), fx = like(x, x_force), fy = like(y, y_force);
     const auto result = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
-    PairwiseProblem<T> problem{xs.const_data_ptr<T>(), ys.const_data_ptr<T>(), nullptr, nullptr, nullptr, x.size(0), y.size(0),
-                               x.size(1), {s.rbf, s.bandwidth.vec(), s.weight.vec(), s.alpha}, s.w[0], s.w[1], s.w[2], nullptr,
-                               result(fx), result(fy), nullptr, nullptr};
+    PairwiseProblem<T> problem{xs.const_data_ptr<T>(), ys.const_data_ptr<T>(), nullptr, nullptr, nullptr, x.size(0),
+                               y.size(0), x.size(1), {s.rbf, s.bandwidth.vec(), s.weight.vec(), s.alpha},
+                               s.w[0], s.w[1], s.w[2], nullptr, result(fx), result(fy), nullptr, nullptr};
     if (x.is_cuda()) {
         const Tensor value = at::empty({}, x.options());
         pairwise_on_gpu<T>(problem, 1, x, {}, {value.mutable_data_ptr<T>(), 0.5, *s.constant});
@@ -87,63 +111,149 @@ Five forward_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b,
     return usual(x, *y, s, x_force, y_force);
 }
 
-// The first argument, with an error in place of its derivative to the others.
-struct Once : torch::autograd::Function<Once> {
-    static Tensor forward(AutogradContext*, const Tensor& gradient, const Tensor&, const Maybe&, const Maybe&,
-                          const Maybe&, const Maybe&, const Maybe&) {
-        return gradient.clone();
+// A node of the autograd graph, by whatever pointer this PyTorch has for them.
+template <typename Made, typename... Args>
+auto make_node(Args&&... args) {
+    if constexpr (std::is_same_v<decltype(Edge::function), std::shared_ptr<Node>>) {
+        const auto destroy = [](Made* node) { deleteNode(node); };  // a long graph not by recursion
+        return std::shared_ptr<Made>(new Made(std::forward<Args>(args)...), destroy);
+    } else {
+        return c10::make_intrusive<Made>(std::forward<Args>(args)...);
     }
-    static variable_list backward(AutogradContext*, const variable_list&) {
-        TORCH_CHECK(false, "this backend gives first derivatives; use backend='reference' to differentiate twice");
+}
+
+// The gradient, with an error in place of its derivatives to `inputs`.
+Tensor differentiable_once(const Tensor& gradient, edge_list inputs) {
+    const Tensor out = gradient.detach();
+    torch::autograd::set_history(out, make_node<torch::autograd::Error>(
+        "this backend gives first derivatives; use backend='reference' to differentiate twice", std::move(inputs)));
+    return out;
+}
+
+constexpr int64_t kGrain = 32768;  // numbers that one thread multiplies faster than two
+
+template <typename T>
+Tensor product(double factor, const Tensor& part) {
+    const Tensor out = at::detail::empty_cpu(part.sizes(), part.scalar_type());
+    const T* const from = part.const_data_ptr<T>();
+    T* const to = out.mutable_data_ptr<T>();
+    at::parallel_for(0, part.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) to[k] = T(factor) * from[k];
+    });
+    return out;
+}
+
+// factor * gradient * part, gradient [...] and part [..., N, D] or [..., N].
+Tensor product(double factor, const Tensor& gradient, const Tensor& part) {
+    if (!at::GradMode::is_enabled() && gradient.dim() == 0 && gradient.is_cpu() && part.is_cpu() && plain(gradient) &&
+        plain(part) && part.is_contiguous()) {  // the same, with less of PyTorch
+        factor *= gradient.scalar_type() == at::kFloat ? double(*gradient.const_data_ptr<float>())
+                                                       : *gradient.const_data_ptr<double>();
+        return part.scalar_type() == at::kFloat ? product<float>(factor, part) : product<double>(factor, part);
     }
-};
-
-// The energy, whose derivative is twice the force. Of `usual` inputs half the energy, whose derivative is the force.
-struct Energy : torch::autograd::Function<Energy> {
-    static constexpr bool is_traceable = true;
-
-    static Tensor forward(AutogradContext* context, const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b,
-                          const Settings& settings) {
-        const bool need[] = {x.requires_grad(), needs_gradient(y), needs_gradient(a), needs_gradient(b)};
-        const at::AutoDispatchBelowADInplaceOrView below;
-        auto [energy, x_force, y_force, x_potential, y_potential] =
-            forward_of(x, y, a, b, settings, need[0], need[1], need[2] || need[3]);
-        const auto only = [](bool wanted, const Tensor& t) { return wanted ? t : Tensor(); };
-        context->save_for_backward({only(need[0], x_force), only(need[1], y_force), only(need[2], x_potential),
-                                    only(need[3], y_potential), x, y.value_or(Tensor()), a.value_or(Tensor()),
-                                    b.value_or(Tensor())});
-        context->saved_data["times"] = settings.constant.has_value() ? 1.0 : 2.0;
-        return energy;
+    Tensor by = factor == 1 ? gradient : gradient.mul(factor);
+    if (by.dim() > 0) {
+        by = by.to(part.scalar_type());
+        while (by.dim() < part.dim()) by = by.unsqueeze(-1);
     }
+    return part.mul(by);
+}
 
-    static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-        const variable_list saved = context->get_saved_variables();
-        const double times = context->saved_data["times"].toDouble();
-        const Tensor gradient = times == 1 ? gradients[0] : gradients[0].mul(times);  // [...]
-        variable_list out(5);
-        for (int k = 0; k < 4; ++k) {
-            const Tensor& part = saved[k];  // [..., N, D] or [..., N]
-            if (!part.defined()) continue;
-            Tensor factor = gradient;
-            if (factor.dim() > 0) {
-                factor = factor.to(part.scalar_type());
-                while (factor.dim() < part.dim()) factor = factor.unsqueeze(-1);
-            }
-            out[k] = part.mul(factor);
-            if (at::GradMode::is_enabled()) {  // create_graph: what is differentiated again must not look constant
-                const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
-                out[k] = Once::apply(out[k], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), Maybe(),
-                                      Maybe());
-            }
+// The derivatives of the energy to x, y, a and b: `factor` of forces and potentials that the forward pass has computed.
+// A node and no torch::autograd::Function, which at small N would take longer than the sums.
+struct EnergyBackward : Node {
+    std::array<Tensor, 4> parts;
+    double factor;
+    bool released = false;
+
+    EnergyBackward(edge_list&& inputs, std::array<Tensor, 4>&& parts, double factor)
+        : Node(std::move(inputs)), parts(std::move(parts)), factor(factor) {}
+
+    std::string name() const override { return "EnergyBackward"; }
+
+    variable_list apply(variable_list&& gradients) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+        variable_list out(parts.size());
+        for (size_t k = 0; k < parts.size(); ++k) {
+            if (!gradients[0].defined() || !parts[k].defined() || !task_should_compute_output(k)) continue;
+            out[k] = product(factor, gradients[0], parts[k]);
+            if (at::GradMode::is_enabled()) out[k] = differentiable_once(out[k], next_edges());  // create_graph
         }
         return out;
     }
+
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (Tensor& part : parts) part.reset();
+        released = true;
+    }
+
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 7  // PyTorch's compiled autograd; older ones refuse the node
+    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+        for (const Tensor& part : parts) args.collect(part);
+        args.collect(factor);
+    }
+
+    variable_list apply_with_saved(const variable_list& gradients, torch::dynamo::autograd::SwapSavedVariables& saved) {
+        using torch::dynamo::autograd::IValuePacker;
+        for (Tensor& part : parts) saved.before(part);
+        std::vector<Tensor> wanted;
+        std::vector<int64_t> which;
+        for (size_t k = 0; k < parts.size(); ++k) {
+            if (!parts[k].defined() || !task_should_compute_output(k)) continue;
+            wanted.push_back(parts[k]), which.push_back(int64_t(k));
+        }
+        const std::vector<at::IValue> args{factor, wanted, which};
+        std::vector<at::TypePtr> schema;
+        for (const at::IValue& arg : args) schema.push_back(arg.type());
+        const at::IValue metadata = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            torch::dynamo::autograd::get_input_metadata(next_edges()));
+        const auto& python = torch::dynamo::autograd::getPyCompilerInterface();
+        PyObject* const compiler = saved.get_py_compiler();
+        const std::string function = python->bind_function(compiler, name(), apply_to, schema, true, true);
+        variable_list out = python->call_function(compiler, "apply_functional", function, gradients, args, metadata);
+        for (Tensor& part : parts) saved.after(part);
+        return out;
+    }
+
+    static variable_list apply_to(const variable_list& gradients, const std::vector<at::IValue>& args) {
+        variable_list out(4);
+        const std::vector<Tensor> parts = args[1].toTensorVector();
+        const std::vector<int64_t> which = args[2].toIntVector();
+        for (size_t k = 0; k < parts.size(); ++k) out[which[k]] = product(args[0].toDouble(), gradients[0], parts[k]);
+        return out;
+    }
+#endif
 };
 
 Tensor energy_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& settings) {
-    const bool gradient = x.requires_grad() || needs_gradient(y) || needs_gradient(a) || needs_gradient(b);
-    if (gradient && at::GradMode::is_enabled()) return Energy::apply(x, y, a, b, settings);
-    return std::get<0>(forward_of(x, y, a, b, settings, false, false, false));
+    const bool need[] = {x.requires_grad(), needs_gradient(y), needs_gradient(a), needs_gradient(b)};
+    if (!at::GradMode::is_enabled() || !(need[0] || need[1] || need[2] || need[3])) {
+        return std::get<0>(forward_of(x, y, a, b, settings, false, false, false));
+    }
+    if (!settings.constant) {  // what no caller in Python sends here
+        if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+        for (const Maybe& t : {Maybe(x), y, a, b}) {
+            TORCH_CHECK(!torch::autograd::isFwGradDefined(t), "forward-mode derivatives need the reference");
+        }
+    }
+    Tensor energy;
+    std::array<Tensor, 4> parts;
+    {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        std::tie(energy, parts[0], parts[1], parts[2], parts[3]) =
+            forward_of(x, y, a, b, settings, need[0], need[1], need[2] || need[3]);
+    }
+    for (int k = 0; k < 4; ++k) {
+        if (!need[k]) parts[k].reset();
+    }
+    // The derivative of the energy is twice the force; of `usual` inputs half the energy was wanted.
+    const auto edge = [](const Maybe& t) { return needs_gradient(t) ? torch::autograd::impl::gradient_edge(*t) : Edge(); };
+    const auto node = make_node<EnergyBackward>(edge_list{edge(x), edge(y), edge(a), edge(b)}, std::move(parts),
+                                                settings.constant ? 1.0 : 2.0);
+    torch::autograd::set_history(energy, node);
+    return energy;
 }
 
 Tensor energy(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, bool rbf, at::ArrayRef<double> bandwidth,
@@ -217,11 +327,12 @@ struct Conv : torch::autograd::Function<Conv> {
             if (link) out[4] = to_link;
             if (link_weight) out[5] = to_link_weight;
         }
-        if (at::GradMode::is_enabled()) {
-            const Maybe f = gate.empty() ? Maybe() : Maybe(saved[2]);
+        if (at::GradMode::is_enabled()) {  // create_graph
+            const Tensor f = gate.empty() ? Tensor() : saved[2];
             for (Tensor& gradient : out) {
                 if (!gradient.defined()) continue;
-                gradient = Once::apply(gradient, x, weight, gradients[0], f, maybe(saved[3]), maybe(saved[4]));
+                gradient = differentiable_once(
+                    gradient, torch::autograd::collect_next_edges(x, weight, gradients[0], f, saved[3], saved[4]));
             }
         }
         return out;
@@ -241,22 +352,11 @@ std::tuple<Tensor, Tensor> masked_conv(const Tensor& x, const Tensor& weight, co
     return {out[0], out[1]};
 }
 
-using c10::DispatchKey;
-
 // A tensor [N, D] of which nothing is unusual, or null.
 const Tensor* usual(pybind11::handle object) {
     if (!THPVariable_CheckExact(object.ptr())) return nullptr;
     const Tensor& x = THPVariable_Unpack(object.ptr());
-    const c10::DispatchKeySet known = c10::DispatchKeySet(
-        {DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU}) |
-#ifdef WITH_CUDA
-        c10::DispatchKeySet({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
-#else
-        c10::DispatchKeySet();
-#endif
-    const bool plain = (x.key_set() | known) == known && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0 &&
-                       (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) && !x._fw_grad(0).defined();
-    return plain ? &x : nullptr;
+    return plain(x) && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0 && !x._fw_grad(0).defined() ? &x : nullptr;
 }
 
 bool is(pybind11::handle text, const char* value) {
@@ -265,8 +365,8 @@ bool is(pybind11::handle text, const char* value) {
 
 bool usual_circumstances(pybind11::handle backend, const Tensor& x) {
     const auto included = c10::impl::tls_is_dispatch_key_included;
-    return (is(backend, "auto") || is(backend, x.is_cuda() ? "cuda" : "cpp")) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-           !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
+    return (is(backend, "auto") || is(backend, x.is_cuda() ? "cuda" : "cpp")) &&
+           !c10::impl::TorchDispatchModeTLS::any_modes_set() && !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
 }
 
 struct UsualKernel {
@@ -338,7 +438,9 @@ pybind11::object usual_mmd(pybind11::handle x_object, pybind11::handle y_object,
         value = energy_of(*x, *y, {}, {}, {kernel->rbf, kernel->bandwidth, {}, kernel->weight, kernel->alpha, w, constant});
     }
     const bool is_float = value.scalar_type() == at::kFloat;
-    if (!value.is_cuda() && !std::isfinite(is_float ? *value.const_data_ptr<float>() : *value.const_data_ptr<double>())) return pybind11::none();
+    if (!value.is_cuda() && !std::isfinite(is_float ? *value.const_data_ptr<float>() : *value.const_data_ptr<double>())) {
+        return pybind11::none();
+    }
     return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(value));
 }
 

@@ -304,6 +304,38 @@ def test_second_derivatives_point_to_the_reference():
         torch.autograd.grad(first.sum(), x)
 
 
+def test_backward_twice_and_to_some_of_the_inputs():
+    x, y, _ = (z.requires_grad_() for z in clouds(9, 5, 3))
+    value = mmd(x, y, backend="cpp")
+    both = torch.autograd.grad(value, (x, y), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(value, y, retain_graph=True)[0], both[1])
+    assert torch.equal(torch.autograd.grad(2 * value, x)[0], 2 * both[0])
+    with pytest.raises(RuntimeError, match="a second time"):
+        value.backward()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_compiled_autograd_sees_the_derivatives(weighted):
+    x, y, _ = (z.requires_grad_() for z in clouds(9, 5, 3))
+    w = torch.rand(9) if weighted else None
+    wanted = torch.autograd.grad(3 * mmd(x, y, x_weights=w, backend="cpp"), (x, y))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        (3 * mmd(x, y, x_weights=w, backend="cpp")).backward()
+    assert torch.equal(x.grad, wanted[0]) and torch.equal(y.grad, wanted[1])
+
+
+def test_transforms_are_refused_where_no_caller_asks():
+    x, y, _ = clouds(9, 5, 3)
+
+    def value(x):
+        return torch.ops.infovae_fast.energy(x, y, None, None, True, [1.0], None, [1.0], 1.0, list(WEIGHTS))
+
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(value)(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        value(torch.autograd.forward_ad.make_dual(x.requires_grad_(), torch.ones_like(x)))
+
+
 def test_forward_mode_is_left_to_the_reference():
     x, y, _ = clouds(9, 5, 3)
     with torch.autograd.forward_ad.dual_level():

@@ -1,6 +1,7 @@
 // Energy and force on the CPU. Coordinates are centred and scaled so that t = u_i.u_j - h_i - h_j is the exponent:
 //
-//     rbf: u = (z - mean) sqrt(log2 e) / b_0, phi = 2^t        rational quadratic: u = (z - mean) / b_0, phi = (1 - t / alpha)^-alpha
+//     rbf:                 u = (z - mean) sqrt(log2 e) / b_0,  phi = 2^t
+//     rational quadratic:  u = (z - mean) / b_0,               phi = (1 - t / alpha)^-alpha
 //
 // (where coordinates are few, by sqrt(1/2) more: then t is -|u_i - u_j|^2, without a factor)
 //
@@ -116,24 +117,21 @@ struct Cloud {
     void fill(int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
         const int64_t L = targets_at_once<T>(), groups = round_up(n, L) / L;
         const auto centre = BEST(centre<T>);
+        const auto transpose = BEST(transpose<T>);
         const auto norms = BEST(norms<T>);
         at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
             for (int64_t group = begin; group < end; ++group) {
                 const int64_t first = group * L, last = std::min(first + L, n);
                 T* const transposed = ut + first * d;
                 centre(z + first * d, last - first, d, mean, scale, u + first * d);
-                for (int64_t c0 = 0; c0 < d; c0 += kLine) {  // so that what is read and written stays in the cache
-                    const int64_t c1 = std::min(c0 + kLine, d);
-                    for (int64_t j = first; j < last; ++j) {
-                        for (int64_t c = c0; c < c1; ++c) transposed[c * L + (j - first)] = u[j * d + c];
-                    }
-                }
-                const int64_t used = lanes_of<T>(last - first);
-                for (int64_t c = 0; used > last - first && c < d; ++c) {
-                    std::fill(transposed + c * L + (last - first), transposed + c * L + used, T(0));
-                }
+                transpose(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
                 norms(transposed, d, h + first);
-                for (int64_t j = first; j < first + L; ++j) a[j] = j >= n ? T(0) : given_a != nullptr ? given_a[j] : T(1);
+                if (given_a == nullptr) {
+                    std::fill(a + first, a + last, T(1));
+                } else {
+                    std::copy(given_a + first, given_a + last, a + first);
+                }
+                std::fill(a + last, a + first + L, T(0));
                 for (int64_t j = first; p != u && j < last; ++j) {
                     for (int64_t c = 0; c < d; ++c) {
                         p[j * d + c] = a[j] * u[j * d + c] + (fold_v ? v_factor * given_v[j * d + c] : T(0));
@@ -141,22 +139,32 @@ struct Cloud {
                 }
             }
         });
-        a_before[0] = 0;
         double before = 0;
-        for (int64_t j = 0; j < n; ++j) a_before[j + 1] = before += double(a[j]);
+        for (int64_t j = 0; j <= n; ++j) {
+            a_before[j] = given_a == nullptr ? double(j) : before;
+            before += double(a[j]);
+        }
     }
 
     // With the averages of u and h comes the average t between a point and those of this cloud. `sums`: [kLine, d].
     void take_averages(int64_t d, double* sums) {
-        std::fill_n(sums, kLine * d, 0.0);
-        double sum_a = 0, sum_h = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const double weight = std::abs(double(a[i]));
-            sum_a += weight, sum_h += weight * double(h[i]);
-            for (int64_t c = 0; given_a != nullptr && c < d; ++c) sums[c] += weight * double(u[i * d + c]);
+        double sum_a = double(n), sum_h = 0;
+        if (given_a == nullptr) {
+            double sums_of_h[kLine] = {};
+            BEST(add_rows<T>)(h, n, 1, sums_of_h);
+            for (const double sum : sums_of_h) sum_h += sum;
+            std::fill_n(sums, kLine * d, 0.0);
+            BEST(add_rows<T>)(u, n, d, sums);
+            fold(sums, d);
+        } else {
+            std::fill_n(sums, d, 0.0);
+            sum_a = 0;
+            for (int64_t i = 0; i < n; ++i) {
+                const double weight = std::abs(double(a[i]));
+                sum_a += weight, sum_h += weight * double(h[i]);
+                for (int64_t c = 0; c < d; ++c) sums[c] += weight * double(u[i * d + c]);
+            }
         }
-        if (given_a == nullptr) BEST(add_rows<T>)(u, n, d, sums);
-        fold(sums, d);
         total_a = sum_a, average_h = sum_h / sum_a;
         for (int64_t c = 0; c < d; ++c) average[c] = T(sums[c] / sum_a);
     }
@@ -170,13 +178,14 @@ struct Cloud {
 // What one thread needs.
 template <typename T>
 struct Worker {
-    double *sums, *potential;
+    double *sums, *potential, *energy;
     T* tiles;
 
     void carve(Carver& memory, int64_t rows, int64_t d, bool with_v) {
         const int64_t L = targets_at_once<T>(), forces = d * (with_v ? 2 : 1) * L;
         sums = memory.take<double>(round_up(rows, L) * (2 + d));
-        potential = memory.take<double>(rows);
+        potential = memory.take<double>(round_up(rows, L));
+        energy = memory.take<double>(L);
         tiles = memory.take<T>(2 * kStep * L + forces);
         if (tiles != nullptr) std::fill_n(tiles + 2 * kStep * L, forces, T(0));  // sums, which end as they start
     }
@@ -363,29 +372,32 @@ void pairwise(const PairwiseProblem<T>& q) {
     }
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
+    const auto add_potentials = BEST(add_potentials<T>);
+    const auto finish_forces = BEST(finish_forces<T>);
     const int64_t L = targets_at_once<T>(), part = std::max<int64_t>(kPart / d / kChunk, 1) * kChunk;
     constexpr int64_t kNowhere = -(int64_t(1) << 60);
 
-    const auto run = [&](size_t k, const Worker<T>& mine) {
-        const Task& task = tasks[k];
+    const auto run = [&](size_t number, const Worker<T>& mine) {
+        const Task& task = tasks[number];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
         const bool force = forces[task.cloud] != nullptr;
         const int64_t count = task.i1 - task.i0;
-        double energy_here = 0;
-        for (int64_t r = 0; force && r < count; r += L) {
-            std::fill_n(mine.sums + r * (2 + d), (2 + d) * lanes_of<T>(count - r), 0.0);
-        }
-        std::fill_n(mine.potential, count, 0.0);
+        // Sums of group k of targets; of their lanes some may be unused.
+        const auto sums = [&](int64_t k) { return mine.sums + k * L * (2 + d); };
+        const auto lanes = [&](int64_t k) { return lanes_of<T>(count - k * L); };
+        const int64_t groups = round_up(count, L) / L;
+        for (int64_t k = 0; force && k < groups; ++k) std::fill_n(sums(k), (2 + d) * lanes(k), 0.0);
+        std::fill_n(mine.potential, groups * L, 0.0);
+        std::fill_n(mine.energy, L, 0.0);
         // Adds w times the sums over sources j0..j1 to those of the rows, and share times their energy.
         const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
             if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
                 rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
                      task.i1, j, std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
-                for (int64_t r = 0; r < count; ++r) {
-                    const double phi = w * outer * mine.sums[r / L * L * (2 + d) + r % L];
-                    mine.potential[r] += phi;
-                    energy_here += share * phi * double(own.a[task.i0 + r]);
+                for (int64_t k = 0; k < groups; ++k) {
+                    add_potentials(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share, mine.potential + k * L,
+                                   mine.energy);
                 }
             }
         };
@@ -399,21 +411,13 @@ void pairwise(const PairwiseProblem<T>& q) {
         if (between[task.cloud]) {
             visit(other, 0, other.n, kNowhere, q.w_xy, between[0] && between[1] ? 1 : 2);
         }
-        energies[k] = energy_here;
+        for (int64_t lane = 0; lane < L; ++lane) energies[number] += mine.energy[lane];
         if (potentials[task.cloud] != nullptr) std::copy_n(mine.potential, count, potentials[task.cloud] + task.i0);
-        for (int64_t r0 = 0; force && r0 < count; r0 += L) {
-            const int64_t lanes = lanes_of<T>(count - r0), end = std::min(r0 + L, count);
-            const double* in = mine.sums + r0 * (2 + d);
-            for (int64_t c0 = 0; c0 < d; c0 += kLine) {  // so that what is read and written stays in the cache
-                const int64_t c1 = std::min(c0 + kLine, d);
-                for (int64_t r = r0; r < end; ++r) {
-                    const T* u = own.u + (task.i0 + r) * d;
-                    const double a = own.given_a == nullptr ? 1 : double(own.given_a[task.i0 + r]);
-                    const double g = in[lanes + r - r0];
-                    T* out = forces[task.cloud] + (task.i0 + r) * d;
-                    for (int64_t c = c0; c < c1; ++c) out[c] = T(a * (in[(2 + c) * lanes + r - r0] - g * double(u[c])));
-                }
-            }
+        for (int64_t k = 0; force && k < groups; ++k) {
+            const int64_t i = task.i0 + k * L;
+            const double *const G = sums(k) + lanes(k), *const F = G + lanes(k);
+            finish_forces(G, F, own.ut + i * d, own.a + i, d, std::min(L, task.i1 - i), lanes(k), mine.tiles,
+                          forces[task.cloud] + i * d);
         }
     };
 
