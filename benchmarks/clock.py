@@ -15,20 +15,28 @@ import infovae_fast
 from infovae_fast.backends import native_missing
 from infovae_fast.cuda_graph import CudaGraph
 
-SHORTEST_S = 1e-3  # a GPU is timed over as many calls in a row as take this long,
+SHORTEST_S = 1e-3  # timed are as many calls in a row as take this long,
 MOST_CALLS = 200  # but not more
+COLD_MIB = 64  # that are read before a cold call: more than the caches hold
 
 
-def measure(run: Callable[[], Any], device: str = "cpu") -> tuple[Any, float]:
-    """The result and the seconds of a call. On a GPU of one among many: the longer of queueing it and running it."""
-    if device == "cpu":
-        start = time.perf_counter()
-        out = run()
-        return out, time.perf_counter() - start
-    out, seconds = _on_gpu(run, 1)
-    if seconds < SHORTEST_S:
-        out, seconds = _on_gpu(run, min(MOST_CALLS, int(SHORTEST_S / seconds) + 1))
+def measure(run: Callable[[], Any], device: str = "cpu", cold: bool = False) -> tuple[Any, float]:
+    """The result and the seconds of a call: of one among several in a row, or of a single one after the caches are
+    filled with other things. On a GPU the longer of queueing it and running it."""
+    time_calls = _on_cpu if device == "cpu" else _on_gpu
+    if cold:
+        torch.ones(COLD_MIB * 2**18).sum()
+    out, seconds = time_calls(run, 1)
+    if seconds < SHORTEST_S and not cold:
+        out, seconds = time_calls(run, min(MOST_CALLS, int(SHORTEST_S / seconds) + 1))
     return out, seconds
+
+
+def _on_cpu(run: Callable[[], Any], calls: int) -> tuple[Any, float]:
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = run()
+    return out, (time.perf_counter() - start) / calls
 
 
 def _on_gpu(run: Callable[[], Any], calls: int) -> tuple[Any, float]:

@@ -4,7 +4,7 @@ Every row is one case and one implementation: median, 20th and 80th percentile o
 memory that a call takes beyond what the process holds, and the largest error of the gradient and of the value against
 float64, relative to the largest component (for large N, of some rows of the gradient alone: `pairwise.truth`).
 The implementations of a case take turns in one process, the slow ones fewer, so that their ratios stand although the
-machine is shared. Of ours, a result whose error is above `LARGEST_ERROR` is not timed, nor one whose value is off by
+machine is shared; a turn is as many calls in a row as take a millisecond. Of ours, a result whose error is above `LARGEST_ERROR` is not timed, nor one whose value is off by
 more than `VALUE_ERROR` of it, or of phi(0) / N where that is larger: about the standard deviation of an unbiased MMD.
 """
 
@@ -62,7 +62,10 @@ def feasible(case: pairwise.Case, implementation: pairwise.Implementation, most_
 
 
 def bench(
-    case: pairwise.Case, implementations: dict[str, pairwise.Implementation], device: str = "cpu"
+    case: pairwise.Case,
+    implementations: dict[str, pairwise.Implementation],
+    device: str = "cpu",
+    cold: bool = False,
 ) -> list[dict[str, Any]]:
     x, y = case.inputs(device)
     rows: dict[str, dict[str, Any]] = {}
@@ -93,7 +96,7 @@ def bench(
     for i in range(most):
         for name, implementation in implementations.items():
             if (i + 1) * rounds[name] // most > i * rounds[name] // most:  # spread over all rounds
-                times[name].append(measure(partial(implementation.run, case, x, y), device)[1])
+                times[name].append(measure(partial(implementation.run, case, x, y), device, cold)[1])
     for name, taken in times.items():
         low, *_, high = quantiles(taken, n=5) if len(taken) > 1 else taken * 2
         rows[name] |= {"median_s": median(taken), "p20_s": low, "p80_s": high, "rounds": len(taken)}
@@ -123,11 +126,14 @@ def main() -> None:
     which.add_argument("--bar", action="store_true", help="only the cases of the README")
     which.add_argument("--grid", action="store_true", help="N = 16 .. 65,536, D = 2 .. 512, value alone too (long)")
     which.add_argument("--only", metavar="WHAT,N,D", help="one case of the README, as rbf,256,10")
+    parser.add_argument("--cold", action="store_true", help="a call a turn, the caches filled with other things before")
     parser.add_argument("--least", type=int, default=2, help="smallest N")
     parser.add_argument("--most", type=int, default=2**16, help="largest N")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
     options = parser.parse_args()
+    if options.cold and options.out:
+        parser.error("--cold prints its times; they do not go to a file with those of calls in a row")
     here, installed = machine(options.device), implementations(options.compile, options.device)
     if unknown := set(filter(None, options.without.split(","))) - set(installed):
         parser.error(f"--without: got {', '.join(sorted(unknown))}; accepted: {', '.join(installed)}")
@@ -140,7 +146,7 @@ def main() -> None:
             continue
         if not options.least <= case.n <= options.most or {(case, name) for name in some} <= done:
             continue
-        rows = bench(case, some, options.device)
+        rows = bench(case, some, options.device, options.cold)
         ours = rows[0]["median_s"]
         for row in rows:
             mode = ("" if case.gradient else "value ") + ("" if case.dtype == "float32" else case.dtype)

@@ -366,7 +366,8 @@ bool is(pybind11::handle text, const char* value) {
 bool usual_circumstances(pybind11::handle backend, const Tensor& x) {
     const auto included = c10::impl::tls_is_dispatch_key_included;
     return (is(backend, "auto") || is(backend, x.is_cuda() ? "cuda" : "cpp")) &&
-           !c10::impl::TorchDispatchModeTLS::any_modes_set() && !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
+           !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+           !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
 }
 
 struct UsualKernel {

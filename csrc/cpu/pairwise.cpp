@@ -58,11 +58,10 @@ struct Sources {
     int64_t d;
     const T *u, *h, *a;      // [m, d], [m], [m]
     const T *p, *v;          // [m, d], what g and phi multiply; v may be null
-    const double* a_before;  // [m + 1], sum of a_i over i < j
+    const double* a_before;  // [m + 1], sum of a_i over i < j; null if all a are 1
     const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
     T average_h;             // likewise
     double total_a;          // sum of |a|
-    bool ones;               // all a are 1
 };
 
 struct Factors {
@@ -98,7 +97,7 @@ struct Cloud {
     const T *given_a = nullptr, *given_v = nullptr;
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr;
     const T* v = nullptr;
-    double* a_before = nullptr;
+    double *sum = nullptr, *a_before = nullptr;  // sum: of z, [kLine, d], row 0 after `add_up`
     double average_h = 0, total_a = 0;
 
     void carve(Carver& memory, int64_t d, bool fold_v) {
@@ -107,10 +106,17 @@ struct Cloud {
         h = memory.take<T>(padded);
         a = memory.take<T>(padded);
         average = memory.take<T>(d);
-        a_before = memory.take<double>(n + 1);
+        sum = memory.take<double>(kLine * d);
+        a_before = given_a != nullptr ? memory.take<double>(n + 1) : nullptr;
         ut = memory.take<T>(padded * d);
         p = given_a != nullptr || fold_v ? memory.take<T>(n * d) : u;
         v = fold_v ? nullptr : given_v;
+    }
+
+    void add_up(int64_t d) {
+        std::fill_n(sum, kLine * d, 0.0);
+        BEST(add_rows<T>)(z, n, d, sum);
+        fold(sum, d);
     }
 
     // p = a u + v_factor v where v is folded in. `mean`: [kLine, d].
@@ -139,39 +145,33 @@ struct Cloud {
                 }
             }
         });
-        double before = 0;
-        for (int64_t j = 0; j <= n; ++j) {
-            a_before[j] = given_a == nullptr ? double(j) : before;
-            before += double(a[j]);
-        }
     }
 
-    // With the averages of u and h comes the average t between a point and those of this cloud. `sums`: [kLine, d].
-    void take_averages(int64_t d, double* sums) {
-        double sum_a = double(n), sum_h = 0;
+    // With the averages of u and h comes the average t between a point and those of this cloud.
+    void take_averages(int64_t d, const double* mean, double scale) {
+        double sum_h = 0;
+        total_a = double(n);
         if (given_a == nullptr) {
             double sums_of_h[kLine] = {};
             BEST(add_rows<T>)(h, n, 1, sums_of_h);
-            for (const double sum : sums_of_h) sum_h += sum;
-            std::fill_n(sums, kLine * d, 0.0);
-            BEST(add_rows<T>)(u, n, d, sums);
-            fold(sums, d);
+            for (const double one : sums_of_h) sum_h += one;
+            for (int64_t c = 0; c < d; ++c) sum[c] = (sum[c] - mean[c] * total_a) * scale;
         } else {
-            std::fill_n(sums, d, 0.0);
-            sum_a = 0;
+            std::fill_n(sum, d, 0.0);
+            total_a = 0, a_before[0] = 0;
             for (int64_t i = 0; i < n; ++i) {
                 const double weight = std::abs(double(a[i]));
-                sum_a += weight, sum_h += weight * double(h[i]);
-                for (int64_t c = 0; c < d; ++c) sums[c] += weight * double(u[i * d + c]);
+                a_before[i + 1] = a_before[i] + double(a[i]);
+                total_a += weight, sum_h += weight * double(h[i]);
+                for (int64_t c = 0; c < d; ++c) sum[c] += weight * double(u[i * d + c]);
             }
         }
-        total_a = sum_a, average_h = sum_h / sum_a;
-        for (int64_t c = 0; c < d; ++c) average[c] = T(sums[c] / sum_a);
+        average_h = sum_h / total_a;
+        for (int64_t c = 0; c < d; ++c) average[c] = T(sum[c] / total_a);
     }
 
-    // `subtract`: whether a usual phi may be left out of the sums.
     Sources<T> sources(int64_t d, bool subtract) const {
-        return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a, given_a == nullptr};
+        return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
     }
 };
 
@@ -324,20 +324,17 @@ void pairwise(const PairwiseProblem<T>& q) {
     memory = Carver{workspace.reserve(memory.used)};
     carve();
 
-    std::fill_n(mean, kLine * d, 0.0);
-    for (const Cloud<T>& cloud : clouds) BEST(add_rows<T>)(cloud.z, cloud.n, d, mean);
-    fold(mean, d);
-    for (int64_t c = 0; c < d; ++c) mean[c] /= double(total);
+    for (Cloud<T>& cloud : clouds) cloud.add_up(d);
+    for (int64_t c = 0; c < d; ++c) mean[c] = (clouds[0].sum[c] + clouds[1].sum[c]) / double(total);
     for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
     for (Cloud<T>& cloud : clouds) {
         const bool folded = fold_v && &cloud == clouds;
         if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
     }
-    for (Cloud<T>& cloud : clouds) cloud.take_averages(d, mean);
-
     T farthest = 0;  // h of that point
-    for (const Cloud<T>& cloud : clouds) {
-        for (int64_t i = 0; i < cloud.n; ++i) farthest = std::max(farthest, cloud.h[i]);
+    for (Cloud<T>& cloud : clouds) {
+        cloud.take_averages(d, mean, scale);
+        farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
     }
     if constexpr (sizeof(T) == 4) {
         const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
