@@ -28,7 +28,7 @@ namespace {
 
 constexpr int kStep = 64;     // sources of a tile
 constexpr int kFewest = 4;    // coordinates up to which distances are sums of squared differences
-constexpr int kDepth = 32;    // coordinates whose products are summed in registers
+constexpr int kDepth = 128;   // coordinates whose products are summed in registers
 constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
 constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
