@@ -17,12 +17,12 @@ from infovae_fast.cuda_graph import CudaGraph
 
 SHORTEST_S = 1e-3  # timed are as many calls in a row as take this long,
 MOST_CALLS = 200  # but not more
-COLD_MIB = 64  # that are read before a cold call: more than the caches hold
+COLD_MIB = 64  # that are touched before a cold call: more than the caches of a CPU hold
 
 
 def measure(run: Callable[[], Any], device: str = "cpu", cold: bool = False) -> tuple[Any, float]:
-    """The result and the seconds of a call: of one among several in a row, or of a single one after the caches are
-    filled with other things. On a GPU the longer of queueing it and running it."""
+    """The result and the seconds of a call: of one among several in a row, or of a single one that finds the CPU's
+    caches full of other things. On a GPU the longer of queueing it and running it."""
     time_calls = _on_cpu if device == "cpu" else _on_gpu
     if cold:
         torch.ones(COLD_MIB * 2**18).sum()

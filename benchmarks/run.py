@@ -4,8 +4,9 @@ Every row is one case and one implementation: median, 20th and 80th percentile o
 memory that a call takes beyond what the process holds, and the largest error of the gradient and of the value against
 float64, relative to the largest component (for large N, of some rows of the gradient alone: `pairwise.truth`).
 The implementations of a case take turns in one process, the slow ones fewer, so that their ratios stand although the
-machine is shared; a turn is as many calls in a row as take a millisecond. Of ours, a result whose error is above `LARGEST_ERROR` is not timed, nor one whose value is off by
-more than `VALUE_ERROR` of it, or of phi(0) / N where that is larger: about the standard deviation of an unbiased MMD.
+machine is shared; a turn is as many calls in a row as take a millisecond, at most 200, or with --cold one. Of ours, a
+result whose error is above `LARGEST_ERROR` is not timed, nor one whose value is off by more than `VALUE_ERROR` of it,
+or of phi(0) / N where that is larger: about the standard deviation of an unbiased MMD.
 """
 
 import argparse
@@ -132,8 +133,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
     options = parser.parse_args()
-    if options.cold and options.out:
-        parser.error("--cold prints its times; they do not go to a file with those of calls in a row")
+    if options.cold and (options.out or options.device != "cpu"):
+        parser.error("--cold prints times of a CPU; they do not go to a file with those of calls in a row")
     here, installed = machine(options.device), implementations(options.compile, options.device)
     if unknown := set(filter(None, options.without.split(","))) - set(installed):
         parser.error(f"--without: got {', '.join(sorted(unknown))}; accepted: {', '.join(installed)}")

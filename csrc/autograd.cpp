@@ -2,6 +2,7 @@
 #include "autograd.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -12,6 +13,8 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -26,6 +29,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "pairwise.h"
 
@@ -38,6 +42,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Edge;
 using torch::autograd::edge_list;
 using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Maybe = std::optional<Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -57,7 +62,7 @@ auto find(const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
 }
 
-// A tensor of floats or doubles that no mode or subclass has a part in.
+// A tensor of floats or doubles that no subclass has a part in.
 bool plain(const Tensor& x) {
     constexpr c10::DispatchKeySet known({
         DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
@@ -66,6 +71,13 @@ bool plain(const Tensor& x) {
 #endif
     });
     return (x.key_set() | known) == known && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+
+// No dispatch mode, functorch transform or tracer sees what is computed.
+bool nothing_watches() {
+    const auto included = c10::impl::tls_is_dispatch_key_included;
+    return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+           !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
 }
 
 bool needs_gradient(const Maybe& t) { return t.has_value() && t->defined() && t->requires_grad(); }
@@ -122,7 +134,8 @@ auto make_node(Args&&... args) {
     }
 }
 
-// The gradient, with an error in place of its derivatives to `inputs`.
+// A result of backward that was computed with create_graph, with an error in place of its derivatives to `inputs`. They
+// must have the gradients that came from above among them: what is differentiated again must not look constant.
 Tensor differentiable_once(const Tensor& gradient, edge_list inputs) {
     const Tensor out = gradient.detach();
     torch::autograd::set_history(out, make_node<torch::autograd::Error>(
@@ -146,7 +159,7 @@ Tensor product(double factor, const Tensor& part) {
 // factor * gradient * part, gradient [...] and part [..., N, D] or [..., N].
 Tensor product(double factor, const Tensor& gradient, const Tensor& part) {
     if (!at::GradMode::is_enabled() && gradient.dim() == 0 && gradient.is_cpu() && part.is_cpu() && plain(gradient) &&
-        plain(part) && part.is_contiguous()) {  // the same, with less of PyTorch
+        plain(part) && part.is_contiguous() && nothing_watches()) {  // the same, with less of PyTorch
         factor *= gradient.scalar_type() == at::kFloat ? double(*gradient.const_data_ptr<float>())
                                                        : *gradient.const_data_ptr<double>();
         return part.scalar_type() == at::kFloat ? product<float>(factor, part) : product<double>(factor, part);
@@ -162,49 +175,66 @@ Tensor product(double factor, const Tensor& gradient, const Tensor& part) {
 // The derivatives of the energy to x, y, a and b: `factor` of forces and potentials that the forward pass has computed.
 // A node and no torch::autograd::Function, which at small N would take longer than the sums.
 struct EnergyBackward : Node {
-    std::array<Tensor, 4> parts;
+    std::array<SavedVariable, 4> parts;
     double factor;
-    bool released = false;
 
-    EnergyBackward(edge_list&& inputs, std::array<Tensor, 4>&& parts, double factor)
-        : Node(std::move(inputs)), parts(std::move(parts)), factor(factor) {}
+    EnergyBackward(edge_list&& inputs, const std::array<Tensor, 4>& computed, double factor)
+        : Node(std::move(inputs)), factor(factor) {
+        for (size_t k = 0; k < parts.size(); ++k) {
+            if (computed[k].defined()) parts[k] = SavedVariable(computed[k], false);
+        }
+    }
 
     std::string name() const override { return "EnergyBackward"; }
 
     variable_list apply(variable_list&& gradients) override {
         const std::lock_guard<std::mutex> lock(mutex_);
-        TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
-        variable_list out(parts.size());
-        for (size_t k = 0; k < parts.size(); ++k) {
-            if (!gradients[0].defined() || !parts[k].defined() || !task_should_compute_output(k)) continue;
-            out[k] = product(factor, gradients[0], parts[k]);
-            if (at::GradMode::is_enabled()) out[k] = differentiable_once(out[k], next_edges());  // create_graph
-        }
-        return out;
+        return products(gradients[0], wanted(), factor, next_edges());
     }
 
     void release_variables() override {
         const std::lock_guard<std::mutex> lock(mutex_);
-        for (Tensor& part : parts) part.reset();
-        released = true;
+        for (SavedVariable& part : parts) part.reset_data();
+    }
+
+    std::array<Tensor, 4> wanted() const {
+        std::array<Tensor, 4> some;
+        for (size_t k = 0; k < parts.size(); ++k) {
+            if (task_should_compute_output(k)) some[k] = parts[k].unpack();
+        }
+        return some;
+    }
+
+    static variable_list products(const Tensor& gradient, const std::array<Tensor, 4>& parts, double factor,
+                                  edge_list inputs) {
+        variable_list out(parts.size());
+        if (!gradient.defined()) return out;
+        inputs.push_back(torch::autograd::impl::gradient_edge(gradient));
+        for (size_t k = 0; k < parts.size(); ++k) {
+            if (!parts[k].defined()) continue;
+            out[k] = product(factor, gradient, parts[k]);
+            if (at::GradMode::is_enabled()) out[k] = differentiable_once(out[k], inputs);
+        }
+        return out;
     }
 
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 7  // PyTorch's compiled autograd; older ones refuse the node
-    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-        for (const Tensor& part : parts) args.collect(part);
+    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+        for (const SavedVariable& part : parts) args.collect(part, false);
         args.collect(factor);
     }
 
-    variable_list apply_with_saved(const variable_list& gradients, torch::dynamo::autograd::SwapSavedVariables& saved) {
+    variable_list apply_with_saved(const variable_list& gradients,
+                                   torch::dynamo::autograd::SwapSavedVariables& saved) override {
         using torch::dynamo::autograd::IValuePacker;
-        for (Tensor& part : parts) saved.before(part);
-        std::vector<Tensor> wanted;
+        for (SavedVariable& part : parts) saved.before(part);
+        const std::array<Tensor, 4> some = wanted();
+        std::vector<Tensor> given;
         std::vector<int64_t> which;
-        for (size_t k = 0; k < parts.size(); ++k) {
-            if (!parts[k].defined() || !task_should_compute_output(k)) continue;
-            wanted.push_back(parts[k]), which.push_back(int64_t(k));
+        for (size_t k = 0; k < some.size(); ++k) {
+            if (some[k].defined()) given.push_back(some[k]), which.push_back(int64_t(k));
         }
-        const std::vector<at::IValue> args{factor, wanted, which};
+        const std::vector<at::IValue> args{factor, given, which};
         std::vector<at::TypePtr> schema;
         for (const at::IValue& arg : args) schema.push_back(arg.type());
         const at::IValue metadata = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
@@ -213,30 +243,30 @@ struct EnergyBackward : Node {
         PyObject* const compiler = saved.get_py_compiler();
         const std::string function = python->bind_function(compiler, name(), apply_to, schema, true, true);
         variable_list out = python->call_function(compiler, "apply_functional", function, gradients, args, metadata);
-        for (Tensor& part : parts) saved.after(part);
+        for (SavedVariable& part : parts) saved.after(part);
         return out;
     }
 
     static variable_list apply_to(const variable_list& gradients, const std::vector<at::IValue>& args) {
-        variable_list out(4);
-        const std::vector<Tensor> parts = args[1].toTensorVector();
+        std::array<Tensor, 4> parts;
+        const std::vector<Tensor> given = args[1].toTensorVector();
         const std::vector<int64_t> which = args[2].toIntVector();
-        for (size_t k = 0; k < parts.size(); ++k) out[which[k]] = product(args[0].toDouble(), gradients[0], parts[k]);
-        return out;
+        for (size_t k = 0; k < given.size(); ++k) parts[which[k]] = given[k];
+        return products(gradients[0], parts, args[0].toDouble(), {});
     }
 #endif
 };
 
 Tensor energy_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& settings) {
-    const bool need[] = {x.requires_grad(), needs_gradient(y), needs_gradient(a), needs_gradient(b)};
-    if (!at::GradMode::is_enabled() || !(need[0] || need[1] || need[2] || need[3])) {
-        return std::get<0>(forward_of(x, y, a, b, settings, false, false, false));
-    }
-    if (!settings.constant) {  // what no caller in Python sends here
+    if (!settings.constant) {  // transforms, which Python leaves to the reference
         if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
         for (const Maybe& t : {Maybe(x), y, a, b}) {
             TORCH_CHECK(!torch::autograd::isFwGradDefined(t), "forward-mode derivatives need the reference");
         }
+    }
+    const bool need[] = {x.requires_grad(), needs_gradient(y), needs_gradient(a), needs_gradient(b)};
+    if (!at::GradMode::is_enabled() || !(need[0] || need[1] || need[2] || need[3])) {
+        return std::get<0>(forward_of(x, y, a, b, settings, false, false, false));
     }
     Tensor energy;
     std::array<Tensor, 4> parts;
@@ -250,7 +280,7 @@ Tensor energy_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b
     }
     // The derivative of the energy is twice the force; of `usual` inputs half the energy was wanted.
     const auto edge = [](const Maybe& t) { return needs_gradient(t) ? torch::autograd::impl::gradient_edge(*t) : Edge(); };
-    const auto node = make_node<EnergyBackward>(edge_list{edge(x), edge(y), edge(a), edge(b)}, std::move(parts),
+    const auto node = make_node<EnergyBackward>(edge_list{edge(x), edge(y), edge(a), edge(b)}, parts,
                                                 settings.constant ? 1.0 : 2.0);
     torch::autograd::set_history(energy, node);
     return energy;
@@ -331,8 +361,8 @@ struct Conv : torch::autograd::Function<Conv> {
             const Tensor f = gate.empty() ? Tensor() : saved[2];
             for (Tensor& gradient : out) {
                 if (!gradient.defined()) continue;
-                gradient = differentiable_once(
-                    gradient, torch::autograd::collect_next_edges(x, weight, gradients[0], f, saved[3], saved[4]));
+                gradient = differentiable_once(gradient, torch::autograd::collect_next_edges(
+                                                             x, weight, gradients[0], gradients[1], f, saved[3], saved[4]));
             }
         }
         return out;
@@ -364,10 +394,7 @@ bool is(pybind11::handle text, const char* value) {
 }
 
 bool usual_circumstances(pybind11::handle backend, const Tensor& x) {
-    const auto included = c10::impl::tls_is_dispatch_key_included;
-    return (is(backend, "auto") || is(backend, x.is_cuda() ? "cuda" : "cpp")) &&
-           !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-           !included(DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(DispatchKey::Tracer);
+    return (is(backend, "auto") || is(backend, x.is_cuda() ? "cuda" : "cpp")) && nothing_watches();
 }
 
 struct UsualKernel {

@@ -304,6 +304,36 @@ def test_second_derivatives_point_to_the_reference():
         torch.autograd.grad(first.sum(), x)
 
 
+def test_what_came_from_above_is_not_constant_to_second_derivatives():
+    x, y, _ = clouds(9, 5, 3)
+    with pytest.raises(RuntimeError, match="to differentiate twice"):  # by differentiating a backward pass
+        torch.autograd.functional.jvp(lambda z: mmd(z, y, backend="cpp"), x, torch.ones_like(x))
+    x.requires_grad_()
+    c = torch.tensor(2.0, requires_grad=True)
+    (first,) = torch.autograd.grad(c * mmd(x, y, backend="cpp"), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="to differentiate twice"):
+        torch.autograd.grad(first.square().sum(), c)
+
+
+def test_hooks_and_modes_see_the_backward_pass():
+    x, y, _ = clouds(9, 5, 3)
+    x.requires_grad_()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or len(packed) - 1, lambda k: packed[k]):
+        value = mmd(x, y, backend="cpp")
+    seen = []
+
+    class Log(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        (logged,) = torch.autograd.grad(value, x)
+    assert [t.shape for t in packed] == [x.shape] and "aten.mul.Tensor" in seen
+    assert torch.equal(logged, torch.autograd.grad(mmd(x, y, backend="cpp"), x)[0])
+
+
 def test_backward_twice_and_to_some_of_the_inputs():
     x, y, _ = (z.requires_grad_() for z in clouds(9, 5, 3))
     value = mmd(x, y, backend="cpp")
@@ -314,6 +344,7 @@ def test_backward_twice_and_to_some_of_the_inputs():
         value.backward()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="compiled autograd knows the node from PyTorch 2.7 on")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_compiled_autograd_sees_the_derivatives(weighted):
     x, y, _ = (z.requires_grad_() for z in clouds(9, 5, 3))
@@ -332,8 +363,10 @@ def test_transforms_are_refused_where_no_caller_asks():
 
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(value)(x)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
-        value(torch.autograd.forward_ad.make_dual(x.requires_grad_(), torch.ones_like(x)))
+    for needs_gradient in (False, True):
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
+            dual = torch.autograd.forward_ad.make_dual(x.requires_grad_(needs_gradient), torch.ones_like(x))
+            value(dual)
 
 
 def test_forward_mode_is_left_to_the_reference():

@@ -97,7 +97,7 @@ struct Cloud {
     const T *given_a = nullptr, *given_v = nullptr;
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr;
     const T* v = nullptr;
-    double *sum = nullptr, *a_before = nullptr;  // sum: of z, [kLine, d], row 0 after `add_up`
+    double *sum = nullptr, *a_before = nullptr;  // sum [kLine, d]: of z after `add_up`, then of u; in row 0
     double average_h = 0, total_a = 0;
 
     void carve(Carver& memory, int64_t d, bool fold_v) {
