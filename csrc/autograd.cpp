@@ -258,16 +258,14 @@ struct EnergyBackward : Node {
 };
 
 Tensor energy_of(const Tensor& x, const Maybe& y, const Maybe& a, const Maybe& b, const Settings& settings) {
-    if (!settings.constant) {  // transforms, which Python leaves to the reference
-        if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
-        for (const Maybe& t : {Maybe(x), y, a, b}) {
-            TORCH_CHECK(!torch::autograd::isFwGradDefined(t), "forward-mode derivatives need the reference");
-        }
+    for (const Maybe& t : {Maybe(x), y, a, b}) {  // Python leaves them to it, and functorch's transforms too
+        TORCH_CHECK(!torch::autograd::isFwGradDefined(t), "forward-mode derivatives need the reference");
     }
     const bool need[] = {x.requires_grad(), needs_gradient(y), needs_gradient(a), needs_gradient(b)};
     if (!at::GradMode::is_enabled() || !(need[0] || need[1] || need[2] || need[3])) {
         return std::get<0>(forward_of(x, y, a, b, settings, false, false, false));
     }
+    if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
     Tensor energy;
     std::array<Tensor, 4> parts;
     {

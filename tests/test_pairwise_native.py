@@ -353,6 +353,13 @@ def test_compiled_autograd_sees_the_derivatives(weighted):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         (3 * mmd(x, y, x_weights=w, backend="cpp")).backward()
     assert torch.equal(x.grad, wanted[0]) and torch.equal(y.grad, wanted[1])
+    value = mmd(x, y, backend="cpp")
+    value.backward()
+    with (
+        torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="a second time"),
+    ):
+        value.backward()
 
 
 def test_transforms_are_refused_where_no_caller_asks():
