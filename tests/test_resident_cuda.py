@@ -103,25 +103,27 @@ def test_weights_may_change():
     torch.testing.assert_close(resident.params(model, z, x), before + 1, rtol=digit, atol=digit)
 
 
-@pytest.mark.skipif(ON_GPU, reason="tests/simt tells what a block takes")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_knows_the_shared_memory(case, monkeypatch):
+def watched(case, monkeypatch):
+    """The network of a case, and what tests/simt tells of its launch."""
     found = []
     monkeypatch.setattr(resident, "leaf", lambda *inputs: found.append(simt.run(*inputs)) or found[-1][0])
     model, z, x = network(*case)
     resident.params(model, z, x)
-    assert found[0][1][0] == resident.shared_memory(model)
+    return model, found[0][1]
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/simt tells what a block takes")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_knows_the_shared_memory(case, monkeypatch):
+    model, (taken, _, _) = watched(case, monkeypatch)
+    assert taken == resident.shared_memory(model)
 
 
 @pytest.mark.skipif(ON_GPU, reason="tests/simt tells how many tiles are waited for")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_who_reads_what_is_overwritten_is_waited_for(case, monkeypatch):
     """Pixel p takes the place of v's pixel p + reach and of h's pixel p: who reads them is p itself or behind it."""
-    found = []
-    monkeypatch.setattr(resident, "leaf", lambda *inputs: found.append(simt.run(*inputs)) or found[-1][0])
-    model, z, x = network(*case)
-    resident.params(model, z, x)
-    _, tiles, readers = found[0][1]
+    _, (_, tiles, readers) = watched(case, monkeypatch)
     _, height, width = case[0]
     reach = case[3].get("kernel", 3) // 2
     row = width + reach

@@ -170,6 +170,7 @@ struct Cloud {
         for (int64_t c = 0; c < d; ++c) average[c] = T(sum[c] / total_a);
     }
 
+    // `subtract`: whether a usual phi may be left out of the sums.
     Sources<T> sources(int64_t d, bool subtract) const {
         return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
     }
