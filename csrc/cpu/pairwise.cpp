@@ -10,7 +10,9 @@
 //     F_i = -w / (b_0^2 scale) [ (sum_j a_j g_ij) u_i - sum_j g_ij a_j u_j ] + sum_j phi_ij v_j
 //
 // A task is a block of rows: it owns their forces and potentials and one slot of the energy, so that the result is
-// the same whichever thread runs it. Where only the energy is wanted, pairs of one cloud are visited once.
+// the same whichever thread runs it. Pairs of one cloud are visited once where only the energy is wanted; of many points
+// also where forces are, but no potentials. What rows do to later ones is then added up in integers, by each worker for
+// itself: their total does not depend on who did what.
 #include "pairwise.h"
 
 #include <ATen/Parallel.h>
@@ -32,6 +34,9 @@ constexpr int kDepth = 128;   // coordinates whose products are summed in regist
 constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
 constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
+constexpr int64_t kLeastOnce = 512;     // points of a cloud whose pairs are visited once although forces are wanted,
+constexpr int64_t kMostOnce = 1 << 20;  // its numbers, as every worker has sums of them,
+constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
 // h, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is double.
@@ -67,6 +72,14 @@ struct Sources {
 struct Factors {
     double g, v;
 };
+// Where pairs of one cloud are visited once: what targets do to sources, sums of g and of g p times `factor`, are added to
+// `sums` [n / kStep, 1 + d, kStep].
+template <typename T>
+struct Reactions {
+    const T *p, *usual;  // [n, d] and [n], the usual g
+    double factor;
+    int64_t* sums;  // null: they are not
+};
 
 // Targets that the vector code has in its lanes at once.
 template <typename T>
@@ -95,7 +108,7 @@ struct Cloud {
     const T* z = nullptr;  // as given
     int64_t n = 0;
     const T *given_a = nullptr, *given_v = nullptr;
-    T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr;
+    T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr, *usual = nullptr;
     const T* v = nullptr;
     double *sum = nullptr, *a_before = nullptr;  // sum [kLine, d]: of z after `add_up`, then of u; in row 0
     double average_h = 0, total_a = 0;
@@ -105,6 +118,7 @@ struct Cloud {
         u = memory.take<T>(n * d);
         h = memory.take<T>(padded);
         a = memory.take<T>(padded);
+        usual = memory.take<T>(padded);
         average = memory.take<T>(d);
         sum = memory.take<double>(kLine * d);
         a_before = given_a != nullptr ? memory.take<double>(n + 1) : nullptr;
@@ -180,10 +194,14 @@ struct Cloud {
 template <typename T>
 struct Worker {
     double *sums, *potential, *energy;
+    int64_t* fixed[2];  // sums of the clouds whose pairs are visited once, [n / kStep, 1 + d, kStep]
     T* tiles;
 
-    void carve(Carver& memory, int64_t rows, int64_t d, bool with_v) {
-        const int64_t L = targets_at_once<T>(), forces = d * (with_v ? 2 : 1) * L;
+    void carve(Carver& memory, int64_t rows, int64_t d, bool with_v, const int64_t (&n_once)[2]) {
+        const int64_t L = targets_at_once<T>(), forces = d * (with_v || n_once[0] + n_once[1] > 0 ? 2 : 1) * L;
+        for (const int k : {0, 1}) {
+            fixed[k] = n_once[k] > 0 ? memory.take<int64_t>(round_up(n_once[k], kStep) * (1 + d)) : nullptr;
+        }
         sums = memory.take<double>(round_up(rows, L) * (2 + d));
         potential = memory.take<double>(round_up(rows, L));
         energy = memory.take<double>(L);
@@ -310,6 +328,21 @@ void pairwise(const PairwiseProblem<T>& q) {
     clouds[0].z = q.x, clouds[0].n = q.n, clouds[0].given_a = q.a, clouds[0].given_v = q.v;
     clouds[1].z = q.y, clouds[1].n = q.y == nullptr ? 0 : q.m, clouds[1].given_a = q.b;
     const int64_t total = clouds[0].n + clouds[1].n, pairs = total * total;
+    // A cloud is `full` if its rows need forces or potentials.
+    T* const forces[2] = {q.x_force, q.y_force};
+    T* const potentials[2] = {q.x_potential, q.y_potential};
+    const bool full[2] = {forces[0] != nullptr || potentials[0] != nullptr,
+                          forces[1] != nullptr || potentials[1] != nullptr};
+    const double w_within[2] = {q.w_xx, q.w_yy};
+    int64_t n_once[2] = {};  // its points, if its pairs may be visited once
+    for (const int k : {0, 1}) {
+        const Cloud<T>& cloud = clouds[k];
+        const bool sums_only = forces[k] != nullptr && potentials[k] == nullptr && cloud.given_a == nullptr &&
+                               (cloud.given_v == nullptr || fold_v) && w_within[k] != 0;
+        if (sums_only && targets_at_once<T>() == kStep && cloud.n >= kLeastOnce && cloud.n * d <= kMostOnce) {
+            n_once[k] = cloud.n;
+        }
+    }
     const int64_t block = pairs > (int64_t(1) << 22) ? 3 * kStep : kStep;
     const int64_t most = clouds[0].n / block + clouds[1].n / block + 2;  // tasks
     std::vector<Worker<T>> workers(pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), most));
@@ -319,7 +352,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     const auto carve = [&] {
         mean = memory.take<double>(kLine * d);
         for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, fold_v && &cloud == clouds);
-        for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v);
+        for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v, n_once);
     };
     carve();  // to measure
     memory = Carver{workspace.reserve(memory.used)};
@@ -337,8 +370,8 @@ void pairwise(const PairwiseProblem<T>& q) {
         cloud.take_averages(d, mean, scale);
         farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
     }
+    const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
     if constexpr (sizeof(T) == 4) {
-        const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
         if (double(farthest) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
     }
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
@@ -347,15 +380,26 @@ void pairwise(const PairwiseProblem<T>& q) {
     // Not of double, which would gain nothing, nor of a phi that may change its sign.
     const bool subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
 
-    // A cloud is `full` if its rows need forces or potentials. Pairs of both clouds are visited by the full ones;
-    // if there is none, by x.
-    const bool full[2] = {q.x_force != nullptr || q.x_potential != nullptr,
-                          q.y_force != nullptr || q.y_potential != nullptr};
+    // Pairs of both clouds are visited by the full ones; if there is none, by x.
     const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
     const bool between[2] = {both && (full[0] || (energy && !full[1])), both && full[1]};
-    const double w_within[2] = {q.w_xx, q.w_yy};
-    T* const forces[2] = {q.x_force, q.y_force};
-    T* const potentials[2] = {q.x_potential, q.y_potential};
+    // Sums become integers times `unit`, of which none can overflow.
+    double most_g = 0, most_sum = 0;
+    for (int k = 0; k < scales; ++k) most_g += kind == Radial::rbf ? 1 : std::abs(double(weighted_rate[k]));
+    bool once[2];
+    for (const int k : {0, 1}) {
+        const Cloud<T>& cloud = clouds[k];
+        T most_p = 1 + std::sqrt(2 * farthest), sum_p = 0;  // the latter to see NaN
+        for (int64_t e = 0; n_once[k] > 0 && cloud.p != cloud.u && e < cloud.n * d; ++e) {
+            most_p = std::max(most_p, std::abs(cloud.p[e])), sum_p += std::abs(cloud.p[e]);
+        }
+        const double sum = std::abs(slope) * most_g * double(most_p) *
+                           (std::abs(w_within[k]) * double(cloud.n) + std::abs(q.w_xy) * double(clouds[1 - k].n));
+        once[k] = n_once[k] > 0 && cloud.average_h * units <= kFarthestOnce && sum > 0 && std::isfinite(sum) &&
+                  std::isfinite(sum_p);
+        if (once[k]) most_sum = std::max(most_sum, sum);
+    }
+    const double unit = std::ldexp(1.0, std::min(1000, 60 - std::ilogb(std::max(most_sum, 1e-300))));
 
     struct Task {
         int cloud;
@@ -364,17 +408,31 @@ void pairwise(const PairwiseProblem<T>& q) {
     std::vector<Task> tasks;
     for (const int cloud : {0, 1}) {
         if (!full[cloud] && !energy) continue;
-        for (int64_t i = 0; i < clouds[cloud].n; i += block) {
-            tasks.push_back({cloud, i, std::min(i + block, clouds[cloud].n)});
+        const int64_t rows = once[cloud] ? kStep : block;
+        for (int64_t i = 0; i < clouds[cloud].n; i += rows) {
+            tasks.push_back({cloud, i, std::min(i + rows, clouds[cloud].n)});
         }
+    }
+    for (const int k : {0, 1}) {
+        if (!once[k]) continue;
+        const Cloud<T>& cloud = clouds[k];
+        BEST(usual_g<T>)(kind, mixture, {cloud.ut, cloud.h, cloud.a}, cloud.sources(d, subtract), cloud.n, cloud.usual);
+        for (const Worker<T>& worker : workers) std::fill_n(worker.fixed[k], round_up(cloud.n, kStep) * (1 + d), int64_t(0));
     }
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
     const auto add_potentials = BEST(add_potentials<T>);
     const auto finish_forces = BEST(finish_forces<T>);
+    const auto add_fixed = BEST(add_fixed<double>);
+    const auto from_fixed = BEST(from_fixed);
     const int64_t L = targets_at_once<T>(), part = std::max<int64_t>(kPart / d / kChunk, 1) * kChunk;
     constexpr int64_t kNowhere = -(int64_t(1) << 60);
 
+    // Forces on rows of a group from their sums [1 + d, lanes].
+    const auto finish = [&](int cloud, int64_t i, const double* sums, int64_t rows, int64_t lanes, const Worker<T>& mine) {
+        const Cloud<T>& own = clouds[cloud];
+        finish_forces(sums, sums + lanes, own.ut + i * d, own.a + i, d, rows, lanes, mine.tiles, forces[cloud] + i * d);
+    };
     const auto run = [&](size_t number, const Worker<T>& mine) {
         const Task& task = tasks[number];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
@@ -388,11 +446,13 @@ void pairwise(const PairwiseProblem<T>& q) {
         std::fill_n(mine.potential, groups * L, 0.0);
         std::fill_n(mine.energy, L, 0.0);
         // Adds w times the sums over sources j0..j1 to those of the rows, and share times their energy.
-        const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share) {
+        const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share,
+                               bool react = false) {
             if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
                 rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
-                     task.i1, j, std::min(j + part, j1), own_offset, mine.sums, mine.tiles);
+                     task.i1, j, std::min(j + part, j1), own_offset,
+                     {own.p, own.usual, w * slope * unit, react ? mine.fixed[task.cloud] : nullptr}, mine.sums, mine.tiles);
                 for (int64_t k = 0; k < groups; ++k) {
                     add_potentials(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share, mine.potential + k * L,
                                    mine.energy);
@@ -400,11 +460,11 @@ void pairwise(const PairwiseProblem<T>& q) {
             }
         };
         const double w = w_within[task.cloud];
-        if (full[task.cloud]) {
+        if (full[task.cloud] && !once[task.cloud]) {
             visit(own, 0, own.n, 0, w, 1);
         } else {
             visit(own, task.i0, task.i1, 0, w, 1);
-            visit(own, task.i1, own.n, 0, w, 2);
+            visit(own, task.i1, own.n, 0, w, 2, once[task.cloud]);
         }
         if (between[task.cloud]) {
             visit(other, 0, other.n, kNowhere, q.w_xy, between[0] && between[1] ? 1 : 2);
@@ -413,9 +473,13 @@ void pairwise(const PairwiseProblem<T>& q) {
         if (potentials[task.cloud] != nullptr) std::copy_n(mine.potential, count, potentials[task.cloud] + task.i0);
         for (int64_t k = 0; force && k < groups; ++k) {
             const int64_t i = task.i0 + k * L;
-            const double *const G = sums(k) + lanes(k), *const F = G + lanes(k);
-            finish_forces(G, F, own.ut + i * d, own.a + i, d, std::min(L, task.i1 - i), lanes(k), mine.tiles,
-                          forces[task.cloud] + i * d);
+            const double* const G = sums(k) + lanes(k);
+            if (once[task.cloud]) {
+                int64_t* const fixed = mine.fixed[task.cloud] + i * (1 + d);
+                for (int64_t c = 0; c <= d; ++c) add_fixed(G + c * lanes(k), lanes(k), unit, fixed + c * L);
+            } else {
+                finish(task.cloud, i, G, std::min(L, task.i1 - i), lanes(k), mine);
+            }
         }
     };
 
@@ -425,6 +489,25 @@ void pairwise(const PairwiseProblem<T>& q) {
             for (size_t k; (k = next++) < tasks.size();) run(k, workers[worker]);
         }
     });
+    // Where pairs were visited once, only now are all sums of a row there.
+    const auto add_up = [&](const Task& task, const Worker<T>& mine) {
+        const int64_t first = task.i0 * (1 + d), size = (1 + d) * kStep;
+        int64_t* const fixed = workers[0].fixed[task.cloud] + first;
+        for (size_t other = 1; other < workers.size(); ++other) {
+            for (int64_t e = 0; e < size; ++e) fixed[e] += workers[other].fixed[task.cloud][first + e];
+        }
+        from_fixed(fixed, size, 1 / unit, mine.sums);
+        finish(task.cloud, task.i0, mine.sums, task.i1 - task.i0, kStep, mine);
+    };
+    if (once[0] || once[1]) {
+        at::parallel_for(0, int64_t(workers.size()), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t worker = begin; worker < end; ++worker) {
+                for (size_t k = size_t(worker); k < tasks.size(); k += workers.size()) {
+                    if (once[tasks[k].cloud]) add_up(tasks[k], workers[worker]);
+                }
+            }
+        });
+    }
     if (energy) {
         *q.energy = 0;
         for (const double e : energies) *q.energy += e;

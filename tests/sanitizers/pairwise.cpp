@@ -211,6 +211,9 @@ int main(int, char** arguments) {
     run(Points(200, 1900, 2, kernels(2)[0], random), one_side);
     run(Points(17, 1500, 16, kernels(16)[2], random), one_side);
     run(Points(1500, 1, 5, kernels(5)[0], random), kY | kEnergy);
+    run(Points(577, 512, 6, kernels(6)[0], random), kY | kEnergy | kXForce | kYForce);  // pairs of one cloud once
+    run(Points(640, 70, 3, kernels(3)[3], random), kY | kEnergy | kXForce);
+    run(Points(513, 1, 17, kernels(17)[0], random), kY | kV | kXForce);
     std::vector<std::thread> callers;  // several calls at once
     for (int caller = 0; caller < at::threads; ++caller) {
         callers.emplace_back([caller] {
