@@ -25,11 +25,22 @@ KERNELS = [
 WEIGHTS = (0.7, -0.4, 0.3)
 
 
-def native(x, y=None, v=None, a=None, b=None, kernel=KERNELS[0], energy=True, force=(True, False), potentials=False):
+def native(
+    x,
+    y=None,
+    v=None,
+    a=None,
+    b=None,
+    kernel=KERNELS[0],
+    energy=True,
+    force=(True, False),
+    potentials=False,
+    weights=WEIGHTS,
+):
     scales = kernel.at(x.shape[-1]).scales()
     return torch.ops.infovae_fast.pairwise(
         x, y, v, a, b, isinstance(kernel, RBF), [float(s) for s, _ in scales], None, [w for _, w in scales],
-        float(getattr(kernel, "alpha", 1.0)), list(WEIGHTS), energy, *force, potentials,
+        float(getattr(kernel, "alpha", 1.0)), list(weights), energy, *force, potentials,
     )  # fmt: skip
 
 
@@ -175,18 +186,39 @@ def test_nan_stays_visible(n):
                 assert not native(x, y, v, kernel=kernel)[1].isfinite().all(1).any()
 
 
-@pytest.mark.parametrize("kernel", [RBF(), RBF([0.5, 1.0]), IMQ(0.8)])
+@pytest.mark.parametrize("kernel", [RBF, lambda b: RBF([b, 2 * b]), IMQ, lambda b: RationalQuadratic(b, 0.5)])
 def test_pairs_visited_once_and_twice_give_the_same_forces(kernel):
     """Once: of 512 points or more whose potentials nobody asks for."""
+    from infovae_fast._C import build_info
+
     for d in (2, 10, 80):
         x, y, v = clouds(700, 600, d)
-        v = v if len(kernel.at(d).scales()) == 1 and isinstance(kernel, RBF) else None
-        force = (True, v is None)
-        once = native(x, y, v, kernel=kernel, force=force)
-        twice = native(x, y, v, kernel=kernel, force=force, potentials=True)
-        assert once[0].item() == pytest.approx(twice[0].item(), rel=1e-6)
-        for k in (1, 2) if v is None else (1,):
-            assert (once[k] - twice[k]).abs().max() < 1e-6 * twice[k].abs().max()
+        one = kernel(2 * d**0.5)
+        for b in (None, torch.rand(600), torch.full((600,), 1e4), torch.full((600,), torch.nan)):
+            for velocity in (None, v) if kernel is RBF else (None,):
+                arguments = {"kernel": one, "b": b, "force": (True, velocity is None)}
+                once, twice = native(x, y, velocity, **arguments), native(x, y, velocity, **arguments, potentials=True)
+                if b is not None and b.isnan().any():
+                    assert once[0].isnan() and once[1].isnan().all()
+                    continue
+                assert once[0].item() == pytest.approx(twice[0].item(), rel=1e-6)
+                for k in (1, 2) if velocity is None else (1,):
+                    assert (once[k] - twice[k]).abs().max() < 1e-6 * twice[k].abs().max()
+                if b is None and build_info()["vector unit here"] == "avx512":
+                    assert not torch.equal(once[1], twice[1])
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1.0])
+def test_forces_far_below_or_above_others_keep_their_digits(scale):
+    """Of points that are all but one, and of a cloud whose pairs weigh far less or far more than others."""
+    x, y, v = clouds(600, 520, 10)
+    for weights, velocity in (((0.7, -0.4, 0.3), None), ((1.0, 0.0, 1e-12), None), ((1e-12, 1.0, 0.0), v)):
+        points = [(t - 3) * scale for t in (x, y)] + [velocity]
+        arguments = {"weights": weights, "force": (True, velocity is None)}
+        out = native(*points, **arguments)
+        truth = native(*(None if t is None else t.double() for t in points), **arguments)
+        for k in (1, 2) if velocity is None else (1,):
+            assert (out[k] - truth[k]).abs().max() <= 3e-6 * truth[k].abs().max()
 
 
 @pytest.mark.parametrize("bandwidth", [0.3, 0.1, 0.03, 1e3])

@@ -10,9 +10,9 @@
 //     F_i = -w / (b_0^2 scale) [ (sum_j a_j g_ij) u_i - sum_j g_ij a_j u_j ] + sum_j phi_ij v_j
 //
 // A task is a block of rows: it owns their forces and potentials and one slot of the energy, so that the result is
-// the same whichever thread runs it. Pairs of one cloud are visited once where only the energy is wanted; of many points
-// also where forces are, but no potentials. What rows do to later ones is then added up in integers, by each worker for
-// itself: their total does not depend on who did what.
+// the same whichever thread runs it. Pairs of one cloud are visited once where only the energy is wanted; in AVX-512 and
+// float also where forces of many equal points are, but no potentials. What rows do to each other is then added up in
+// integers, by each worker for itself: their total does not depend on who did what.
 #include "pairwise.h"
 
 #include <ATen/Parallel.h>
@@ -35,7 +35,7 @@ constexpr int kChunk = 256;   // sources whose forces, with signs that differ, a
 constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
 constexpr int64_t kLeastOnce = 512;     // points of a cloud whose pairs are visited once although forces are wanted,
-constexpr int64_t kMostOnce = 1 << 20;  // its numbers, as every worker has sums of them,
+constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them all,
 constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
@@ -72,12 +72,12 @@ struct Sources {
 struct Factors {
     double g, v;
 };
-// Where pairs of one cloud are visited once: what targets do to sources, sums of g and of g p times `factor`, are added to
-// `sums` [n / kStep, 1 + d, kStep].
+// Where pairs of one cloud are visited once: what targets do to sources, sums of g times `g_factor` and of g p times
+// `p_factor`, are added to `sums` [n / kStep, 1 + d, kStep].
 template <typename T>
 struct Reactions {
     const T *p, *usual;  // [n, d] and [n], the usual g
-    double factor;
+    double g_factor, p_factor;
     int64_t* sums;  // null: they are not
 };
 
@@ -339,7 +339,7 @@ void pairwise(const PairwiseProblem<T>& q) {
         const Cloud<T>& cloud = clouds[k];
         const bool sums_only = forces[k] != nullptr && potentials[k] == nullptr && cloud.given_a == nullptr &&
                                (cloud.given_v == nullptr || fold_v) && w_within[k] != 0;
-        if (sums_only && targets_at_once<T>() == kStep && cloud.n >= kLeastOnce && cloud.n * d <= kMostOnce) {
+        if (sums_only && targets_at_once<T>() == kStep && cloud.n >= kLeastOnce && cloud.n * (1 + d) <= kMostOnce) {
             n_once[k] = cloud.n;
         }
     }
@@ -383,23 +383,29 @@ void pairwise(const PairwiseProblem<T>& q) {
     // Pairs of both clouds are visited by the full ones; if there is none, by x.
     const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
     const bool between[2] = {both && (full[0] || (energy && !full[1])), both && full[1]};
-    // Sums become integers times `unit`, of which none can overflow.
-    double most_g = 0, most_sum = 0;
+    // Sums of g and of g p become integers times a unit each, so large that none can overflow.
+    double most_g = 0;
     for (int k = 0; k < scales; ++k) most_g += kind == Radial::rbf ? 1 : std::abs(double(weighted_rate[k]));
-    bool once[2];
+    struct {
+        double g, p;
+    } units_of[2] = {{1, 1}, {1, 1}};
+    bool once[2] = {};
     for (const int k : {0, 1}) {
+        if (n_once[k] == 0) continue;
         const Cloud<T>& cloud = clouds[k];
-        T most_p = 1 + std::sqrt(2 * farthest), sum_p = 0;  // the latter to see NaN
-        for (int64_t e = 0; n_once[k] > 0 && cloud.p != cloud.u && e < cloud.n * d; ++e) {
-            most_p = std::max(most_p, std::abs(cloud.p[e])), sum_p += std::abs(cloud.p[e]);
+        const double most_u = std::sqrt(2 * double(farthest));
+        double most_p = cloud.p == cloud.u ? most_u : 0, sum_p = 0;  // the latter to see NaN
+        for (int64_t e = 0; cloud.p != cloud.u && e < cloud.n * d; ++e) {
+            most_p = std::max(most_p, std::abs(double(cloud.p[e]))), sum_p += std::abs(double(cloud.p[e]));
         }
-        const double sum = std::abs(slope) * most_g * double(most_p) *
-                           (std::abs(w_within[k]) * double(cloud.n) + std::abs(q.w_xy) * double(clouds[1 - k].n));
-        once[k] = n_once[k] > 0 && cloud.average_h * units <= kFarthestOnce && sum > 0 && std::isfinite(sum) &&
+        const double within = std::abs(slope * w_within[k]) * most_g * double(cloud.n);
+        const double between = both ? std::abs(slope * q.w_xy) * most_g * clouds[1 - k].total_a : 0;
+        const auto unit = [](double most) { return std::ldexp(1.0, std::min(1000, 60 - std::ilogb(most))); };
+        const double most[2] = {within + between, within * most_p + between * most_u};
+        once[k] = cloud.average_h * units <= kFarthestOnce && std::isnormal(most[0]) && std::isnormal(most[1]) &&
                   std::isfinite(sum_p);
-        if (once[k]) most_sum = std::max(most_sum, sum);
+        if (once[k]) units_of[k] = {unit(most[0]), unit(most[1])};
     }
-    const double unit = std::ldexp(1.0, std::min(1000, 60 - std::ilogb(std::max(most_sum, 1e-300))));
 
     struct Task {
         int cloud;
@@ -417,7 +423,6 @@ void pairwise(const PairwiseProblem<T>& q) {
         if (!once[k]) continue;
         const Cloud<T>& cloud = clouds[k];
         BEST(usual_g<T>)(kind, mixture, {cloud.ut, cloud.h, cloud.a}, cloud.sources(d, subtract), cloud.n, cloud.usual);
-        for (const Worker<T>& worker : workers) std::fill_n(worker.fixed[k], round_up(cloud.n, kStep) * (1 + d), int64_t(0));
     }
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
@@ -436,6 +441,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     const auto run = [&](size_t number, const Worker<T>& mine) {
         const Task& task = tasks[number];
         const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
+        const auto unit = units_of[task.cloud];
         const bool force = forces[task.cloud] != nullptr;
         const int64_t count = task.i1 - task.i0;
         // Sums of group k of targets; of their lanes some may be unused.
@@ -452,7 +458,8 @@ void pairwise(const PairwiseProblem<T>& q) {
             for (int64_t j = j0; j < j1; j += part) {
                 rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
                      task.i1, j, std::min(j + part, j1), own_offset,
-                     {own.p, own.usual, w * slope * unit, react ? mine.fixed[task.cloud] : nullptr}, mine.sums, mine.tiles);
+                     {own.p, own.usual, w * slope * unit.g, w * slope * unit.p, react ? mine.fixed[task.cloud] : nullptr},
+                     mine.sums, mine.tiles);
                 for (int64_t k = 0; k < groups; ++k) {
                     add_potentials(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share, mine.potential + k * L,
                                    mine.energy);
@@ -476,7 +483,9 @@ void pairwise(const PairwiseProblem<T>& q) {
             const double* const G = sums(k) + lanes(k);
             if (once[task.cloud]) {
                 int64_t* const fixed = mine.fixed[task.cloud] + i * (1 + d);
-                for (int64_t c = 0; c <= d; ++c) add_fixed(G + c * lanes(k), lanes(k), unit, fixed + c * L);
+                for (int64_t c = 0; c <= d; ++c) {
+                    add_fixed(G + c * lanes(k), lanes(k), c == 0 ? unit.g : unit.p, fixed + c * L);
+                }
             } else {
                 finish(task.cloud, i, G, std::min(L, task.i1 - i), lanes(k), mine);
             }
@@ -486,7 +495,11 @@ void pairwise(const PairwiseProblem<T>& q) {
     std::atomic<size_t> next{0};
     at::parallel_for(0, int64_t(workers.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t worker = begin; worker < end; ++worker) {
-            for (size_t k; (k = next++) < tasks.size();) run(k, workers[worker]);
+            const Worker<T>& mine = workers[worker];
+            for (const int k : {0, 1}) {
+                if (once[k]) std::fill_n(mine.fixed[k], round_up(clouds[k].n, kStep) * (1 + d), int64_t(0));
+            }
+            for (size_t k; (k = next++) < tasks.size();) run(k, mine);
         }
     });
     // Where pairs were visited once, only now are all sums of a row there.
@@ -496,7 +509,9 @@ void pairwise(const PairwiseProblem<T>& q) {
         for (size_t other = 1; other < workers.size(); ++other) {
             for (int64_t e = 0; e < size; ++e) fixed[e] += workers[other].fixed[task.cloud][first + e];
         }
-        from_fixed(fixed, size, 1 / unit, mine.sums);
+        const auto unit = units_of[task.cloud];
+        from_fixed(fixed, kStep, 1 / unit.g, mine.sums);
+        from_fixed(fixed + kStep, d * kStep, 1 / unit.p, mine.sums + kStep);
         finish(task.cloud, task.i0, mine.sums, task.i1 - task.i0, kStep, mine);
     };
     if (once[0] || once[1]) {

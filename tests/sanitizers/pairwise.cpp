@@ -214,6 +214,9 @@ int main(int, char** arguments) {
     run(Points(577, 512, 6, kernels(6)[0], random), kY | kEnergy | kXForce | kYForce);  // pairs of one cloud once
     run(Points(640, 70, 3, kernels(3)[3], random), kY | kEnergy | kXForce);
     run(Points(513, 1, 17, kernels(17)[0], random), kY | kV | kXForce);
+    Points heavy(520, 40, 6, kernels(6)[0], random);
+    for (float& a : heavy.a) a *= 1000;
+    run(heavy, kY | kB | kEnergy | kXForce);
     std::vector<std::thread> callers;  // several calls at once
     for (int caller = 0; caller < at::threads; ++caller) {
         callers.emplace_back([caller] {
