@@ -383,7 +383,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     // Pairs of both clouds are visited by the full ones; if there is none, by x.
     const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
     const bool between[2] = {both && (full[0] || (energy && !full[1])), both && full[1]};
-    // Sums of g and of g p become integers times a unit each, so large that none can overflow.
+    // Sums of g and of g p become integers by a factor each, as large as it can be without overflow.
     double most_g = 0;
     for (int k = 0; k < scales; ++k) most_g += kind == Radial::rbf ? 1 : std::abs(double(weighted_rate[k]));
     struct {
@@ -399,9 +399,9 @@ void pairwise(const PairwiseProblem<T>& q) {
             most_p = std::max(most_p, std::abs(double(cloud.p[e]))), sum_p += std::abs(double(cloud.p[e]));
         }
         const double within = std::abs(slope * w_within[k]) * most_g * double(cloud.n);
-        const double between = both ? std::abs(slope * q.w_xy) * most_g * clouds[1 - k].total_a : 0;
+        const double across = both ? std::abs(slope * q.w_xy) * most_g * clouds[1 - k].total_a : 0;
         const auto unit = [](double most) { return std::ldexp(1.0, std::min(1000, 60 - std::ilogb(most))); };
-        const double most[2] = {within + between, within * most_p + between * most_u};
+        const double most[2] = {within + across, within * most_p + across * most_u};
         once[k] = cloud.average_h * units <= kFarthestOnce && std::isnormal(most[0]) && std::isnormal(most[1]) &&
                   std::isfinite(sum_p);
         if (once[k]) units_of[k] = {unit(most[0]), unit(most[1])};
