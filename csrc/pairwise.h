@@ -31,7 +31,7 @@ struct PairwiseProblem {
 template <typename T>
 void pairwise(const PairwiseProblem<T>& problem);
 
-// "avx512", "avx2" or "baseline".
+// "zen4", "avx512", "avx2" or "baseline".
 const char* vector_unit();
 
 // On a GPU, for `clouds` problems at once whose arrays follow one another; everything is queued on the stream, nothing

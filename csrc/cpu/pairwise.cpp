@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kStep = 64;     // sources of a tile
 constexpr int kFewest = 4;    // coordinates up to which distances are sums of squared differences
-constexpr int kDepth = 128;   // coordinates whose products are summed in registers
+constexpr int kDepth = 126;   // coordinates whose products are summed in registers; a multiple of 3
 constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
 constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
@@ -39,7 +39,7 @@ constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them al
 constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
-// h, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is double.
+// h or excess, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is double.
 // Of differences its square: their rounding errors grow as the distance from the mean, those of products as its square.
 constexpr double kFarthest = 1024;
 
@@ -56,12 +56,12 @@ struct Mixture {  // in units of the first scale
 };
 template <typename T>
 struct Targets {
-    const T *ut, *h, *a;  // [n / lanes, d, lanes], [n], [n], with padding to whole groups of lanes
+    const T *ut, *h, *a, *excess;  // [n / lanes, d, lanes], [n] each, with padding to whole groups of lanes
 };
 template <typename T>
 struct Sources {
     int64_t d;
-    const T *u, *h, *a;      // [m, d], [m], [m]
+    const T *u, *a, *excess;  // [m, d], [m], [m]
     const T *p, *v;          // [m, d], what g and phi multiply; v may be null
     const double* a_before;  // [m + 1], sum of a_i over i < j; null if all a are 1
     const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
@@ -84,7 +84,7 @@ struct Reactions {
 // Targets that the vector code has in its lanes at once.
 template <typename T>
 int64_t targets_at_once() {
-    return lanes<T>() * (kUnit == Unit::avx512 ? 4 : 2);
+    return lanes<T>() * (kUnit >= Unit::avx512 ? 4 : 2);
 }
 // And lanes that it uses for the last ones.
 template <typename T>
@@ -109,6 +109,7 @@ struct Cloud {
     int64_t n = 0;
     const T *given_a = nullptr, *given_v = nullptr;
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr, *usual = nullptr;
+    T* excess = nullptr;  // what the products of two points are more than t because of this one; often h
     const T* v = nullptr;
     double *sum = nullptr, *a_before = nullptr;  // sum [kLine, d]: of z after `add_up`, then of u; in row 0
     double average_h = 0, total_a = 0;
@@ -119,6 +120,7 @@ struct Cloud {
         h = memory.take<T>(padded);
         a = memory.take<T>(padded);
         usual = memory.take<T>(padded);
+        excess = kUnit == Unit::zen4 && d > kFewest ? memory.take<T>(padded) : h;
         average = memory.take<T>(d);
         sum = memory.take<double>(kLine * d);
         a_before = given_a != nullptr ? memory.take<double>(n + 1) : nullptr;
@@ -139,6 +141,7 @@ struct Cloud {
         const auto centre = BEST(centre<T>);
         const auto transpose = BEST(transpose<T>);
         const auto norms = BEST(norms<T>);
+        const auto excess_of_pairs = BEST(excess_of_pairs<T>);
         at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
             for (int64_t group = begin; group < end; ++group) {
                 const int64_t first = group * L, last = std::min(first + L, n);
@@ -146,6 +149,7 @@ struct Cloud {
                 centre(z + first * d, last - first, d, mean, scale, u + first * d);
                 transpose(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
                 norms(transposed, d, h + first);
+                if (excess != h) excess_of_pairs(transposed, d, excess + first);
                 if (given_a == nullptr) {
                     std::fill(a + first, a + last, T(1));
                 } else {
@@ -184,9 +188,11 @@ struct Cloud {
         for (int64_t c = 0; c < d; ++c) average[c] = T(sum[c] / total_a);
     }
 
+    Targets<T> targets() const { return {ut, h, a, excess}; }
+
     // `subtract`: whether a usual phi may be left out of the sums.
     Sources<T> sources(int64_t d, bool subtract) const {
-        return {d, u, h, a, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
+        return {d, u, a, excess, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
     }
 };
 
@@ -299,9 +305,7 @@ void in_double(const PairwiseProblem<float>& q) {
 
 }  // namespace
 
-const char* vector_unit() {
-    return kUnit == Unit::avx512 ? "avx512" : kUnit == Unit::avx2 ? "avx2" : "baseline";
-}
+const char* vector_unit() { return unit_name(); }
 
 template <typename T>
 void pairwise(const PairwiseProblem<T>& q) {
@@ -365,14 +369,15 @@ void pairwise(const PairwiseProblem<T>& q) {
         const bool folded = fold_v && &cloud == clouds;
         if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
     }
-    T farthest = 0;  // h of that point
+    T farthest = 0, most_excess = 0;  // the largest h, the largest excess
     for (Cloud<T>& cloud : clouds) {
         cloud.take_averages(d, mean, scale);
         farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
+        most_excess = cloud.excess == cloud.h ? farthest : BEST(largest<T>)(cloud.excess, cloud.n, most_excess);
     }
     const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
     if constexpr (sizeof(T) == 4) {
-        if (double(farthest) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
+        if (double(most_excess) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
     }
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
     const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
@@ -422,7 +427,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     for (const int k : {0, 1}) {
         if (!once[k]) continue;
         const Cloud<T>& cloud = clouds[k];
-        BEST(usual_g<T>)(kind, mixture, {cloud.ut, cloud.h, cloud.a}, cloud.sources(d, subtract), cloud.n, cloud.usual);
+        BEST(usual_g<T>)(kind, mixture, cloud.targets(), cloud.sources(d, subtract), cloud.n, cloud.usual);
     }
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
@@ -456,7 +461,7 @@ void pairwise(const PairwiseProblem<T>& q) {
                                bool react = false) {
             if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
-                rows(kind, force, {own.ut, own.h, own.a}, z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
+                rows(kind, force, own.targets(), z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
                      task.i1, j, std::min(j + part, j1), own_offset,
                      {own.p, own.usual, w * slope * unit.g, w * slope * unit.p, react ? mine.fixed[task.cloud] : nullptr},
                      mine.sums, mine.tiles);

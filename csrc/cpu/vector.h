@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -19,7 +20,14 @@
 
 namespace infovae_fast {
 
-enum class Unit { baseline, avx2, avx512 };
+enum class Unit { baseline, avx2, avx512, zen4 };  // zen4: AVX-512 too; see `products_of_pairs` in pairwise.inc
+
+#ifdef HAVE_AVX
+inline bool is_zen4() {  // of those that have AVX-512
+    unsigned a = 0, b, c, d;
+    return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 15) + (a >> 20 & 255) == 0x19;
+}
+#endif
 
 inline Unit best_unit() {
     Unit best = Unit::baseline;
@@ -27,28 +35,35 @@ inline Unit best_unit() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Unit::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw")) {
-        best = Unit::avx512;
+        best = is_zen4() ? Unit::zen4 : Unit::avx512;
     }
     if (const char* most = std::getenv("INFOVAE_FAST_VECTOR_UNIT")) {  // to test the others on a machine that has more
         if (!std::strcmp(most, "baseline")) best = Unit::baseline;
         if (!std::strcmp(most, "avx2")) best = std::min(best, Unit::avx2);
+        if (!std::strcmp(most, "avx512")) best = std::min(best, Unit::avx512);
+        if (!std::strcmp(most, "zen4") && best == Unit::avx512) best = Unit::zen4;  // as right, if not as fast
     }
 #endif
     return best;
 }
 inline const Unit kUnit = best_unit();
 
+inline const char* unit_name() {
+    constexpr const char* names[] = {"baseline", "avx2", "avx512", "zen4"};
+    return names[int(kUnit)];
+}
+
 // The function of that name for the best unit.
 #ifdef HAVE_AVX
 #define BEST(function) \
-    (kUnit == Unit::avx512 ? &avx512::function : kUnit == Unit::avx2 ? &avx2::function : &baseline::function)
+    (kUnit >= Unit::avx512 ? &avx512::function : kUnit == Unit::avx2 ? &avx2::function : &baseline::function)
 #else
 #define BEST(function) (&baseline::function)
 #endif
 
 template <typename T>
 int64_t lanes() {
-    return (kUnit == Unit::avx512 ? 64 : kUnit == Unit::avx2 ? 32 : 16) / int64_t(sizeof(T));
+    return (kUnit >= Unit::avx512 ? 64 : kUnit == Unit::avx2 ? 32 : 16) / int64_t(sizeof(T));
 }
 
 template <typename T>
