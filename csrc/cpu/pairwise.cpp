@@ -81,6 +81,20 @@ struct Reactions {
     int64_t* sums;  // null: they are not
 };
 
+// Targets i0..i1 and sources j0..j1 of a call of the vector code.
+template <typename T>
+struct Visit {
+    Targets<T> x;
+    Sources<T> z;
+    Mixture<T> mixture;
+    Factors factor;
+    int64_t i0, i1, j0, j1;
+    int64_t own;  // target i is source i + own itself; far below 0 where clouds differ
+    Reactions<T> reactions;
+    double* sums;
+    T* scratch;
+};
+
 // Targets that the vector code has in its lanes at once.
 template <typename T>
 int64_t targets_at_once() {
@@ -461,10 +475,11 @@ void pairwise(const PairwiseProblem<T>& q) {
                                bool react = false) {
             if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
-                rows(kind, force, own.targets(), z.sources(d, subtract), mixture, {w * slope, outer}, task.i0,
-                     task.i1, j, std::min(j + part, j1), own_offset,
-                     {own.p, own.usual, w * slope * unit.g, w * slope * unit.p, react ? mine.fixed[task.cloud] : nullptr},
-                     mine.sums, mine.tiles);
+                rows(kind, force, {own.targets(), z.sources(d, subtract), mixture, {w * slope, outer}, task.i0, task.i1,
+                                   j, std::min(j + part, j1), own_offset,
+                                   {own.p, own.usual, w * slope * unit.g, w * slope * unit.p,
+                                    react ? mine.fixed[task.cloud] : nullptr},
+                                   mine.sums, mine.tiles});
                 for (int64_t k = 0; k < groups; ++k) {
                     add_potentials(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share, mine.potential + k * L,
                                    mine.energy);
