@@ -26,7 +26,7 @@ test: .venv/.built
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks.run --grid --resume --out build/bench.jsonl
