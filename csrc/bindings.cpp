@@ -24,6 +24,7 @@
 
 #include "autograd.h"
 #include "build_facts.h"  // written by setup.py: BUILD_FACTS, a list of {"name", "text"},
+#include "cpu/vector.h"
 #include "incremental.h"
 #include "logistic_mixture.h"
 #include "masked_conv.h"

@@ -31,9 +31,6 @@ struct PairwiseProblem {
 template <typename T>
 void pairwise(const PairwiseProblem<T>& problem);
 
-// "zen4", "avx512", "avx2" or "baseline".
-const char* vector_unit();
-
 // On a GPU, for `clouds` problems at once whose arrays follow one another; everything is queued on the stream, nothing
 // waits. `lengths`: the bandwidths in the memory of the GPU, or null: those of the problem. `processors`: of the GPU,
 // to divide the work. Returns what went wrong, or null. The bits do not depend on the order of the blocks.

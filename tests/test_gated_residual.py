@@ -107,7 +107,7 @@ def test_kernels_agree_with_the_reference(case, dtype):
 def test_several_programs_steps_and_strided_biases(monkeypatch):
     from infovae_fast.kernels import gated_residual as kernels
 
-    s, f, z = random(2, 5, 4, 3, last=True), random(2, 10, 4, 3), random(2, 20)
+    s, f, z = random(2, 5, 5, 3, last=True), random(2, 10, 5, 3), random(2, 20)
     found = []
     for size in (kernels.VECTORS, 4):  # of a tile: one program and one step, or many
         monkeypatch.setattr(kernels, "VECTORS", size)

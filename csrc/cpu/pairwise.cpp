@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kStep = 64;     // sources of a tile
 constexpr int kFewest = 4;    // coordinates up to which distances are sums of squared differences
-constexpr int kDepth = 126;   // coordinates whose products are summed in registers; a multiple of 3
+constexpr int kDepth = 129;   // coordinates whose products are summed in registers; a multiple of 3
 constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
 constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
@@ -39,7 +39,8 @@ constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them al
 constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
-// h or excess, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is double.
+// h or excess, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is
+// double.
 // Of differences its square: their rounding errors grow as the distance from the mean, those of products as its square.
 constexpr double kFarthest = 1024;
 
@@ -61,7 +62,7 @@ struct Targets {
 template <typename T>
 struct Sources {
     int64_t d;
-    const T *u, *a, *excess;  // [m, d], [m], [m]
+    const T *u, *a, *excess;     // [m, d], [m], [m]
     const T *p, *v;          // [m, d], what g and phi multiply; v may be null
     const double* a_before;  // [m + 1], sum of a_i over i < j; null if all a are 1
     const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
@@ -123,7 +124,7 @@ struct Cloud {
     int64_t n = 0;
     const T *given_a = nullptr, *given_v = nullptr;
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr, *usual = nullptr;
-    T* excess = nullptr;  // what the products of two points are more than t because of this one; often h
+    T* excess = nullptr;  // what products of pairs are more than t because of this point; h where there are none
     const T* v = nullptr;
     double *sum = nullptr, *a_before = nullptr;  // sum [kLine, d]: of z after `add_up`, then of u; in row 0
     double average_h = 0, total_a = 0;
@@ -134,7 +135,7 @@ struct Cloud {
         h = memory.take<T>(padded);
         a = memory.take<T>(padded);
         usual = memory.take<T>(padded);
-        excess = kUnit == Unit::zen4 && d > kFewest ? memory.take<T>(padded) : h;
+        excess = kUnit == Unit::zen4 && d > kFewest && n > 0 ? memory.take<T>(padded) : h;
         average = memory.take<T>(d);
         sum = memory.take<double>(kLine * d);
         a_before = given_a != nullptr ? memory.take<double>(n + 1) : nullptr;
@@ -155,15 +156,13 @@ struct Cloud {
         const auto centre = BEST(centre<T>);
         const auto transpose = BEST(transpose<T>);
         const auto norms = BEST(norms<T>);
-        const auto excess_of_pairs = BEST(excess_of_pairs<T>);
         at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
             for (int64_t group = begin; group < end; ++group) {
                 const int64_t first = group * L, last = std::min(first + L, n);
                 T* const transposed = ut + first * d;
                 centre(z + first * d, last - first, d, mean, scale, u + first * d);
                 transpose(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
-                norms(transposed, d, h + first);
-                if (excess != h) excess_of_pairs(transposed, d, excess + first);
+                norms(transposed, d, h + first, excess + first);
                 if (given_a == nullptr) {
                     std::fill(a + first, a + last, T(1));
                 } else {
@@ -319,8 +318,6 @@ void in_double(const PairwiseProblem<float>& q) {
 
 }  // namespace
 
-const char* vector_unit() { return unit_name(); }
-
 template <typename T>
 void pairwise(const PairwiseProblem<T>& q) {
     const int64_t d = q.d;
@@ -383,15 +380,15 @@ void pairwise(const PairwiseProblem<T>& q) {
         const bool folded = fold_v && &cloud == clouds;
         if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded ? T(outer / (slope * q.w_xx)) : T(0));
     }
-    T farthest = 0, most_excess = 0;  // the largest h, the largest excess
+    T farthest = 0, widest = 0;  // the largest h; the largest h or excess
     for (Cloud<T>& cloud : clouds) {
         cloud.take_averages(d, mean, scale);
         farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
-        most_excess = cloud.excess == cloud.h ? farthest : BEST(largest<T>)(cloud.excess, cloud.n, most_excess);
+        widest = BEST(largest<T>)(cloud.excess, cloud.n, std::max(widest, farthest));
     }
     const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
     if constexpr (sizeof(T) == 4) {
-        if (double(most_excess) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
+        if (double(widest) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
     }
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
     const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),

@@ -48,7 +48,7 @@ inline Unit best_unit() {
 }
 inline const Unit kUnit = best_unit();
 
-inline const char* unit_name() {
+inline const char* vector_unit() {
     constexpr const char* names[] = {"baseline", "avx2", "avx512", "zen4"};
     return names[int(kUnit)];
 }

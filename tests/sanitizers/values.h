@@ -24,7 +24,7 @@ inline Values normal(Random& random, int64_t size, double scale = 1) {
 
 // Prints the vector unit and how many problems ran; the exit status.
 inline int report(int problems, int wrong) {
-    std::printf("%s: %d problems\n", infovae_fast::unit_name(), problems);
+    std::printf("%s: %d problems\n", infovae_fast::vector_unit(), problems);
     return wrong == 0 ? 0 : 1;
 }
 
