@@ -2,6 +2,7 @@
 // the exact size, so that AddressSanitizer sees a step past their ends.
 //
 //     main threads        prints the vector unit and how many problems ran; 1 if a result is wrong
+#include "cpu/vector.h"
 #include "pairwise.h"
 
 #include <ATen/Parallel.h>
