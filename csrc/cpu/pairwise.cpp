@@ -62,7 +62,7 @@ struct Targets {
 template <typename T>
 struct Sources {
     int64_t d;
-    const T *u, *a, *excess;     // [m, d], [m], [m]
+    const T *u, *a, *excess;  // [m, d], [m], [m]
     const T *p, *v;          // [m, d], what g and phi multiply; v may be null
     const double* a_before;  // [m + 1], sum of a_i over i < j; null if all a are 1
     const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
