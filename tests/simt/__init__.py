@@ -48,8 +48,8 @@ def ptxas(source: str, architecture: str, folder: Path) -> str:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-c", "-gencode", target]
-    command += [source, "-o", str(folder / "kernels.o")]
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", "-cubin", "-gencode", target]
+    command += [source, "-o", str(folder / "kernels.cubin")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     return done.stderr

@@ -7,11 +7,10 @@
 
 namespace simt {
 
-// What the lanes of a warp show each other.
+// What the lanes of a warp show each other: addresses, or two matrices.
 struct Board {
-    const void* row[32];
-    unsigned left[32][4], right[32][2];
-    double left_number[32], right_number[32];
+    const void* address[32];
+    double left[16][16], right[8][16];  // [row, k], [column, k]
 };
 inline Board boards[kMaxThreads / 32][2];
 inline bool second[kMaxThreads];
@@ -23,37 +22,38 @@ inline Board& board() {
 }
 inline void meet(Stop stop) { with_lanes(~0u, 0, kVotes, stop); }
 
-// d[c] += sum of left(row, k) right(k, column); in each of 4 numbers, by lane: rows / 4 and 8 more, two columns. Tensor
+// d[c] += sum of left[row][k] right[column][k]; in each of the numbers, by lane: rows / 4 and 8 more, two columns. Tensor
 // cores add all of it up before they make a float of it (and cut the rest off; this rounds).
-template <int depth, typename Left, typename Right>
-void add_products(float (&d)[4], Left left, Right right) {
-    for (int c = 0; c < 4; ++c) {
+template <int depth, typename T, int numbers>
+void add_products(const Board& shown, T (&d)[numbers]) {
+    for (int c = 0; c < numbers; ++c) {
+        const double *left = shown.left[lane() / 4 + c / 2 * 8], *right = shown.right[lane() % 4 * 2 + c % 2];
         double sum = d[c];
-        for (int k = 0; k < depth; ++k) {
-            sum += double(left(lane() / 4 + c / 2 * 8, k)) * double(right(k, lane() % 4 * 2 + c % 2));
-        }
-        d[c] = float(sum);
+        for (int k = 0; k < depth; ++k) sum += left[k] * right[k];
+        d[c] = T(sum);
     }
 }
 
-inline float number(unsigned word, int upper, __half) {
+inline double number(unsigned word, int upper, __half) {
     const uint16_t bits = uint16_t(word >> 16 * upper);
     __half x;
     std::memcpy(&x, &bits, sizeof x);
     return __half2float(x);
 }
-inline float number(unsigned word, int upper, __nv_bfloat16) {
+inline double number(unsigned word, int upper, __nv_bfloat16) {
     return __bfloat162float({uint16_t(word >> 16 * upper)});
 }
 
 template <typename T>
 void multiply_16_bits(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], T type, Stop stop) {
     Board& shown = board();
-    std::copy_n(a, 4, shown.left[lane()]), std::copy_n(b, 2, shown.right[lane()]);
+    const int near = lane() / 4, along = lane() % 4 * 2;
+    for (int upper = 0; upper < 2; ++upper) {
+        for (int i = 0; i < 4; ++i) shown.left[near + i % 2 * 8][along + i / 2 * 8 + upper] = number(a[i], upper, type);
+        for (int i = 0; i < 2; ++i) shown.right[near][along + i * 8 + upper] = number(b[i], upper, type);
+    }
     meet(stop);
-    add_products<16>(
-        d, [&](int row, int k) { return number(shown.left[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2, type); },
-        [&](int k, int column) { return number(shown.right[column * 4 + k % 8 / 2][k / 8], k % 2, type); });
+    add_products<16>(shown, d);
 }
 
 }  // namespace simt
@@ -67,10 +67,10 @@ void load_matrices(unsigned (&to)[4], const void* row, simt::Stop stop = simt::h
     }
     simt::Board& shown = simt::board();
     const int lane = simt::lane();
-    shown.row[lane] = row;
+    shown.address[lane] = row;
     simt::meet(stop);
     for (int i = 0; i < 4; ++i) {
-        const auto at = [&](int r, int c) { return unsigned(static_cast<const uint16_t*>(shown.row[8 * i + r])[c]); };
+        const auto at = [&](int r, int c) { return unsigned(static_cast<const uint16_t*>(shown.address[8 * i + r])[c]); };
         const int near = lane / 4, along = lane % 4 * 2;
         to[i] = TRANSPOSED ? at(along, near) | at(along + 1, near) << 16 : at(near, along) | at(near, along + 1) << 16;
     }
@@ -90,25 +90,21 @@ inline void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (
 inline void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], float,
                          simt::Stop stop = simt::here()) {
     simt::Board& shown = simt::board();
-    std::copy_n(a, 4, shown.left[simt::lane()]), std::copy_n(b, 2, shown.right[simt::lane()]);
-    simt::meet(stop);
     const auto cut = [](unsigned word) { return simt::bits<float>(word & ~0x1FFFu); };
-    simt::add_products<8>(
-        d, [&](int row, int k) { return cut(shown.left[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]); },
-        [&](int k, int column) { return cut(shown.right[column * 4 + k % 4][k / 4]); });
+    const int near = simt::lane() / 4, along = simt::lane() % 4;
+    for (int i = 0; i < 4; ++i) shown.left[near + i % 2 * 8][along + i / 2 * 4] = cut(a[i]);
+    for (int i = 0; i < 2; ++i) shown.right[near][along + i * 4] = cut(b[i]);
+    simt::meet(stop);
+    simt::add_products<8>(shown, d);
 }
 
 // mma .m8n8k4 of double
 inline void multiply_add(double (&d)[2], double a, double b, simt::Stop stop = simt::here()) {
     simt::Board& shown = simt::board();
-    const int lane = simt::lane();
-    shown.left_number[lane] = a, shown.right_number[lane] = b;
+    const int near = simt::lane() / 4, along = simt::lane() % 4;
+    shown.left[near][along] = a, shown.right[near][along] = b;
     simt::meet(stop);
-    for (int c = 0; c < 2; ++c) {
-        for (int k = 0; k < 4; ++k) {
-            d[c] += shown.left_number[lane / 4 * 4 + k] * shown.right_number[(lane % 4 * 2 + c) * 4 + k];
-        }
-    }
+    simt::add_products<4>(shown, d);
 }
 
 inline unsigned to_tf32(float x) {  // to the nearest, ties away from zero
