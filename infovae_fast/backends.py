@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 NAMES = ("cuda", "triton", "cpp", "reference")  # fastest first
@@ -48,17 +49,23 @@ def choose(operator: str, table: Sequence[Backend], backend: str, *inputs: Any) 
         ValueError: `backend` is neither ``"auto"`` nor one of `NAMES`.
         RuntimeError: the named backend cannot run these inputs; the message says why and names those that can.
     """
-    name = AUTO if backend == "auto" else backend
-    if name != "auto" and name not in NAMES:
-        source = "INFOVAE_FAST_BACKEND" if backend == "auto" else "backend"
-        raise ValueError(f"{source}={name!r} is unknown; accepted: 'auto', " + ", ".join(map(repr, NAMES)))
+    source, name = check_name(backend)
     for row in table:
         if name in ("auto", row.name) and row.reason(*inputs) is None:
             return row.run
     reasons = explain(operator, table, *inputs)
     available = ", ".join(other for other, reason in reasons.items() if reason is None) or "none"
     why = reasons[name] if name != "auto" else "; ".join(f"{k}: {v}" for k, v in reasons.items())
-    raise RuntimeError(f"backend={name!r} cannot run {operator}: {why}. Available here: {available}.")
+    raise RuntimeError(f"{source}={name!r} cannot run {operator}: {why}. Available here: {available}.")
+
+
+def check_name(backend: str) -> tuple[str, str]:
+    """Where the name comes from, and the name: INFOVAE_FAST_BACKEND's for "auto"; ValueError if it is unknown."""
+    name = AUTO if backend == "auto" else backend
+    source = "backend" if name == backend else "INFOVAE_FAST_BACKEND"
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{source}={name!r} is unknown; accepted: 'auto', " + ", ".join(map(repr, NAMES)))
+    return source, name
 
 
 _built = {"cpp": False, "cuda": False}  # and loaded
@@ -86,6 +93,13 @@ def transforms() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need the reference"
     return None
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether a look at the values is free: on a GPU it would synchronise, elsewhere there may be none."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 @cache

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from infovae_fast.backends import on_host
 from infovae_fast.radial import PRESETS, RBF, Kernel
 
 KernelLike = Kernel | Callable[[Tensor, Tensor], Kernel] | str | None
@@ -64,13 +66,14 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 def point_weights(name: str, weights: Tensor | None, z: Tensor) -> Tensor | None:
+    """The weights of z's points in its dtype, but in float32 for half precision, which would not hold 1/N."""
     if weights is None:
         return None
     shape = tuple(z.shape[:-1])
     if not isinstance(weights, Tensor) or weights.shape != z.shape[:-1] or weights.device != z.device:
         got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else type(weights)
         raise ValueError(f"{name}: got {got}; accepted: a tensor {shape} on {z.device}")
-    return weights.to(z.dtype)
+    return weights.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def samples(**clouds: Tensor) -> tuple[Tensor, ...]:
@@ -100,13 +103,6 @@ def check_result(result: Tensor, **clouds: Tensor) -> None:
         raise ValueError("squared distances or kernel values overflow: rescale the samples or change the bandwidth")
 
 
-def on_host(t: Tensor) -> bool:
-    """Whether a look at the values is free: on a GPU it would synchronise, elsewhere there may be none."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()
-
-
 def check_kernel(kernel: KernelLike) -> KernelLike:
     if isinstance(kernel, str) and kernel not in PRESETS:
         raise ValueError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0), or " + ", ".join(PRESETS))
@@ -128,6 +124,23 @@ def kernel_of(kernel: KernelLike, x: Tensor, y: Tensor) -> Kernel:
     return kernel.at(x.shape[-1])
 
 
-def register_bandwidth(module: nn.Module, kernel: KernelLike) -> None:
-    if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
-        module.register_parameter("bandwidth", kernel.bandwidth)
+class KernelModule(nn.Module):
+    """A module with a kernel, whose bandwidth is the module's parameter `bandwidth` if it is an `nn.Parameter`."""
+
+    def __init__(self, kernel: KernelLike) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    @property
+    def kernel(self) -> KernelLike:
+        """The kernel, its bandwidth as the module has it now: loaded, parametrized, put there by `functional_call`."""
+        kernel = self._kernel
+        if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
+            return replace(kernel, bandwidth=self.bandwidth)
+        return kernel
+
+    @kernel.setter
+    def kernel(self, kernel: KernelLike) -> None:
+        self._kernel = check_kernel(kernel)
+        if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
+            self.bandwidth = kernel.bandwidth

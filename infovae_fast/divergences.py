@@ -7,7 +7,8 @@ Each is a function and an `nn.Module`. With x ~ q [N, D], y ~ p [M, D] and a rad
     KL(N(mu, diag e^logvar) || N(0, I)) = 1/2 sum_d (mu_d^2 + e^logvar_d - 1 - logvar_d)   `gaussian_kl`
     Jensen-Shannon and Wasserstein-1 through a critic network                              `AdversarialLoss`
 
-`mmd` returns MMD squared (not MMD, not half of it). Everything returns float32 for half-precision inputs.
+`mmd` returns MMD squared (not MMD, not half of it). Everything returns float32 for half-precision inputs, but a critic
+computes in the dtype of its parameters.
 """
 
 import itertools
@@ -20,16 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from infovae_fast.backends import shortcut
+from infovae_fast.backends import check_name, on_host, shortcut
 from infovae_fast.clouds import (
     KernelLike,
+    KernelModule,
     at_least_float32,
     check_kernel,
     check_result,
     kernel_of,
-    on_host,
     refuse_non_finite,
-    register_bandwidth,
     samples,
 )
 from infovae_fast.pairwise import energy, energy_of_clouds, force
@@ -75,11 +75,12 @@ def mmd(
         block_size: points a block, default floor(sqrt(N)), at least 2.
         x_weights, y_weights: [N] and [M], only their ratios count; for "biased" and "unbiased". None: all the same.
         progress: called as progress(done, all) along the way, for clouds that take minutes: "biased" and "unbiased",
-            without weights. Memory stays O((N + M) D).
-        backend: "auto" or one of `infovae_fast.backends.NAMES`.
+            without weights. Memory stays O((N + M) D) where no gradient is wanted.
+        backend: "auto" or one of `infovae_fast.backends.NAMES`. "linear" has no pairs: any will do.
 
     Returns:
-        MMD^2 in x's dtype (float32 for half precision), differentiable to x, y, the weights and a tensor bandwidth.
+        MMD^2 in x's dtype (float32 for half precision), differentiable to x, y, the weights and a tensor bandwidth; a
+        second time with backend="reference".
 
     Raises:
         TypeError, ValueError: wrong types, shapes, dtypes, devices; unknown names; too few points for the estimator; on
@@ -114,9 +115,8 @@ def mmd(
         weights = (1 / (n * (n - 1)), -1 / (n * m), 1 / (m * (m - 1)))
         value = _energy(x, y, kernel, weights, backend, progress)
     elif estimator == "linear":
-        x0, x1, y0, y1 = (s[start : n // 2 * 2 : 2] for s in (x, y) for start in (0, 1))  # [N // 2, D]
-        within = _mean_phi(kernel, x0, x1) + _mean_phi(kernel, y0, y1)
-        value = within - _mean_phi(kernel, x0, y1) - _mean_phi(kernel, x1, y0)
+        check_name(backend)
+        value = _linear_mmd(x, y, kernel)
     else:
         value = _block_mmd(x, y, kernel, block_size, backend)
     check_result(value, x=x, y=y)
@@ -162,7 +162,8 @@ def _weighted_mmd(
         return e(x, y, a, b, (1.0, -1.0, 1.0)) + kernel.phi0 * (a2 + b2)
     for name, squares in (("x_weights", a2), ("y_weights", b2)):
         if on_host(squares) and squares >= 1:
-            raise ValueError(f"{name}: estimator='unbiased' needs weight on two points; or use 'biased'")
+            one = "needs two points of positive weight: the sum of squares of the weights, of sum 1, is"
+            raise ValueError(f"{name}: estimator='unbiased' {one} {squares.item():g}, not below 1; or use 'biased'")
     within_x, within_y = (e(z, None, c, None, (1.0, 0.0, 0.0)) for z, c in ((x, a), (y, b)))
     return within_x / (1 - a2) + within_y / (1 - b2) + e(x, y, a, b, (0.0, -1.0, 0.0))
 
@@ -177,6 +178,13 @@ def _normalised(name: str, weights: Tensor | None, z: Tensor) -> Tensor:  # [N] 
     if on_host(total) and not 0 < total < math.inf:
         raise ValueError(f"{name}: their sum is {total.item()}; accepted: finite weights with a positive sum")
     return weights.double() / weights.double().sum()
+
+
+def _linear_mmd(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
+    pairs = len(x) // 2 * 2
+    x0, x1, y0, y1 = (s[start:pairs:2] for s in (x, y) for start in (0, 1))  # [N // 2, D]
+    within = _mean_phi(kernel, x0, x1) + _mean_phi(kernel, y0, y1)
+    return within - _mean_phi(kernel, x0, y1) - _mean_phi(kernel, x1, y0)
 
 
 def _mean_phi(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:  # [T, D], [T, D] -> []
@@ -217,7 +225,8 @@ def stein_direction(z: Tensor, score: Score = None, kernel: KernelLike = None, *
     (z,) = samples(z=z)
     with torch.no_grad():
         z = at_least_float32(z.detach())
-        s = z if score is None else score(z) if callable(score) else score
+        with torch.enable_grad():  # for a function that is the gradient of a log-density
+            s = z if score is None else score(z) if callable(score) else score
         if not isinstance(s, Tensor) or s.shape != z.shape or s.device != z.device:
             got = f"shape {tuple(s.shape)} on {s.device}" if isinstance(s, Tensor) else type(s).__name__
             accepted = f"a tensor {tuple(z.shape)} on {z.device}, or a function of z that gives one"
@@ -285,7 +294,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Literal["mean", "sum", "n
     return kl.mean() if reduction == "mean" else kl.sum() if reduction == "sum" else kl
 
 
-class MMDLoss(nn.Module):
+class MMDLoss(KernelModule):
     """`mmd` as a module: ``MMDLoss(RBF(1.0))(x, y)``. A bandwidth that is an `nn.Parameter` is learned with it."""
 
     report_name = "mmd"
@@ -298,16 +307,10 @@ class MMDLoss(nn.Module):
         block_size: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(kernel)
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
-        self.kernel, self.estimator, self.block_size, self.backend = (
-            check_kernel(kernel),
-            estimator,
-            block_size,
-            backend,
-        )
-        register_bandwidth(self, self.kernel)
+        self.estimator, self.block_size, self.backend = estimator, block_size, backend
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """MMD^2 of x [N, D] and y [M, D]: a scalar."""
@@ -430,7 +433,8 @@ class AdversarialLoss(nn.Module):
         x, y = samples(x=x, y=y)
         if self.dim is not None and x.shape[-1] != self.dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, {self.dim}], the critic's dim")
-        return x, y
+        dtype = next((p.dtype for p in self.critic.parameters()), x.dtype)
+        return x.to(dtype), y.to(dtype)
 
     def critic_optimizer(self) -> torch.optim.Optimizer:
         """Adam over the critic's parameters."""

@@ -24,16 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.clouds import (
-    KernelLike,
-    check_kernel,
-    check_result,
-    kernel_of,
-    on_host,
-    refuse_non_finite,
-    register_bandwidth,
-    samples,
-)
+from infovae_fast.backends import on_host
+from infovae_fast.clouds import KernelLike, KernelModule, check_result, kernel_of, refuse_non_finite, samples
 from infovae_fast.pairwise import energy
 from infovae_fast.radial import RBF, Kernel, RationalQuadratic
 
@@ -111,7 +103,7 @@ def mmd_to_normal(
     return value if dtype == torch.float64 else value.float()
 
 
-class NormalMMDLoss(nn.Module):
+class NormalMMDLoss(KernelModule):
     """`mmd_to_normal` as a module: ``NormalMMDLoss(RBF(1.0))(z)``; a drop-in for `MMDLoss` where the prior is Gaussian.
 
     A bandwidth, mean or covariance that is an `nn.Parameter` is learned with it.
@@ -130,15 +122,14 @@ class NormalMMDLoss(nn.Module):
         covariance: Tensor | float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(kernel)
         _check_estimator(estimator)
-        self.kernel, self.estimator, self.backend = check_kernel(kernel), estimator, backend
+        self.estimator, self.backend = estimator, backend
         for name, value in (("mean", mean), ("covariance", covariance)):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        register_bandwidth(self, self.kernel)
 
     def forward(self, z: Tensor, prior_sample: Tensor | None = None) -> Tensor:
         """MMD^2 of z [N, D] to the Gaussian: a scalar. The prior sample, which `Objective` passes, is not looked at."""

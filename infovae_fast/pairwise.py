@@ -13,11 +13,13 @@ E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient and the Stein d
 * The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin.
 * phi is evaluated in the dtype of the samples (half precision in float32, under autocast too). Distances and sums are
   float64: an MMD is a small difference of large sums, and so is its gradient.
-* Memory: tiles of at most 2^24 pairs, recomputed in the backward pass when there are several.
+* Memory: tiles of at most 2^24 pairs, recomputed in the backward pass when there are several (not under torch.func
+  transforms, which do not recompute).
 
-`energy` is differentiable, twice, to x, y, a and the bandwidth; `force` to x, y, v and the bandwidth. The fast backends
-give the first derivatives of the energy to x, y and a, from the same pass as its value; "auto" takes the reference for
-the others and under torch.func transforms such as vmap.
+The reference gives first and second derivatives of `energy` to x, y, a and the bandwidth, of `force` to x, y, v and the
+bandwidth. The fast backends give the first derivatives of the energy to x, y and a, from the same pass as its value.
+"auto" takes the reference where the bandwidth or a force needs a gradient and under torch.func transforms such as vmap;
+it cannot know that a gradient will be differentiated again: there give backend="reference".
 Leading dimensions [..., N, D] are a batch of clouds, each with an energy and forces of its own.
 """
 
@@ -151,8 +153,9 @@ def _tiled(tile: Callable[..., Tensor], a: Tensor, b: Tensor) -> tuple[Callable[
     if n * m * batch <= TILE_PAIRS:
         return tile, [slice(0, n)], [slice(0, m)]
     edge = max(1, int((TILE_PAIRS / batch) ** 0.5))
-    recomputed = partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
-    return recomputed, _slices(n, edge), _slices(m, edge)
+    if transforms() is None:
+        tile = partial(checkpoint, tile, use_reentrant=False, preserve_rng_state=False)
+    return tile, _slices(n, edge), _slices(m, edge)
 
 
 def _slices(n: int, edge: int) -> list[slice]:
@@ -333,6 +336,11 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("this backend gives first derivatives; use backend='reference' to differentiate twice")
 
 
+def _check(kernel: Kernel) -> None:
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0)")
+
+
 BACKENDS = (
     Backend("cuda", _cuda_reason, _run_native),
     Backend("triton", _triton_reason, partial(_run_leaf, _triton)),
@@ -364,9 +372,13 @@ def energy(
         [...] in float64. Differentiable to x, y, the weights of the points and a tensor bandwidth.
 
     Raises:
-        TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
+        TypeError, ValueError: see `as_cloud`; no Kernel; weights of another shape or device.
+        RuntimeError: the named backend cannot run these inputs.
     """
     x, y = as_cloud(x=x, y=y)
+    _check(kernel)
+    if y is None and y_weights is not None:
+        raise ValueError("y_weights: got weights, but no y; accepted: None")
     a = point_weights("x_weights", x_weights, x)
     b = None if y is None else point_weights("y_weights", y_weights, y)
     return energy_of_clouds(x, y, kernel, weights, backend, a, b)
@@ -408,6 +420,7 @@ def force(
         TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
     """
     x, y, v = as_cloud(x=x, y=y, v=v)
+    _check(kernel)
     if v is not None and v.shape != x.shape:
         raise ValueError(f"v: got shape {tuple(v.shape)}; accepted: x's shape {tuple(x.shape)}")
     inputs = (x, y, v, kernel, weights, False, True)

@@ -23,7 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infovae_fast.backends import on_host
+
 Scale = float | Tensor
+_ACCEPTED = "positive numbers whose squares are neither 0 nor infinite"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Kernel:
 
     Raises:
         TypeError: a bandwidth or weight that is not a number.
-        ValueError: a bandwidth that is not positive and finite (not looked at in a tensor on a GPU), weights of another
-            length, an empty sequence.
+        ValueError: a bandwidth that is not positive, or whose square overflows or underflows (not looked at in a tensor
+            on a GPU); weights of another length; an empty sequence.
     """
 
     bandwidth: Scale | Sequence[float] | None = None
@@ -53,9 +56,9 @@ class Kernel:
                     f"bandwidth: got a {b.dtype} tensor of shape {tuple(b.shape)}; accepted: "
                     "a floating-point tensor of shape [] (one scale) or [S] (a mixture)"
                 )
-            on_host = b.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would synchronise
-            if on_host and not ((b > 0) & b.isfinite()).all():
-                raise ValueError(f"bandwidth: got {b.tolist()}; accepted: positive, finite lengths")
+            square = _at_least_float32(b).square()
+            if on_host(b) and not ((b > 0) & (square > 0) & square.isfinite()).all():
+                raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}")
         elif self.bandwidth is not None:
             object.__setattr__(self, "bandwidth", _lengths("bandwidth", self.bandwidth))
         if self.weights is not None:
@@ -78,8 +81,7 @@ class Kernel:
         if self.bandwidth is None:
             raise ValueError("bandwidth=None depends on the dimension: use kernel.at(dim)")
         if isinstance(self.bandwidth, Tensor):
-            exact = self.bandwidth.float() if self.bandwidth.dtype.itemsize < 4 else self.bandwidth
-            lengths: Sequence[Scale] = exact.reshape(-1).unbind()
+            lengths: Sequence[Scale] = _at_least_float32(self.bandwidth).reshape(-1).unbind()
         else:
             lengths = self.bandwidth  # type: ignore[assignment]
         weights = self.weights or (1 / len(lengths),) * len(lengths)
@@ -211,12 +213,17 @@ def median_rbf(x: Tensor, y: Tensor | None = None, *, most: int = 1000) -> RBF:
     Computed on an evenly spaced subset of at most `most` points, without a gradient and without a host
     synchronisation: the bandwidth is a 0-d tensor. The lower median, so that it is a distance that occurs.
     """
+    if most < 2:
+        raise ValueError(f"most: got {most}; accepted: 2 points or more")
     z = _joint(x, y)
     n = min(len(z), most)
     z = z[torch.arange(n, device=z.device) * len(z) // n]  # [n, D]
     rows, columns = torch.triu_indices(n, n, 1, device=z.device)
     d2 = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")[rows, columns]  # [n (n-1) / 2]
-    return RBF(d2.sort().values[(len(d2) - 1) // 2])
+    median = d2.sort().values[(len(d2) - 1) // 2]
+    if on_host(median) and median == 0:
+        raise ValueError("median_rbf: most points coincide, so that the median distance is 0; give a length: RBF(1.0)")
+    return RBF(median)
 
 
 def five_scale_rbf(x: Tensor, y: Tensor | None = None) -> RBF:
@@ -227,6 +234,8 @@ def five_scale_rbf(x: Tensor, y: Tensor | None = None) -> RBF:
     """
     z = _joint(x, y)
     m = 2 * (z - z.mean(0)).square().sum() / (len(z) - 1)
+    if on_host(m) and m == 0:
+        raise ValueError("five_scale_rbf: all points coincide, at distances of 0; give bandwidths: RBF([1.0])")
     factors = 2.0 ** torch.arange(-2, 3, dtype=z.dtype, device=z.device)
     return RBF((m * factors / 2).sqrt(), weights=[1.0] * 5)
 
@@ -263,20 +272,26 @@ def _joint(x: Tensor, y: Tensor | None) -> Tensor:
     z = (x if y is None else torch.cat([x, y])).detach()  # [n, D]
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"a data-dependent bandwidth needs at least two points [n, D]; got shape {tuple(z.shape)}")
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    return _at_least_float32(z)
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype.itemsize < 4 else t
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     sequence = values if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
-    if not sequence or not all(isinstance(v, Real) and not isinstance(v, bool) for v in sequence):
+    if not all(isinstance(v, Real) and not isinstance(v, bool) for v in sequence):
         raise TypeError(f"{name}: got {values!r}; accepted: a number or a non-empty sequence of numbers")
-    if not all(math.isfinite(v) for v in sequence):
+    if not sequence:
+        raise ValueError(f"{name}: got {values!r}; accepted: a number or a non-empty sequence of numbers")
+    if not all(abs(v) < math.inf for v in sequence):
         raise ValueError(f"{name}: got {values!r}; accepted: finite numbers")
     return tuple(float(v) for v in sequence)
 
 
 def _lengths(name: str, values: Any) -> tuple[float, ...]:
     numbers = _numbers(name, values)
-    if min(numbers) <= 0:
-        raise ValueError(f"{name}: got {values!r}; accepted: positive numbers")
+    if not all(v > 0 and 0 < v * v < math.inf for v in numbers):
+        raise ValueError(f"{name}: got {values!r}; accepted: {_ACCEPTED}")
     return numbers

@@ -210,8 +210,8 @@ def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
             *(f"{value:g}" for value in (run.model.latent_dim, objective.alpha, objective.lambda_, run.config["seed"])),
             "train\ntest",
             *(f"{number(train[name], digits)}\n{number(test[name], digits)}" for name, (_, digits) in METRICS.items()),
-            "\n" + " ± ".join(number(test[name], 1) for name in LIKELIHOOD if name in test),
-            "\n" + number(test.get("effective_samples"), 1),
+            "\n" + " ± ".join(number(test[name], 1) for name in LIKELIHOOD if test[name] is not None),
+            "\n" + number(test["effective_samples"], 1),
         ]
 
     header = ["objective", "training\nimages", "dim\nz", "α", "λ", "seed", ""]

@@ -75,7 +75,7 @@ def test_the_environment_says_what_auto_means(monkeypatch):
     assert run("auto", 3) == ("reference", 3)
     assert run("cpp", 3) == ("cpp", 3)  # a name given in the call wins
     monkeypatch.setattr(backends, "AUTO", "cuda")
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot run square: no GPU here"):
+    with pytest.raises(RuntimeError, match="INFOVAE_FAST_BACKEND='cuda' cannot run square: no GPU here"):
         run("auto", 3)
     monkeypatch.setattr(backends, "AUTO", "fast")
     with pytest.raises(ValueError, match="INFOVAE_FAST_BACKEND='fast' is unknown; accepted: 'auto', 'cuda'"):

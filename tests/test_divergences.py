@@ -155,6 +155,18 @@ def test_stein_loss_descends_along_the_direction(reduction):
     assert torch.equal(SteinLoss(reduction=reduction)(z), loss)
 
 
+def test_a_score_may_be_a_gradient_itself():
+    z = torch.randn(6, 2, dtype=torch.float64)
+
+    def score(z):
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(-0.5 * z.square().sum(), z)[0]
+
+    direction = stein_direction(z, score)
+    assert not direction.requires_grad
+    near(direction, stein_direction(z))
+
+
 def test_no_gradient_flows_through_the_direction():
     z, shift = normal(9, 3).requires_grad_(), nn.Parameter(torch.zeros(3, dtype=torch.float64))
     b = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
@@ -432,6 +444,15 @@ def test_adversarial_losses_of_a_half_precision_critic_are_float32(kind):
     assert loss(x, y).dtype == loss.critic_loss(x, y).dtype == torch.float32
     loss.critic_loss(x, y).backward()
     assert all(p.grad.isfinite().all() for p in loss.critic.parameters())
+
+
+def test_a_critic_computes_in_its_own_dtype():
+    torch.manual_seed(0)
+    loss, x, y = AdversarialLoss(3), torch.randn(8, 3), torch.randn(8, 3)
+    for dtype in (torch.float16, torch.float64):
+        x, y = x.to(dtype), y.to(dtype)
+        for method in (loss, loss.critic_loss):
+            torch.testing.assert_close(method(x, y), method(x.float(), y.float()))
 
 
 def test_the_critic_s_optimiser():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from infovae_fast import backends
+from infovae_fast import NormalMMDLoss, backends, mmd_to_normal
 from infovae_fast.divergences import (
     ESTIMATORS,
     MMDLoss,
@@ -20,7 +20,7 @@ from infovae_fast.divergences import (
     mmd,
     stein_direction,
 )
-from infovae_fast.pairwise import force
+from infovae_fast.pairwise import energy, force
 from infovae_fast.radial import IMQ, PRESETS, RBF, RationalQuadratic, median_rbf, wae_imq
 from tests import oracle
 from tests.oracle import (
@@ -301,6 +301,66 @@ def test_func_transforms():
     leaf = x[0].clone().requires_grad_()
     near(torch.func.grad(mmd)(x[0], y[0]), torch.autograd.grad(mmd(leaf, y[0]), leaf)[0])
 
+    (kernels,) = torch.func.vmap(lambda b: (mmd(x[0], y[0], RBF(b)),))(torch.tensor([0.5, 2.0], dtype=torch.float64))
+    near(kernels, torch.stack([mmd(x[0], y[0], RBF(b)) for b in (0.5, 2.0)]))
+    presets = torch.func.vmap(lambda a, b: mmd(a, b, "median_rbf"))(x, y)
+    near(presets, torch.stack([mmd(a, b, "median_rbf") for a, b in zip(x, y, strict=True)]))
+
+
+def test_func_transforms_of_several_tiles(monkeypatch):
+    x, y = samples(9, 7)
+    leaf = x.clone().requires_grad_()
+    slope = torch.autograd.grad(mmd(leaf, y), leaf)[0]
+    monkeypatch.setattr("infovae_fast.pairwise.TILE_PAIRS", 16)
+    near(torch.func.grad(mmd)(x, y), slope)
+    near(torch.func.jacrev(mmd)(x, y), slope)
+    leaf = torch.stack([x, x]).requires_grad_()
+    (slopes,) = torch.autograd.grad(torch.func.vmap(mmd)(leaf, torch.stack([y, y])).sum(), leaf)
+    near(slopes, torch.stack([slope, slope]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_points_are_float32(backend, dtype):
+    x, y = (s.to(oracle.device, dtype) for s in samples(300, 200))
+    require_pairwise(backend, x, y, kernel=RBF())
+    a = torch.ones(300, device=x.device)
+    for estimator in ("biased", "unbiased"):
+        wanted = mmd(x, y, None, estimator, backend=backend)
+        for weights in (a, a.to(dtype), a.double()):
+            found = mmd(x, y, None, estimator, x_weights=weights, backend=backend)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-7)
+    itself = mmd(x, x, None, "biased", x_weights=a, y_weights=a, backend=backend)
+    assert abs(itself.item()) < 2e-7
+
+
+def test_a_learned_bandwidth_is_the_module_s_parameter():
+    x, y = samples()
+    three = mmd(x, y, RBF(3.0))
+    loss = MMDLoss(RBF(nn.Parameter(torch.tensor(1.0, dtype=torch.float64))))
+    near(torch.func.functional_call(loss, {"bandwidth": three.new_tensor(3.0)}, (x, y)), three)
+    near(copy.deepcopy(loss)(x, y), mmd(x, y, RBF(1.0)))
+    loss.load_state_dict({"bandwidth": three.new_tensor(3.0)}, assign=True)
+    near(loss(x, y), three)
+    assert loss.kernel.bandwidth is loss.bandwidth
+    loss.bandwidth = nn.Parameter(three.new_tensor(1.0))
+    nn.utils.parametrize.register_parametrization(loss, "bandwidth", nn.Softplus())
+    near(loss(x, y), mmd(x, y, RBF(math.log1p(math.e))))
+    loss(x, y).backward()
+    assert loss.parametrizations.bandwidth.original.grad != 0
+    loss = MMDLoss()
+    loss.kernel = RBF(nn.Parameter(three.new_tensor(3.0)))
+    near(loss(x, y), three)
+    assert len(list(loss.parameters())) == 1
+    prior = NormalMMDLoss(RBF(nn.Parameter(three.new_tensor(1.0))))
+    near(torch.func.functional_call(prior, {"bandwidth": three.new_tensor(3.0)}, (x,)), mmd_to_normal(x, RBF(3.0)))
+
+
+def test_the_linear_estimator_knows_the_names_of_the_backends():
+    x, y = samples(6, 6)
+    near(mmd(x, y, None, "linear", backend="triton"), mmd(x, y, None, "linear"))
+    with pytest.raises(ValueError, match="backend='fast' is unknown"):
+        mmd(x, y, None, "linear", backend="fast")
+
 
 def test_weights_that_cannot_be():
     x, y = samples(4, 4)
@@ -311,8 +371,16 @@ def test_weights_that_cannot_be():
     for bad in (torch.zeros(4), torch.tensor([1.0, math.nan, 1.0, 1.0]), torch.tensor([1.0, math.inf, 1.0, 1.0])):
         with pytest.raises(ValueError, match=r"x_weights: their sum is .*; accepted: finite weights with a positive"):
             mmd(x, y, x_weights=bad)
-    with pytest.raises(ValueError, match="x_weights: estimator='unbiased' needs weight on two points"):
+    with pytest.raises(ValueError, match="x_weights: estimator='unbiased' needs two points of positive weight"):
         mmd(x, y, x_weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match=r"the sum of squares of the weights, of sum 1, is 4\.5, not below 1"):
+        mmd(x, y, x_weights=torch.tensor([2.0, -0.5, -0.5, 0.0]))
+    with pytest.raises(ValueError, match="y_weights: got weights, but no y"):
+        energy(x, kernel=RBF(), y_weights=torch.ones(4))
+    with pytest.raises(TypeError, match=r"kernel: got 'wae_imq'; accepted: a Kernel such as RBF\(1.0\)"):
+        energy(x, y, kernel="wae_imq")
+    with pytest.raises(TypeError, match="kernel: got None; accepted: a Kernel"):
+        force(x, y, kernel=None)
 
 
 def test_one_point_each_with_the_biased_estimator(backend):
@@ -618,7 +686,7 @@ def test_a_bandwidth_that_has_become_nan_is_found():
     loss = MMDLoss(RBF(b))
     with torch.no_grad():
         b.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"kernel values overflow.*change the bandwidth"):
+    with pytest.raises(ValueError, match="bandwidth: got nan; accepted: positive numbers"):
         loss(*samples(4, 4, 2, torch.float32))
 
 

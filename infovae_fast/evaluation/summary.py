@@ -1,6 +1,7 @@
 """All metrics of a trained model on a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,15 +17,27 @@ BATCH = 500  # images at once
 DECODED = 50  # of them, for an autoregressive decoder, which keeps many maps a pixel
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: InfoVAE) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards every part of the model is in the mode in which it was."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def encode_all(model: InfoVAE, x: Tensor) -> tuple[Posterior, Tensor]:
-    """q(z|x) of all images x [N, C, H, W], and one draw z [N, D] from each."""
-    parts = [model.encode(batch) for batch in x.split(BATCH)]
-    posterior = Posterior(torch.cat([p.mu for p in parts]), torch.cat([p.logvar for p in parts]))
-    return posterior, posterior.rsample()
+    """q(z|x) of all images x [N, C, H, W], in eval mode, and one draw z [N, D] from each."""
+    with evaluating(model):
+        parts = [model.encode(batch) for batch in x.split(BATCH)]
+        posterior = Posterior(torch.cat([p.mu for p in parts]), torch.cat([p.logvar for p in parts]))
+        return posterior, posterior.rsample()
 
 
-@torch.no_grad()
 def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]:
     """Metrics on the training and the test set, in nats per image where they are densities.
 
@@ -33,15 +46,15 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
         seed: of every draw; the same model and seed give the same numbers.
 
     Returns:
-        for "train" and "test": reconstruction (-log p(x|z)), kl, log_det_covariance, full_set_mmd, mutual_information;
-        for "test" also log_likelihood, its standard_error (of the mean over the images, both sources of noise), and
-        the median effective_samples. kl and log_likelihood are None where the prior has no density.
+        for "train" and "test": images (their number), reconstruction (-log p(x|z)), kl, log_det_covariance,
+        full_set_mmd, mutual_information; for "test" also log_likelihood, log_likelihood_standard_error (of the mean
+        over the images, both sources of noise), effective_samples (the median) and importance_samples. None where not
+        defined: kl and those of the log-likelihood where the prior has no density, the others of too few images.
     """
-    model.eval()
     device = next(model.parameters()).device
     size = DECODED if model.autoregressive else BATCH
     metrics: dict[str, Any] = {}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part, images in (("train", data.train_images), ("test", data.test_images)):
             x = to_unit(images, data.levels).to(device)
@@ -60,12 +73,14 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
                 "full_set_mmd": full_set_mmd(z, model.prior) if len(z) > 1 else None,
                 "mutual_information": mutual_information(posterior, z),
             }
-        if model.prior.has_kl:
-            metrics["test"] |= _log_likelihood(model, x.split(size), n_samples)
+        metrics["test"] |= _log_likelihood(model, x.split(size), n_samples)
     return metrics
 
 
-def _log_likelihood(model: InfoVAE, batches: Sequence[Tensor], n_samples: int) -> dict[str, float]:
+def _log_likelihood(model: InfoVAE, batches: Sequence[Tensor], n_samples: int) -> dict[str, float | None]:
+    if not model.prior.has_kl:
+        names = "log_likelihood", "log_likelihood_standard_error", "effective_samples", "importance_samples"
+        return dict.fromkeys(names)
     parts = [model.log_likelihood(x, n_samples) for x in batches]
     value = torch.cat([p.log_likelihood for p in parts])
     return {
