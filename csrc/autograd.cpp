@@ -474,7 +474,8 @@ pybind11::object usual_stein(pybind11::handle z_object, pybind11::handle score, 
                              pybind11::handle backend) {
     const Tensor *z = usual(z_object), *s = score.is_none() ? nullptr : usual(score);
     if (z == nullptr || z->is_cuda() || !usual_circumstances(backend, *z)) return pybind11::none();
-    if (!score.is_none() && (s == nullptr || s->sizes() != z->sizes() || s->scalar_type() != z->scalar_type())) {
+    if (!score.is_none() && (s == nullptr || s->sizes() != z->sizes() || s->device() != z->device() ||
+                             s->scalar_type() != z->scalar_type())) {
         return pybind11::none();
     }
     const std::optional<UsualKernel> kernel = usual_kernel(kernel_object, z->size(1));

@@ -29,7 +29,6 @@
 #include "logistic_mixture.h"
 #include "masked_conv.h"
 #include "pairwise.h"
-#include "radial.h"
 #include "resident.h"
 
 namespace infovae_fast {
@@ -69,53 +68,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 4096;  // elements a thread takes at least; less is not worth waking it
-
 template <typename T>
 std::vector<T> as_vector(const Tensor& t) {
     const Tensor host = t.to(at::kCPU, at::kDouble).contiguous();
     return std::vector<T>(host.data_ptr<double>(), host.data_ptr<double>() + host.numel());
-}
-
-template <Kind kind, typename T>
-void radial_loop(const Tensor& d2, const Tensor& phi, const Tensor& dphi, const Tensor& bandwidth,
-                 const Tensor& weight, double alpha) {
-    const std::vector<T> w = as_vector<T>(weight);
-    std::vector<T> rate;
-    for (const double b : as_vector<double>(bandwidth)) rate.push_back(T(0.5 / (b * b)));
-    const T* in = d2.const_data_ptr<T>();
-    T* out = phi.mutable_data_ptr<T>();
-    T* slope = dphi.mutable_data_ptr<T>();
-    at::parallel_for(0, d2.numel(), kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const Radial<T> r = radial<kind, T>(in[i], rate.data(), w.data(), int(w.size()), T(alpha));
-            out[i] = r.phi;
-            slope[i] = r.dphi;
-        }
-    });
-}
-
-std::tuple<Tensor, Tensor> radial_empty(const Tensor& d2, const std::string& /*kind*/, const Tensor& /*bandwidth*/,
-                                        const Tensor& /*weight*/, double /*alpha*/) {
-    return {at::empty_like(d2, at::MemoryFormat::Contiguous), at::empty_like(d2, at::MemoryFormat::Contiguous)};
-}
-
-std::tuple<Tensor, Tensor> radial_cpu(const Tensor& d2, const std::string& kind, const Tensor& bandwidth,
-                                      const Tensor& weight, double alpha) {
-    TORCH_CHECK_TYPE(d2.scalar_type() == at::kFloat || d2.scalar_type() == at::kDouble, "d2: got ", d2.scalar_type(),
-                     "; accepted: float32, float64");
-    TORCH_CHECK_VALUE(kind == "rbf" || kind == "rq", "kind: got '", kind, "'; accepted: 'rbf', 'rq'");
-    TORCH_CHECK_VALUE(alpha > 0, "alpha: got ", alpha, "; give a positive number");
-    TORCH_CHECK_VALUE(bandwidth.dim() == 1 && bandwidth.numel() > 0 && bandwidth.sizes() == weight.sizes(),
-                      "bandwidth ", bandwidth.sizes(), " and weight ", weight.sizes(),
-                      ": give one of each per scale, both of shape [S], S >= 1");
-    auto [phi, dphi] = radial_empty(d2, kind, bandwidth, weight, alpha);
-    const Tensor in = d2.contiguous();
-    AT_DISPATCH_FLOATING_TYPES(d2.scalar_type(), "infovae_fast::radial", [&] {
-        const auto loop = kind == "rbf" ? radial_loop<Kind::rbf, scalar_t> : radial_loop<Kind::rq, scalar_t>;
-        loop(in, phi, dphi, bandwidth, weight, alpha);
-    });
-    return {phi, dphi};
 }
 
 // What `pairwise` returns: what was asked for, and empty tensors for the rest.
@@ -598,7 +554,13 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
         TORCH_CHECK_VALUE(t.device() == known.device(), "got ", t.device(), " beside ", known.device());
         return t.contiguous();
     };
-    const Tensor weights = here(table), given = here(known);
+    const auto aligned = [&](const Tensor& t) {
+        TORCH_CHECK_VALUE(t.device() == known.device(), "got ", t.device(), " beside ", known.device());
+        TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, "draw_images: got a view that starts ",
+                          "between vectors; accepted: aligned to 16 bytes");
+        return t;
+    };
+    const Tensor weights = aligned(table.contiguous()), given = here(known);
     const Tensor u = uniforms.has_value() ? here(*uniforms) : Tensor(), m = mask.has_value() ? here(*mask) : Tensor();
     TORCH_CHECK_VALUE(!u.defined() || (u.scalar_type() == at::kFloat && m.scalar_type() == at::kBool &&
                                        u.sizes() == at::IntArrayRef({n, draws, height, width}) && m.sizes() == known.sizes()),
@@ -612,8 +574,7 @@ std::tuple<Tensor, Tensor> draw_images_cuda(const Tensor& table, at::TensorList 
         PixelImages<T> images{n, channels, height, width, maps, groups, count, layers, sizes[3], sizes[4],
                               data<T>(weights, {weights.numel()}, known)};
         for (size_t k = 0; k < conditions.size(); ++k) {
-            const Tensor& c = conditions[k];
-            TORCH_CHECK_VALUE(c.device() == known.device(), "got ", c.device(), " beside ", known.device());
+            const Tensor& c = aligned(conditions[k]);
             (k % 2 == 0 ? images.above : images.beside)
                 .push_back(data<T>(c, {shape[0], shape[1], shape[2], shape[3]}, known));
         }
@@ -688,9 +649,6 @@ Tensor resident_cuda_op(const Tensor& table, const Tensor& biases, const std::op
 }  // namespace
 
 TORCH_LIBRARY(infovae_fast, m) {
-    // phi and phi' of squared distances, elementwise; kind "rbf" or "rq", bandwidth and weight [S].
-    m.def("radial(Tensor d2, str kind, Tensor bandwidth, Tensor weight, float alpha) -> (Tensor phi, Tensor dphi)",
-          {at::Tag::pt2_compliant_tag});
     // Energy [...] in float64, forces [..., N, D] and [..., M, D], potentials [..., N] and [..., M] of the cloud [x; y],
     // with weights a and b of the points and w = (w_xx, w_xy, w_yy); what is not asked for comes back empty. A bandwidth
     // that is in memory, perhaps a GPU's, comes as `lengths` [S] in place of the numbers.
@@ -737,7 +695,6 @@ TORCH_LIBRARY(infovae_fast, m) {
 }
 
 TORCH_LIBRARY_IMPL(infovae_fast, CPU, m) {
-    m.impl("radial", radial_cpu);
     m.impl("vertical_row", vertical_row_cpu);
     m.impl("pixel_params", pixel_params_cpu);
     m.impl("draw_bits", draw_bits_cpu);
@@ -756,7 +713,6 @@ TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) {
 }
 #endif
 TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
-    m.impl("radial", radial_empty);
     m.impl("pairwise", pairwise_empty);
     m.impl("draw_images", draw_images_empty);
     m.impl("resident", resident_empty);

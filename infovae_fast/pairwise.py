@@ -37,7 +37,7 @@ from infovae_fast.radial import IMQ, RBF, Kernel, RationalQuadratic
 
 TILE_PAIRS = 2**24
 LEAF_KERNELS = (RBF, IMQ, RationalQuadratic)  # not their subclasses, which may have a phi of their own
-CUDA_MOST_DIM, CUDA_MOST_PRODUCTS_DIM, CUDA_MOST_SCALES, CUDA_MOST_CLOUDS = 18, 128, 32, 65535
+CUDA_MOST_DIM, CUDA_MOST_PRODUCTS_DIM, CUDA_MOST_SCALES, GPU_MOST_CLOUDS = 18, 128, 32, 65535
 
 Weights = tuple[float, float, float]  # w_xx, w_xy, w_yy
 
@@ -202,7 +202,12 @@ def _cuda_reason(x: Tensor, *inputs: Any) -> str | None:
 def _triton_reason(x: Tensor, *inputs: Any) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on GPUs, and x is on {x.device}"
-    return triton_missing() or _leaf_reason(x, *inputs)
+    return triton_missing() or _too_many_clouds(x) or _leaf_reason(x, *inputs)
+
+
+def _too_many_clouds(x: Tensor) -> str | None:
+    clouds = x.shape[:-2].numel()
+    return f"got a batch of {clouds} clouds, accepted: at most {GPU_MOST_CLOUDS}" if clouds > GPU_MOST_CLOUDS else None
 
 
 def cuda_limits(
@@ -213,8 +218,8 @@ def cuda_limits(
     scales = 1 if kernel is None else len(kernel.at(d).scales())
     if scales > CUDA_MOST_SCALES:
         return f"got {scales} scales, accepted: at most {CUDA_MOST_SCALES}"
-    if (clouds := x.shape[:-2].numel()) > CUDA_MOST_CLOUDS:
-        return f"got a batch of {clouds} clouds, accepted: at most {CUDA_MOST_CLOUDS}"
+    if (reason := _too_many_clouds(x)) is not None:
+        return reason
     several = v is not None and kernel is not None and not (scales == 1 and isinstance(kernel, RBF))
     most = CUDA_MOST_DIM if x.dtype == torch.float64 or several else CUDA_MOST_PRODUCTS_DIM
     if d > most:

@@ -530,5 +530,5 @@ def _(s, f, bias, condition):
 
 @gated_residual_gradients.register_fake
 def _(upstream, f, bias, condition):
-    to_bias, to_condition = (f.new_empty(0) if t is None else torch.empty_like(t) for t in (bias, condition))
+    to_bias, to_condition = (f.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, condition))
     return _new(f, *f.shape), to_bias, to_condition

@@ -201,7 +201,7 @@ def sums(
         found.append(A[:, : own.n])
         if force:
             pull = own.a[..., None] * (G[..., None] * own.u - S)
-            F = F + 2 * factor * pull + (0 if sources.v is None else V)
+            F = F + 2 * factor * pull + (0 if sources.v is None else own.a[..., None] * V)
     return found, F[:, : own.n, : own.d] if isinstance(F, Tensor) else None
 
 
@@ -243,13 +243,15 @@ def pairwise(
     d, batch = x.shape[-1], x.shape[:-2]
     flat = [None if t is None else t.reshape(-1, *t.shape[len(batch) :]).contiguous() for t in (x, y, v, a, b)]
     x_, y_, v_, a_, b_ = flat
+    if len(x_) == 0:  # clouds
+        return _results(x, y, energy, x_force, y_force, potentials)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         total = x_.sum(1, dtype=torch.float64) + (0 if y_ is None else y_.sum(1, dtype=torch.float64))
         centre = total / (x_.shape[1] + (0 if y_ is None else y_.shape[1]))  # [clouds, D]
         by_cublas = products.AVAILABLE and x.dtype == torch.float32 and d >= PRODUCTS_LEAST
         cloud = products.Cloud if by_cublas else partial(Cloud, centre)
         clouds = [cloud(x_, a_, v_)] + ([] if y_ is None else [cloud(y_, b_, None)])
-        lengths = table(tuple(bandwidth), x.device) if lengths is None else lengths.to(x.device)
+        lengths = table(tuple(bandwidth), x.device) if lengths is None else lengths.to(x.device).contiguous()
         settings = ((lengths, table(tuple(weight), x.device)), "rbf" if rbf else "rq", alpha)
         run = partial(products.sums, centre, *settings) if by_cublas else partial(sums, *settings)
         results = _assemble(clouds, run, w, energy, (x_force, y_force), potentials)
@@ -293,6 +295,13 @@ def _assemble(
 
 @pairwise.register_fake
 def _(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force, potentials):
+    return _results(x, y, energy, x_force, y_force, potentials)
+
+
+def _results(
+    x: Tensor, y: Tensor | None, energy: bool, x_force: bool, y_force: bool, potentials: bool
+) -> tuple[Tensor, ...]:
+    """Room for what is asked for, and empty tensors for the rest."""
     other = x if y is None else y
     wanted = (
         (energy, x.shape[:-2], torch.float64),

@@ -254,7 +254,7 @@ def force_kernel(
             G = tl.load(A + ((cloud * JOBS + k) * 2 + 1) * padded + first + row, mask=inside, other=0.0)
             total += (2 * tl.load(w + k) * a)[:, None] * (G[:, None] * u - S)
         else:
-            total += S
+            total += a[:, None] * S
     to = F + (cloud * n + first + row)[:, None] * D + column[None, :]
     tl.store(to, total.to(tl.float32), mask=mask)
 

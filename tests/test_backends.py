@@ -96,6 +96,17 @@ def test_the_pairwise_table_is_in_the_order_of_auto_and_ends_with_the_reference(
     assert order == sorted(order, key=NAMES.index) and len(order) > 1
 
 
+def test_build_info_tells_what_was_built():
+    if (reason := backends.native_missing()) is not None:
+        pytest.skip(reason)
+    from infovae_fast._C import build_info
+
+    facts = build_info()
+    assert facts["cpp"] == "built" and facts["cuda"].startswith(("built", "not built: "))
+    assert facts["torch"].startswith(torch.__version__)
+    assert "-O3" in facts["flags"] and "fast-math" not in facts["flags"] and facts["compiler"] and facts["commit"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_function_honours_the_name(name):
     x = torch.randn(4, 2)

@@ -135,6 +135,32 @@ def test_tensor_cores_hold_the_rule_far_from_the_bandwidth():
                 check(F[rows], truth[1][rows], yardstick[1][rows], scale[1][rows])
 
 
+@pytest.mark.parametrize("d", [2, 10, 24])
+@pytest.mark.parametrize("far", [300.0, 3e4])
+def test_a_far_point_does_not_matter_to_the_others(d, far):
+    """Whether it is in the sample that tells the centre (point 0 is) or not."""
+    for which in (0, 1):
+        x, y, _ = clouds(300, 300, d)
+        x[which] += far
+        F = run(x, y, kernel=RBF(d**0.5))[1]
+        truth = pairwise_reference(x.double(), y.double(), None, RBF(d**0.5), WEIGHTS, False, True)[1]
+        others = torch.arange(300) != which
+        assert ((F - truth)[others].abs().max() <= 2 * BAR * truth.abs().max()).item(), (which, far)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [RBF(), RBF([4.0, 1.0, 0.25]), IMQ(), RationalQuadratic(1.5, 2.0)], ids=str)
+def test_phi_is_one_at_most(kernel, dtype):
+    """Two parts of the clouds are so far apart that rounding errors of t are larger than the t of close points."""
+    for d, far in ((2, 1e4), (10, 3e3), (10, 1e5)):
+        x, y, _ = clouds(96, 96, d, dtype)
+        x[48:] += far
+        y[48:] += far
+        E, F, *_ = run(x, y, kernel=kernel)
+        most = 96 * 95 * (abs(WEIGHTS[0]) + abs(WEIGHTS[2])) + 2 * 96**2 * abs(WEIGHTS[1])
+        assert abs(E) <= kernel.phi0 * most and F.isfinite().all()
+
+
 @pytest.mark.parametrize("kernel", [RBF(1.0), wae_imq(4), RationalQuadratic(1.5, 0.5)], ids=["one", "several", "power"])
 def test_points_at_one_place(kernel):
     """Where nothing is far from the centre in units of anything, and a tile has room for more points."""

@@ -181,6 +181,28 @@ def test_bandwidths_in_memory():
     x, y, _ = clouds(40, 30, 4)
     given, in_memory = run(x, y, kernel=RBF([0.5, 2.0])), run(x, y, kernel=RBF(torch.tensor([0.5, 2.0], device=DEVICE)))
     assert all(torch.equal(one, other) for one, other in zip(given, in_memory, strict=True))
+    for strided in (torch.tensor([[0.5, 9.0], [2.0, 9.0]])[:, 0], torch.tensor([0.5, 9.0, 2.0])[::2]):
+        again = run(x, y, kernel=RBF(strided.to(DEVICE)))
+        assert all(torch.equal(one, other) for one, other in zip(again, in_memory, strict=True))
+
+
+def test_no_clouds():
+    x, y, _ = clouds(5, 4, 3, batch=(0,))
+    assert [t.shape for t in run(x, y, force=(True, True), potentials=True)] == [(0,), x.shape, y.shape, (0, 5), (0, 4)]
+    assert run(x, y, energy=False, force=(False, True))[0].shape == (0,)
+
+
+@pytest.mark.parametrize("d", [4, 40])
+def test_velocities_of_weighted_points(d):
+    """The force on point i times its weight, as in csrc/pairwise.h."""
+    x, _, v = clouds(50, 1, d)
+    a = torch.rand(50, device=DEVICE) + 0.5
+    one = run(x, None, v)[1]
+    phi = RBF(1.0).at(d).phi((x[:, None] - x).double().square().sum(-1)).fill_diagonal_(0)
+    F = run(x, None, v, a, kernel=RBF(1.0))[1]
+    pulls = run(x, None, None, a, kernel=RBF(1.0))[1]
+    assert one.shape == F.shape
+    torch.testing.assert_close(F - pulls, (a[:, None] * (phi @ v.double())).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_nan_stays_visible():

@@ -34,6 +34,18 @@ __device__ __forceinline__ float reciprocal(float x) {  // of a normal number
     return y + y * (1.0f - x * y);
 }
 
+template <typename T>
+__device__ __forceinline__ T minimum_or_nan(T x, T limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 4) {
+        float y;
+        asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+        return y;
+    }
+#endif
+    return x > limit ? limit : x;
+}
+
 __device__ __forceinline__ float near_tanh(float x) {  // relative error 2^-11
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
     float y;

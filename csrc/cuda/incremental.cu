@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/launch.h"
 #include "cuda/shared_memory.h"
 #include "incremental.h"
 
@@ -579,9 +580,7 @@ cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
         if (p.images < I) return launch<T, I / 2>(p, stream);
     }
     const auto kernel = images_kernel<T, I, rows_of_thread(I)>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(p.shared));
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = allow_shared(kernel, p.shared)) return error;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(p.blocks), 1, 1);
     config.blockDim = dim3(kThreads, 1, 1);
@@ -604,8 +603,7 @@ const char* images_cuda(const PixelImages<T>& images, void* workspace, int proce
     if (p.error != nullptr || p.blocks == 0) return p.error;
     p.work.workspace = static_cast<T*>(workspace);
     const auto queue = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = launch<T, kMaxImages<T>>(p, queue);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return text_of(launch<T, kMaxImages<T>>(p, queue));
 }
 
 #define INSTANTIATE(T)                                                                    \

@@ -17,28 +17,52 @@ __device__ __forceinline__ void after_previous() {
 #endif
 }
 
+// The text of an error, or null; PyTorch would find it once more where it looks after launches of its own.
+inline const char* text_of(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
 #ifdef __CUDACC__
-inline bool may_overlap(const void* kernel) {  // was what runs here compiled with `after_previous` in it
+struct KernelFacts {
+    bool may_overlap;   // was what runs here compiled with `after_previous` in it
+    cudaError_t shared;  // may a launch ask for all the shared memory that the GPU has for a block
+};
+inline KernelFacts facts_of(const void* kernel) {
     static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, bool> known;  // by kernel and device
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    static std::map<std::pair<const void*, int>, KernelFacts> known;  // by kernel and device
+    int device = 0, most = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return {false, error};
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find({kernel, device});
     if (found != known.end()) return found->second;
     cudaFuncAttributes attributes{};
-    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return cudaGetLastError() == cudaSuccess;  // false
-    return known[{kernel, device}] = attributes.ptxVersion >= 90;
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return {false, error};
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most - int(attributes.sharedSizeBytes));
+    }
+    return known[{kernel, device}] = {attributes.ptxVersion >= 90, error};
 }
 #endif
+
+// Once and for all: other threads launch the same kernel with more, or with less.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes <= 48 << 10) return cudaSuccess;
+#ifdef __CUDACC__
+    return facts_of(reinterpret_cast<const void*>(kernel)).shared;
+#else
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+#endif
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
                    const Arguments&... arguments) {
-    if (shared > 48 << 10) {  // else another thread's launch of more might come between
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-        if (error != cudaSuccess) return error;
-    }
+    if (const cudaError_t error = allow_shared(kernel, shared)) return error;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = dim3(unsigned(threads), 1, 1);
     config.dynamicSmemBytes = shared, config.stream = stream;
@@ -46,7 +70,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap, config.numAttrs = may_overlap(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+    config.attrs = &overlap, config.numAttrs = facts_of(reinterpret_cast<const void*>(kernel)).may_overlap ? 1 : 0;
 #endif
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }

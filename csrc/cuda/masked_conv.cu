@@ -692,7 +692,6 @@ auto by_number(Number number, F run) {
     }
 }
 
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 const char* too_large(const MaskedConv& conv) {
     if (conv.taps.size() > kMaxTaps || conv.h > 32767 || conv.w > 32767) return "at most 512 taps, and 32767 pixels a side";

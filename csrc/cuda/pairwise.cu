@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/launch.h"
 #include "cuda/pairwise_work.h"
 
 namespace infovae_fast {
@@ -76,6 +77,7 @@ __device__ __forceinline__ void sum_tile(const Work<T>& work, const Mixture<T>& 
             t[e] = -(x.h[r] + source[DP]);
 #pragma unroll
             for (int c = 0; c < DP; ++c) t[e] += x.u[r][c] * source[c];
+            t[e] = minimum_or_nan(t[e], T(0));  // close points far from the centre: phi is 1 at most
             if constexpr (ONE) phi[e] = g[e] = power_of_2(t[e]);
         }
         if constexpr (!ONE) radial_of<kAtOnce * R>(t, work, mixture, phi, g);
@@ -419,7 +421,7 @@ const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, con
         if (products) return pairwise_products(problem, clouds, lengths, workspace, processors, stream, affine);
     }
     Plan<T> p(problem, clouds, processors, affine);
-    if (p.work.blocks == 0) return nullptr;
+    if (p.work.blocks == 0 || clouds == 0) return nullptr;
     char* memory = static_cast<char*>(workspace);
     p.work.lengths = lengths;
     p.counters = reinterpret_cast<unsigned*>(memory);
@@ -427,7 +429,7 @@ const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, con
     p.work.partials = reinterpret_cast<T*>(memory + p.counter_bytes + p.energy_bytes);
     cudaError_t error = cudaMemsetAsync(workspace, 0, p.counter_bytes, static_cast<cudaStream_t>(stream));
     if (error == cudaSuccess) error = launch(p, static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return text_of(error);
 }
 
 template size_t pairwise_cuda_workspace<float>(const PairwiseProblem<float>&, int64_t, int, const Affine<float>&);

@@ -63,16 +63,6 @@ struct Registers {
     static constexpr int blocks = blocks_of_processor(DP, usual);
 };
 
-__device__ __forceinline__ float minimum_or_nan(float x, float limit) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    float y;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
-    return y;
-#else
-    return x > limit ? limit : x;
-#endif
-}
-
 // ---- the sums ----
 
 // Brings tiles of so many bytes to the slots of shared memory; all threads call `start` and `wait` for each in turn.
@@ -589,7 +579,7 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
                               void* workspace, int processors, void* stream_of_caller, const Affine<float>& affine) {
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_of_caller);
     Plan p(problem, clouds, processors, affine);
-    if (p.work.blocks == 0) return nullptr;
+    if (p.work.blocks == 0 || clouds == 0) return nullptr;
     p.place(static_cast<char*>(workspace));
     p.work.lengths = lengths;
     const size_t shared = size_t(p.dp) * sizeof(double) + size_t(kUnit) * (p.dp + 1) * sizeof(float);
@@ -613,7 +603,7 @@ const char* pairwise_products(const PairwiseProblem<float>& problem, int64_t clo
         const int64_t blocks = parts ? std::min<int64_t>(1 + numbers / kGatherThreads, 8 * processors) : 1;
         error = launch(gather_kernel, grid_of(blocks, clouds), kGatherThreads, 0, stream, p.work);
     }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return text_of(error);
 }
 
 }  // namespace infovae_fast

@@ -90,6 +90,17 @@ __device__ __forceinline__ float largest(float x, float (&of_warps)[kPrepareThre
     return x;
 }
 
+struct Extremes {  // the two least of some numbers, and the two largest
+    float low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY};
+
+    __device__ void see(float x) { see(x, x); }
+    __device__ void see(const Extremes& other) { see(other.low[0], other.high[0]), see(other.low[1], other.high[1]); }
+    __device__ void see(float least, float most) {
+        low[1] = fminf(low[1], fmaxf(low[0], least)), low[0] = fminf(low[0], least);
+        high[1] = fmaxf(high[1], fminf(high[0], most)), high[0] = fmaxf(high[0], most);
+    }
+};
+
 // A block: 64 points of a cloud, [2] clouds one after the other.
 template <bool VALUES>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Work<float> work,
@@ -103,7 +114,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     double* const centre = shared_memory<double>();  // [dp]
     float* const u = reinterpret_cast<float*>(centre + shape.dp);  // [64, dp + 1]
     __shared__ double sum_of[kPrepareThreads];
-    __shared__ float least_of[kPrepareThreads], most_of[kPrepareThreads], of_warps[3][kPrepareThreads / 32];
+    __shared__ Extremes extremes_of[kPrepareThreads];
+    __shared__ float of_warps[3][kPrepareThreads / 32];
     const int thread = int(threadIdx.x), d = work.d, dp = shape.dp;
     const int64_t cloud = blockIdx.y, units = x.count * shape.tile / kUnit;
     const int own = int64_t(blockIdx.x) < units ? 0 : 1;
@@ -123,11 +135,12 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         }
     }
 
-    // The mean of the sample, and how far it spreads from there. Several threads share a coordinate.
+    // The mean of the sample without the farthest point on either side, and how far it spreads from there. Several threads
+    // share a coordinate.
     const int sample = work.sample_size();
     const int sharers = kPrepareThreads / dp;
     double sum = 0;
-    float least = INFINITY, most = -INFINITY;
+    Extremes extremes;
     const int own_c = thread % dp;
     for (int k = thread < sharers * dp ? thread / dp : sample; k < sample; k += kAtOnce * sharers) {
         float some[kAtOnce];
@@ -138,18 +151,20 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         }
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
-            if (k + e * sharers < sample) sum += double(some[e]), least = fminf(least, some[e]), most = fmaxf(most, some[e]);
+            if (k + e * sharers < sample) sum += double(some[e]), extremes.see(some[e]);
         }
     }
-    sum_of[thread] = sum, least_of[thread] = least, most_of[thread] = most;
+    sum_of[thread] = sum, extremes_of[thread] = extremes;
     __syncthreads();
     float spread = 0;
     if (thread < dp) {
         for (int k = thread + dp; k < sharers * dp; k += dp) {
-            sum += sum_of[k], least = fminf(least, least_of[k]), most = fmaxf(most, most_of[k]);
+            sum += sum_of[k], extremes.see(extremes_of[k]);
         }
-        const double mean = sum / double(sample);
-        centre[thread] = mean, spread = fmaxf(float(double(most) - mean), float(mean - double(least)));
+        const bool all = sample < 3;
+        const double least = extremes.low[all ? 0 : 1], most = extremes.high[all ? 0 : 1];
+        const double mean = all ? sum / double(sample) : (sum - extremes.low[0] - extremes.high[0]) / double(sample - 2);
+        centre[thread] = mean, spread = fmaxf(float(most - mean), float(mean - least));
     }
     spread = largest(spread, of_warps[0]);
 
@@ -159,8 +174,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         const bool moved = own == 0 && first + row < n && c < d;
         return float(slope * double(of_u) + (moved ? outer * double(work.v[(cloud * n + first + row) * d + c]) : 0.0));
     };
-    float most_value = 0;
-    most = 0;
+    float most_value = 0, most = 0;
 #pragma unroll
     for (int k = 0; k < kMostColumns; ++k) {
 #pragma unroll

@@ -12,7 +12,7 @@
 namespace infovae_fast {
 namespace {
 
-constexpr int kSample = 64;  // points whose mean is the centre; any point near the cloud would do
+constexpr int kSample = 64;  // points whose middle is the centre; any point near most of the cloud would do
 
 template <typename T>
 struct Mixture {  // in units of the first scale
@@ -67,15 +67,26 @@ struct Work {
         const T* const first = at < n[0] ? z[0] + cloud * n[0] * d : z[1] + (cloud * n[1] - n[0]) * d;
         return first + at * d + c;
     }
-    // Its mean, by a warp.
+    // Its middle, by a warp: of four numbers the mean of the inner two, of four such means again, and once more. A few
+    // points that are far away do not move it.
     __device__ double centre(int64_t cloud, int c, int lane) const {
         const int size = sample_size();
-        double sum = 0;
+        double z[kSample / 32];
 #pragma unroll
-        for (int k = lane; k < kSample; k += 32) sum += c < d && k < size ? double(*sample(cloud, c, k)) : 0.0;
+        for (int k = 0; k < kSample / 32; ++k) {
+            const int at = lane + 32 * k;
+            z[k] = c < d ? double(*sample(cloud, c, size == kSample ? at : at % size)) : 0.0;
+        }
+        const auto of = [&](double x, int offset) { return __shfl_xor_sync(0xffffffffu, x, offset); };
+        const auto inner = [](double p, double q, double r, double s) {  // the same bits if a pair is swapped, or both are
+            return 0.5 * (fmax(fmin(p, q), fmin(r, s)) + fmin(fmax(p, q), fmax(r, s)));
+        };
+        double middle = inner(z[0], z[1], of(z[0], 1), of(z[1], 1));
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        return sum * (1 / double(size));
+        for (int offset = 2; offset < 32; offset *= 4) {
+            middle = inner(middle, of(middle, offset), of(middle, 2 * offset), of(middle, 3 * offset));
+        }
+        return middle;
     }
     __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
     __device__ void fill(Mixture<T>& mixture) const {

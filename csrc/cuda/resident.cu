@@ -539,9 +539,7 @@ const char* resident_cuda(bool bfloat16, const Resident& q, void* stream) {
         constexpr int C = decltype(maps)::value;
         const Network<T, C> network{q, Places(q)};
         const dim3 grid(unsigned(q.n), 1, 1);
-        const cudaError_t error =
-            launch(resident_kernel<T, C>, grid, kThreads, need.shared, static_cast<cudaStream_t>(stream), network);
-        return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+        return text_of(launch(resident_kernel<T, C>, grid, kThreads, need.shared, static_cast<cudaStream_t>(stream), network));
     };
     const auto by_maps = [&](auto zero) {
         return q.maps == 16 ? run(zero, std::integral_constant<int, 16>{}) : run(zero, std::integral_constant<int, 32>{});

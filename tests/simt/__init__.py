@@ -20,6 +20,7 @@ ROOT = HERE.parent.parent
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", f"-I{HERE}", f"-I{ROOT / 'csrc'}")
 
 _built = tempfile.TemporaryDirectory(prefix="simt-")
+_errors: dict[Path, str] = {}  # of what has been compiled; none: ""
 
 
 def build(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> Path:
@@ -35,11 +36,12 @@ def build(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> Path:
     for path in paths:
         content.update(path.read_bytes())
     library = Path(_built.name, f"{content.hexdigest()}.so")
-    if not library.exists():
+    if library not in _errors:
         command = ["g++", *FLAGS, *flags, "-x", "c++", *map(str, paths), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        _errors[library] = f"{' '.join(command)}\n{done.stderr}" if done.returncode != 0 else ""
+    if _errors[library]:
+        raise RuntimeError(_errors[library])
     return library
 
 
