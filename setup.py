@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -134,7 +135,7 @@ if no_cpp is None:
         """Bakes the facts into the binary."""
 
         def build_extensions(self) -> None:
-            self.force = True  # an old binary would carry old facts, and perhaps the ABI of another torch
+            self.force = True  # without ninja; with it, the flag BUILT_BY does it
             generated = Path(self.build_temp).resolve()
             generated.mkdir(parents=True, exist_ok=True)
             rows = ", ".join(f"{{{json.dumps(name)}, {json.dumps(text)}}}" for name, text in facts.items())
@@ -147,8 +148,10 @@ if no_cpp is None:
                 raise SystemExit(f"{error}\n{hint}") from error
 
     kind, sources = (CppExtension, CPP_SOURCES) if no_cuda else (CUDAExtension, CPP_SOURCES + CUDA_SOURCES)
-    cxx = FLAGS if no_cuda else [*FLAGS, "-DWITH_CUDA"]
-    extensions = [kind("infovae_fast._C", sources, extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]})]
+    # Another torch has another ABI, and its headers may be older than the objects here: another command compiles anew.
+    built_by = f"-DBUILT_BY={zlib.crc32((facts['torch'] + compiler).encode())}u"
+    cxx = [*FLAGS, built_by, *([] if no_cuda else ["-DWITH_CUDA"])]
+    extensions = [kind("infovae_fast._C", sources, extra_compile_args={"cxx": cxx, "nvcc": ["-O3", built_by]})]
     commands["build_ext"] = BuildExt
 
 setup(

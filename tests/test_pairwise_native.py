@@ -494,6 +494,23 @@ def test_close_points_of_a_wide_cloud(dim, opposite):
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
 
 
+@pytest.mark.parametrize("far", [3.0, 6.0, 10.0, 20.0, 60.0, 900.0])
+@pytest.mark.parametrize("dim", [2, 8, 64])
+def test_clusters_some_bandwidths_apart(dim, far):
+    """Two samples of almost the same clusters: both the value and the gradient are small differences."""
+    torch.manual_seed(1)
+    centres = torch.nn.functional.normalize(torch.randn(5, dim)) * far
+    x, y = (centres[torch.randint(5, (500,))] + (0.7 * torch.randn(500, dim) + s) / dim**0.5 for s in (0.0, 0.1))
+    for kernel in (RBF(1.0), IMQ(1.0)):
+        found, truth = [], []
+        for results, dtype in ((found, torch.float32), (truth, torch.float64)):
+            leaf = x.to(dtype).requires_grad_()
+            value = mmd(leaf, y.to(dtype), kernel, backend="cpp")
+            results += [value.detach().double(), torch.autograd.grad(value, leaf)[0].double()]
+        assert abs(found[0] - truth[0]) < 2e-7
+        assert (found[1] - truth[1]).abs().max() < 4e-5 * truth[1].abs().max()
+
+
 @pytest.mark.parametrize("dim", [2, 4, 5, 8, 40])
 def test_close_points_where_a_later_scale_is_small(dim):
     torch.manual_seed(0)

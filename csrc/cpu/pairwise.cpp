@@ -39,10 +39,9 @@ constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them al
 constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
-// h or excess, in units of the smallest scale, up to which t of close points is right to 1e-4 in float; beyond, all is
-// double.
-// Of differences its square: their rounding errors grow as the distance from the mean, those of products as its square.
-constexpr double kFarthest = 1024;
+// h or excess, in units of the smallest scale, up to which t of close points is right to 1e-5 in float; beyond, all is
+// double. Of differences more: their rounding errors grow as the distance from the mean, those of products as its square.
+constexpr double kFarthest = 48, kFarthestOfDifferences = 128;
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
 
@@ -388,7 +387,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     }
     const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
     if constexpr (sizeof(T) == 4) {
-        if (double(widest) * units > (d <= kFewest ? kFarthest * kFarthest : kFarthest)) return in_double(q);
+        if (double(widest) * units > (d <= kFewest ? kFarthestOfDifferences : kFarthest)) return in_double(q);
     }
     const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
     const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
