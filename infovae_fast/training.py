@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -81,6 +81,7 @@ class InfoVAETraining(pl.LightningModule):
         again = any(getattr(module, "checkpoint_layers", False) for module in model.modules())
         usual = cuda_graph and self._adversary is None and not again
         self._graph = CudaGraph(self._gradients) if usual else None
+        self._validated = False
 
     @property
     def _adversary(self) -> AdversarialLoss | None:
@@ -108,8 +109,8 @@ class InfoVAETraining(pl.LightningModule):
             if self._adversary is not None:
                 self._critic_steps(self._adversary, x)
             terms, gradients = (self._graph_for(x) or self._gradients)(x)
-        except ValueError as error:  # a divergence met NaN
-            raise TrainingDiverged(self._diverged(str(error))) from error
+        except ValueError as error:
+            self._explain(error, self.trainer.fit_loop.total_batch_idx == 0, x)
         if x.device.type == "cpu" or index % 50 == 0:  # on a GPU, looking at the loss waits for it
             self._check(terms)
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
@@ -134,18 +135,29 @@ class InfoVAETraining(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._check(self._last)  # before the checkpoint of this epoch is written
+        if bad := [name for name, t in self.named_parameters() if not t.isfinite().all()]:
+            raise TrainingDiverged(self._diverged(f"{bad[0]} holds NaN or infinity"))
         self.log_dict(self._means.by_name("train"), prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:
         self._val_means = _Means()
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self._val_means.by_name("val"))
+        means = self._val_means.by_name("val")
+        self.log_dict(means)
+        self._validated = True
+        if not math.isfinite(means["val_loss"]):  # training sees what the last step of an epoch did in the next one
+            raise TrainingDiverged(
+                self._diverged(", ".join(f"{name} {value.item():g}" for name, value in means.items()))
+            )
 
     def validation_step(self, x: Tensor, index: int) -> None:
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             torch.manual_seed(_stream(self.seed, -1 - index))
-            terms = self.model.loss(binarize(x) if self.dynamic_binarization else x)
+            try:
+                terms = self.model.loss(binarize(x) if self.dynamic_binarization else x)
+            except ValueError as error:
+                self._explain(error, not self._validated, x)
         self._val_means.add(terms, len(x))
 
     def _critic_steps(self, adversary: AdversarialLoss, x: Tensor) -> None:
@@ -170,6 +182,12 @@ class InfoVAETraining(pl.LightningModule):
         if not math.isfinite(terms.loss.item()):
             values = ", ".join(f"{name} {value.item():g}" for name, value in terms.as_dict().items())
             raise TrainingDiverged(self._diverged(values))
+
+    def _explain(self, error: ValueError, first: bool, x: Tensor) -> NoReturn:
+        """Of a first batch whose codes are numbers: settings that do not fit; else a divergence has met NaN."""
+        if first and all(t.isfinite().all() for t in self.model.encode(x)):
+            raise error
+        raise TrainingDiverged(self._diverged(str(error))) from error
 
     def _diverged(self, what: str) -> str:
         checkpoints = [c.last for c in self.trainer.callbacks if isinstance(c, EpochCheckpoint)]  # type: ignore[attr-defined]
@@ -202,13 +220,35 @@ class EpochCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every: int = 1) -> None:
         self.last, self.every = folder / "last.ckpt", every
 
+    def epochs_done(self) -> int:
+        """How many epochs the last checkpoint has behind it; 0 where there is none.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if not self.last.exists():
+            return 0
+        try:
+            return int(torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)["epoch"]) + 1
+        except Exception as error:  # of a file cut short or overwritten, whatever torch meets in it
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{self.last} is damaged ({reason}): delete it to start the run again from its beginning"
+            ) from error
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
         if done % self.every and done != trainer.max_epochs:
             return
         temporary = self.last.with_name(f".last.{os.getpid()}.ckpt")
-        trainer.save_checkpoint(temporary)
-        os.replace(temporary, self.last)
+        try:
+            trainer.save_checkpoint(temporary)
+            os.replace(temporary, self.last)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                error.errno, f"{error.strerror}: the last checkpoint stays as it was", str(self.last)
+            ) from error
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -281,7 +321,7 @@ def train(
     root: str | None = None,
     train_size: int | None = None,
     binarize: Binarize = None,
-    epochs: int = 100,
+    epochs: int | None = None,
     evaluate_every: int = 1,
     batch_size: int = 100,
     lr: float = 1e-3,
@@ -312,7 +352,7 @@ def train(
         train_size: keep that many training images, balanced over the classes.
         binarize: "threshold", "static" (one seeded draw), "dynamic" (a new draw for every batch), or null: grey values,
             but "dynamic" for a PixelCNN with a Bernoulli likelihood, whose pixels must be the bits that it draws.
-        epochs: passes over the training set.
+        epochs: passes over the training set; default 100, or what the resumed run has.
         evaluate_every: epochs between two validations and checkpoints.
         batch_size: images a step.
         lr: learning rate of Adam.
@@ -335,9 +375,10 @@ def train(
     """
     config = {key: value for key, value in locals().items() if key not in ("resume", "progress")}
     if resume is None:
+        config["epochs"] = 100 if epochs is None else epochs
         folder = Path(out or f"runs/{Path(data).stem}-{preset}-{seed}")
         config["out"] = str(folder)
-        if (folder / "config.json").exists():
+        if any((folder / part).exists() for part in ("config.json", "checkpoints/last.ckpt", "model/config.json")):
             raise ValueError(
                 f"{folder} already holds a run: continue it with --resume {folder}, or choose another folder with --out"
             )
@@ -347,6 +388,9 @@ def train(
     for name in ("epochs", "evaluate_every"):
         if config[name] < 1:
             raise ValueError(f"{name}: got {config[name]}; accepted: 1 or more")
+    for name in ("lr", "gradient_clip"):
+        if config[name] is not None and not 0 < config[name] < math.inf:
+            raise ValueError(f"{name}: got {config[name]}; accepted: a positive number")
     if config["precision"] not in (accepted := get_args(Precision)):
         raise ValueError(f"precision: got {config['precision']!r}; accepted: " + ", ".join(map(repr, accepted)))
     images = load_data(
@@ -369,14 +413,26 @@ def train(
         cuda_graph=config["cuda_graph"],
     )
     batches = ImageDataModule(images, config["batch_size"], seed=config["seed"])
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
     checkpoint = EpochCheckpoint(folder / "checkpoints", config["evaluate_every"])
+    done = checkpoint.epochs_done()
+    if config["epochs"] < done:
+        raise ValueError(f"epochs: got {config['epochs']}; accepted: {done} or more, as {folder} has done so many")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if config["epochs"] > done:
+        (folder / "model" / "config.json").unlink(missing_ok=True)  # the model is not that of this run any more
+    write_json(folder / "config.json", config)
     verb = "train" if resume is None else "resume"
     print(f"{verb} {folder}: {config['preset']} on {images.name}, seed {config['seed']}, {config['epochs']} epochs")
     progress = sys.stderr.isatty() if progress is None else progress
     trainer = _trainer(folder, config["epochs"], checkpoint, progress, config["precision"])
-    trainer.fit(module, batches, ckpt_path=checkpoint.last if checkpoint.last.exists() else None)
+    try:
+        trainer.fit(module, batches, ckpt_path=checkpoint.last if done else None)
+    except SystemExit:  # how Lightning ends after Ctrl-C and SIGTERM
+        raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}") from None
+    except ValueError:
+        if not checkpoint.last.exists():
+            (folder / "config.json").unlink()  # settings that do not fit: nothing to continue
+        raise
     if trainer.state.status != "finished":
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}")
     model.save_pretrained(folder / "model")
@@ -455,7 +511,7 @@ def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
             f"--resume {folder} takes its settings from that run; only --epochs and --progress may be given with it, "
             f"got {', '.join(changed)}"
         )
-    if given["epochs"] != defaults["epochs"]:
+    if given["epochs"] is not None:
         config["epochs"] = given["epochs"]
     return config | {"out": str(folder)}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from infovae_fast import Gaussian, InfoVAE, mmd
+from infovae_fast import IMQ, Gaussian, InfoVAE, mmd
 from infovae_fast.models import GaussianMixture, Posterior, SamplerPrior, StandardNormal, Uniform
 from infovae_fast.models.networks import PAPER_FEW_SAMPLES, PAPER_PIXELCNN_ENCODER
 from infovae_fast.objective import PRESETS, unregularized
@@ -121,6 +121,47 @@ def test_log_likelihood_is_streamed_log_mean_exp():
         assert torch.allclose(estimate.log_likelihood, log_w.logsumexp(0) - math.log(50), rtol=1e-13)
         w = (log_w - log_w.max(0).values).exp()
         assert torch.allclose(estimate.effective_samples, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-12)
+
+
+def test_log_likelihood_where_weights_are_zero():
+    """The prior ends at 1: a chunk may have no weight at all, and so may an image."""
+    torch.manual_seed(0)
+    model = InfoVAE.from_config(SHAPE, 1, prior="uniform").double()
+    x = images().double()
+    log_w = torch.full((20, 6), -math.inf, dtype=torch.float64)
+    log_w[13, :5] = torch.tensor([-1.0, -2, -3, -4, -5])
+    for chunk in (1, 5, 20):
+        rows = iter(log_w)
+        model._log_weights = lambda x, posterior, s, rows=rows: torch.stack([next(rows) for _ in range(s)])
+        estimate = model.log_likelihood(x, 20, chunk=chunk)
+        torch.testing.assert_close(estimate.log_likelihood, log_w.logsumexp(0) - math.log(20))
+        assert estimate.effective_samples.tolist() == pytest.approx([1] * 5 + [0])
+        assert estimate.standard_error[5] == math.inf and estimate.standard_error[:5].isfinite().all()
+
+
+def test_log_likelihood_is_computed_in_eval_mode():
+    torch.manual_seed(0)
+    model = InfoVAE.from_config(SHAPE, 2, encoder={"name": "mlp", "batch_norm": True}).train()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    values = []
+    for mode in (True, False):
+        torch.manual_seed(1)
+        values.append(model.train(mode).log_likelihood(images(), 3).log_likelihood)
+        assert model.training == mode and model.encoder[2].training == mode
+    assert torch.equal(*values)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_a_configuration_is_a_copy_that_can_be_written(tmp_path):
+    encoder = {"name": "mlp", "hidden": [16]}
+    model = InfoVAE.from_config(SHAPE, 2, encoder=encoder)
+    encoder["hidden"] = [32]
+    model.save_pretrained(tmp_path)
+    assert InfoVAE.from_pretrained(tmp_path).config["encoder"]["hidden"] == [16]
+    with pytest.raises(
+        ValueError, match=r"objective: got .*IMQ.* which config.json cannot hold; accepted: plain values"
+    ):
+        InfoVAE.from_config(SHAPE, 2, objective={"name": "mmd_vae", "kernel": IMQ(1.0)})
 
 
 def test_posterior():

@@ -436,15 +436,29 @@ def test_a_pixel_at_a_time_gives_the_params_of_the_whole_image(name, size):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_cached_sampling_leaves_no_dropout_out_and_takes_an_empty_batch():
+def test_a_copy_that_was_given_trained_weights_keeps_them():
+    torch.manual_seed(0)
+    model = PixelCNNPlusPlus(2, (1, 6, 6), blocks=1, maps=4)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    model(torch.randn(8, 2), torch.rand(8, 1, 6, 6)).sum().backward()
+    average.update_parameters(model)
+    loaded = PixelCNNPlusPlus(2, (1, 6, 6), blocks=1, maps=4)
+    loaded.load_state_dict(average.module.state_dict())
+    before = {name: t.clone() for name, t in loaded.named_parameters()}
+    loaded.train()(torch.randn(8, 2), torch.rand(8, 1, 6, 6) + 1)
+    assert all(torch.equal(t, before[name]) for name, t in loaded.named_parameters())
+
+
+def test_samples_are_drawn_in_eval_mode_and_there_may_be_none():
     model, likelihood, _ = network("bits", 3, 5, inputs=0)
     assert PixelSampler(model, likelihood).sample(n=0, strategy="cached").shape == (0, 1, 3, 5)
-    with pytest.raises(ValueError, match=r"'cached' has no dropout: call eval\(\) first; accepted here: 'fixed_point'"):
-        PixelSampler(model.train(), likelihood).sample(n=2, strategy="cached")
+    x = torch.rand(2, 1, 3, 5, dtype=torch.float64)
+    drawn = PixelSampler(model, likelihood).sample(n=8), PixelSampler(model, likelihood).params(None, x)
+    training = PixelSampler(model.train(), likelihood)
+    assert all(torch.equal(training.sample(n=8, strategy=name), drawn[0]) for name in ("auto", "naive", "fixed_point"))
+    assert torch.equal(training.params(None, x), drawn[1]) and model.training
     with pytest.raises(ValueError, match=r"z: got \(3, 2\); accepted: None, as this decoder has inputs=0"):
         PixelSampler(model.eval(), likelihood).sample(torch.randn(3, 2))
-    with pytest.raises(ValueError, match="'cached' has no dropout"):
-        PixelSampler(model.train(), likelihood).params(None, torch.rand(2, 1, 3, 5))
     with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 3, 4\); accepted: \[N, C, H, W\]"):
         PixelSampler(model.eval(), likelihood).params(None, torch.rand(2, 1, 3, 4))
     with pytest.raises(RuntimeError, match="no kernels for PixelCNNPlusPlus in this version"):

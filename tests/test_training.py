@@ -1,6 +1,7 @@
 """One run is one folder: what it holds, the same run after a kill, divergence, adversarial training, errors."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -10,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from infovae_fast import InfoVAE, load_data
+from infovae_fast import RBF, InfoVAE, load_data
+from infovae_fast.cli import load_model
 from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import to_unit
 from infovae_fast.training import ImageDataModule, InfoVAETraining, ShuffledBatches, TrainingDiverged, lay_out, train
@@ -298,10 +301,109 @@ def test_refusals(tmp_path):
         ({"alpha": 0.0, "lambda_": 0.5}, "a negative weight rewards mismatch"),
         ({"likelihood": "poisson"}, "poisson"),
         ({"precision": "16"}, "precision: got '16'; accepted: '32-true', 'bf16-mixed'"),
+        ({"lr": -1.0}, "lr: got -1.0; accepted: a positive number"),
+        ({"lr": math.inf}, "lr: got inf; accepted: a positive number"),
+        ({"gradient_clip": 0.0}, "gradient_clip: got 0.0; accepted: a positive number"),
+        ({"objective": {"kernel": RBF()}}, r"objective: got .*RBF.* accepted: plain values"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             train(out=str(tmp_path / "other"), **options)
         assert not (tmp_path / "other").exists()
+
+
+def test_settings_that_do_not_fit_each_other_are_no_divergence_and_leave_no_run(tmp_path):
+    out = str(tmp_path / "run")
+    for options, reason in (
+        ({"preset": "elbo", "prior": "uniform"}, "alpha=0 weighs the KL term, but it is not defined here"),
+        ({"preset": "mmd_vae", "train_size": 1}, "needs two points"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            train(out=out, epochs=1, **SMALL | options)
+    images = (np.arange(9 * 16).reshape(9, 1, 4, 4) % 7 * 30).astype(np.uint8)  # 8 for training, 1 for testing
+    np.save(tmp_path / "few.npy", images)
+    with pytest.raises(ValueError, match="needs two points"):
+        train(str(tmp_path / "few.npy"), epochs=1, out=out, **SMALL | {"train_size": None, "batch_size": 4})
+    train(out=out, epochs=1, **SMALL)
+
+
+@pytest.mark.parametrize("preset", ["elbo", "mmd_vae"])
+def test_a_last_step_that_diverges_leaves_no_model(tmp_path, preset):
+    out = tmp_path / "run"
+    with pytest.raises(TrainingDiverged, match="none was written yet"):
+        train(preset=preset, epochs=1, lr=1e30, out=str(out), **SMALL | {"batch_size": 60})
+    assert not (out / "model").exists() and not (out / "checkpoints" / "last.ckpt").exists()
+
+
+def test_resuming_asks_for_epochs_to_come(tmp_path, monkeypatch):
+    folder = train(out=str(tmp_path / "run"), epochs=2, **SMALL)
+    with pytest.raises(ValueError, match=r"epochs: got 1; accepted: 2 or more, as .* has done so many"):
+        train(resume=str(folder), epochs=1)
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+    step = InfoVAETraining.training_step
+
+    def interrupted(self, x, index):
+        if self.current_epoch == 3:
+            raise RuntimeError("power failure")
+        step(self, x, index)
+
+    monkeypatch.setattr(InfoVAETraining, "training_step", interrupted)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train(resume=str(folder), epochs=100, progress=False)  # 100, what a new run has
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        load_model(str(folder))
+    monkeypatch.undo()
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 100
+    train(resume=str(folder), epochs=4, progress=False)
+    load_model(str(folder))
+
+
+def test_a_new_run_does_not_begin_where_another_was(tmp_path):
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(out=str(folder), epochs=1, seed=7, **SMALL)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no checkpoint at all" * 99])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    (folder / "checkpoints" / "last.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged .*: delete it to start the run again"):
+        train(resume=str(folder), epochs=2, progress=False)
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    train(resume=str(folder), epochs=1, progress=False)
+    whole = train(out=str(tmp_path / "whole"), epochs=1, **SMALL)
+    assert same(weights(folder), weights(whole))
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+
+    def full(self, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", full)
+    with pytest.raises(OSError, match=r"No space left on device: the last checkpoint stays as it was: .*last\.ckpt"):
+        train(resume=str(folder), epochs=2, progress=False)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_run_with_a_message_and_an_error(tmp_path, name):
+    options = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in SMALL.items() if k != "progress"]
+    command = [sys.executable, "-m", "infovae_fast.cli", "train", "--progress=false", *options, "--epochs=100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = tmp_path / "run"
+    process = subprocess.Popen([*command, f"--out={run}"], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and f"interrupted; continue with --resume {run}" in said, said
 
 
 def test_moments_are_laid_out_as_their_parameters():

@@ -1,7 +1,6 @@
 """All metrics of a trained model on a data set."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,27 +11,15 @@ from infovae_fast.evaluation.covariance import log_det_covariance
 from infovae_fast.evaluation.full_mmd import full_set_mmd
 from infovae_fast.evaluation.mutual_information import mutual_information
 from infovae_fast.models import InfoVAE, Posterior
+from infovae_fast.models.networks import evaluating
 
 BATCH = 500  # images at once
 DECODED = 50  # of them, for an autoregressive decoder, which keeps many maps a pixel
 
 
-@contextmanager
-def evaluating(model: InfoVAE) -> Iterator[None]:
-    """In eval mode and without gradients; afterwards every part of the model is in the mode in which it was."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def encode_all(model: InfoVAE, x: Tensor) -> tuple[Posterior, Tensor]:
     """q(z|x) of all images x [N, C, H, W], in eval mode, and one draw z [N, D] from each."""
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         parts = [model.encode(batch) for batch in x.split(BATCH)]
         posterior = Posterior(torch.cat([p.mu for p in parts]), torch.cat([p.logvar for p in parts]))
         return posterior, posterior.rsample()
@@ -54,7 +41,7 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
     device = next(model.parameters()).device
     size = DECODED if model.autoregressive else BATCH
     metrics: dict[str, Any] = {}
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part, images in (("train", data.train_images), ("test", data.test_images)):
             x = to_unit(images, data.levels).to(device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
 from infovae_fast.models.incremental import Callback
-from infovae_fast.models.networks import DECODERS, ENCODERS, build
+from infovae_fast.models.networks import DECODERS, ENCODERS, build, evaluating
 from infovae_fast.models.pixel_sampler import PixelSampler
 from infovae_fast.models.priors import PRIORS, Posterior, Prior, StandardNormal
 from infovae_fast.objective import Objective, Terms, mmd_vae, objective_from_config
@@ -102,7 +102,8 @@ class InfoVAE(nn.Module):
             objective: a preset of `objective.PRESETS`, or {"name": "mmd_vae", "lambda_": 500.0}.
 
         Raises:
-            ValueError: an unknown name or option (the message lists the accepted ones), sizes that do not fit.
+            ValueError: an unknown name or option (the message lists the accepted ones), sizes that do not fit, what a
+                config.json cannot hold.
         """
         config = {key: value for key, value in locals().items() if key != "cls"} | {"shape": list(shape)}
         if len(shape) != 3 or min(shape) < 1:
@@ -123,7 +124,7 @@ class InfoVAE(nn.Module):
             prior=build(PRIORS, "prior", prior, *prior_args),
             objective=objective_from_config(objective, latent_dim),
         )
-        model.config = config
+        model.config = _plain(config)
         return model
 
     def encode(self, x: Tensor) -> Posterior:
@@ -235,23 +236,29 @@ class InfoVAE(nn.Module):
 
         Returns:
             the estimate in nats with its standard error and effective sample size, [N] each. The mean log-weight is
-            streamed: no [S, N] array exists.
+            streamed: no [S, N] array exists. Computed in eval mode, in which the model need not be. Where all weights
+            are 0 the estimate is -inf.
         """
         if n_samples < 1 or chunk < 1:
             raise ValueError(f"n_samples and chunk: got {n_samples} and {chunk}; accepted: 1 or more")
         if proposal not in ("posterior", "prior"):
             raise ValueError(f"proposal: got {proposal!r}; accepted: 'posterior', 'prior'")
-        posterior = self.encode(x) if proposal == "posterior" else None
+        with evaluating(self):
+            return self._log_likelihood(x, n_samples, chunk, self.encode(x) if proposal == "posterior" else None)
+
+    def _log_likelihood(self, x: Tensor, n_samples: int, chunk: int, posterior: Posterior | None) -> LogLikelihood:
         top = x.new_full((len(x),), -math.inf, dtype=torch.float64)  # the largest log-weight so far
         s1, s2 = torch.zeros_like(top), torch.zeros_like(top)  # sums of e^(log w - top) and of its square
         for start in range(0, n_samples, chunk):
             log_w = self._log_weights(x, posterior, min(chunk, n_samples - start)).double()  # [s, N]
             new_top = torch.maximum(top, log_w.max(0).values)
-            s1 = s1 * (top - new_top).exp() + (log_w - new_top).exp().sum(0)
-            s2 = s2 * (2 * (top - new_top)).exp() + (2 * (log_w - new_top)).exp().sum(0)
+            unit = torch.where(new_top == -math.inf, 0, new_top)
+            s1 = s1 * (top - unit).exp() + (log_w - unit).exp().sum(0)
+            s2 = s2 * (2 * (top - unit)).exp() + (2 * (log_w - unit)).exp().sum(0)
             top = new_top
         error = (s2 / s1.square() - 1 / n_samples).clamp_min(0).sqrt()
-        return LogLikelihood(top + s1.log() - math.log(n_samples), error, s1.square() / s2)
+        effective = torch.where(s2 > 0, s1.square() / s2, 0)
+        return LogLikelihood(top + s1.log() - math.log(n_samples), torch.where(s2 > 0, error, math.inf), effective)
 
     def _log_weights(self, x: Tensor, posterior: Posterior | None, s: int) -> Tensor:  # [s, N]
         if posterior is None:
@@ -306,6 +313,17 @@ class InfoVAE(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or of another model: {error}") from error
         return model.eval()
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy, as config.json will hold it."""
+    for name, value in config.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            accepted = 'plain values, as {"name": "imq", "bandwidth": 1.0} for a kernel; or build the model of modules'
+            raise ValueError(f"{name}: got {value!r}, which config.json cannot hold; accepted: {accepted}") from error
+    return json.loads(json.dumps(config))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -5,7 +5,8 @@ parameters of p(x|z) [N, K, H, W], K being `likelihood.channels(C)`. Activations
 ReLU in decoders, as in the authors' code.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from itertools import pairwise
 from math import prod
@@ -20,6 +21,19 @@ Shape = Sequence[int]  # (C, H, W)
 
 PAPER_FEW_SAMPLES = {"name": "dcgan", "channels": [64, 128], "hidden": 1024, "batch_norm": False}  # section 5.1
 PAPER_PIXELCNN_ENCODER = {"name": "dcgan", "channels": [64, 128], "hidden": 512, "batch_norm": True}  # section 5.2
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every part is in the mode in which it was."""
+    training = [part for part in network.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class MLPEncoder(nn.Sequential):

@@ -27,6 +27,7 @@ from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogistic
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
 from infovae_fast.models.incremental_2017 import Incremental2017
 from infovae_fast.models.incremental_pp import IncrementalPlusPlus
+from infovae_fast.models.networks import evaluating
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
@@ -38,9 +39,7 @@ LEAST_SHARED = 99 << 10  # bytes of shared memory that a block may have on all G
 
 def uncached(decoder: nn.Module) -> str | None:
     """Why "cached" cannot run, or None."""
-    if isinstance(decoder, PixelCNNPlusPlus):
-        return "has no dropout: call eval() first" if decoder.training and decoder.dropout else None
-    if not isinstance(decoder, GatedPixelCNN):
+    if not isinstance(decoder, GatedPixelCNN | PixelCNNPlusPlus):
         return f"knows GatedPixelCNN and PixelCNNPlusPlus, not {type(decoder).__name__}"
     return None
 
@@ -92,12 +91,12 @@ BACKENDS = (
 )
 
 
-def _without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """All strategies compute in the decoder's dtype, lest their samples differ."""
+def _alike(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """All strategies compute in eval mode and in the decoder's dtype, lest their samples differ."""
 
     @wraps(method)
     def run(self: Any, *inputs: Any, **options: Any) -> Tensor:
-        with torch.autocast(self._like.device.type, enabled=False):
+        with evaluating(self.decoder), torch.autocast(self._like.device.type, enabled=False):
             return method(self, *inputs, **options)
 
     return run
@@ -138,7 +137,7 @@ class PixelSampler:
             )
 
     @torch.no_grad()
-    @_without_autocast
+    @_alike
     def sample(
         self,
         z: Tensor | None = None,
@@ -152,7 +151,7 @@ class PixelSampler:
         callback: Callback | None = None,
         strategy: str = "auto",
     ) -> Tensor:
-        """Images [n, C, H, W] in the decoder's dtype.
+        """Images [n, C, H, W] in the decoder's dtype, drawn in eval mode.
 
         Args:
             z: [n, D], or [1, D] for n images of one code; None for a decoder without z.
@@ -211,7 +210,7 @@ class PixelSampler:
         return pixel_uniforms(self._uniforms_shape(n), seed, first=first, device=self._like.device)
 
     @torch.no_grad()
-    @_without_autocast
+    @_alike
     def params(self, z: Tensor | None, x: Tensor) -> Tensor:
         """decoder(z, x) as "cached" computes it, a pixel and colour at a time: [N, P, H, W], equal but for rounding."""
         z, n = self._codes(z, len(x))

@@ -133,7 +133,9 @@ class PixelCNNPlusPlus(nn.Module):
         s N + n. z is None where inputs=0."""
         self._check_inputs(z, x)
         if not self.initialised and self.training and torch.is_grad_enabled() and len(x):
-            self.initialise(z, x)
+            if self._untouched():
+                self.initialise(z, x)
+            self.initialised = True
         return self._params(z, x)
 
     @torch.no_grad()
@@ -150,6 +152,11 @@ class PixelCNNPlusPlus(nn.Module):
                 hook.remove()
         self.initialised = True
         return params
+
+    def _untouched(self) -> bool:
+        """Not trained as another object, whose weights this one was given."""
+        convs = [m for m in self.modules() if isinstance(m, _Conv)]
+        return all(bool((conv.gain == 1).all() and (conv.bias == 0).all()) for conv in convs)
 
     def receptive_field(self, i: int, j: int) -> Offsets:
         """The offsets (dy, dx) of all pixels that params of pixel (i, j) can depend on; strides make it depend on the
