@@ -187,6 +187,13 @@ def test_stein_of_half_precision(backend, dtype):
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, z)[0].dtype == dtype
 
 
+def test_a_kernel_of_weight_zero_moves_nothing(backend):
+    z = normal(9, 3)
+    for kernel in (RBF(1.0, weights=[0.0]), IMQ(1.0, weights=[0.0])):
+        require_pairwise(backend, z, kernel=kernel)
+        assert not stein_direction(z, kernel=kernel, backend=backend).any()
+
+
 def test_stein_of_one_point_is_its_score():
     z = normal(1, 4)
     near(stein_direction(z, kernel=IMQ(weights=[3.0])), -3 * z)
