@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from copy import copy
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -135,12 +135,19 @@ class KernelModule(nn.Module):
     def kernel(self) -> KernelLike:
         """The kernel, its bandwidth as the module has it now: loaded, parametrized, put there by `functional_call`."""
         kernel = self._kernel
-        if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
-            return replace(kernel, bandwidth=self.bandwidth)
-        return kernel
+        if not (_learns(kernel) and self.bandwidth is not kernel.bandwidth):
+            return kernel
+        changed = copy(kernel)
+        object.__setattr__(changed, "bandwidth", self.bandwidth)
+        return changed
 
     @kernel.setter
     def kernel(self, kernel: KernelLike) -> None:
         self._kernel = check_kernel(kernel)
-        if isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter):
+        self._parameters.pop("bandwidth", None)
+        if _learns(kernel):
             self.bandwidth = kernel.bandwidth
+
+
+def _learns(kernel: KernelLike) -> TypeGuard[Kernel]:
+    return isinstance(kernel, Kernel) and isinstance(kernel.bandwidth, nn.Parameter)

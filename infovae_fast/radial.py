@@ -56,8 +56,7 @@ class Kernel:
                     f"bandwidth: got a {b.dtype} tensor of shape {tuple(b.shape)}; accepted: "
                     "a floating-point tensor of shape [] (one scale) or [S] (a mixture)"
                 )
-            square = _at_least_float32(b).square()
-            if on_host(b) and not ((b > 0) & (square > 0) & square.isfinite()).all():
+            if on_host(b) and not ((b > 0) & _is_length(_at_least_float32(b).square())).all():
                 raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}")
         elif self.bandwidth is not None:
             object.__setattr__(self, "bandwidth", _lengths("bandwidth", self.bandwidth))
@@ -273,6 +272,10 @@ def _joint(x: Tensor, y: Tensor | None) -> Tensor:
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"a data-dependent bandwidth needs at least two points [n, D]; got shape {tuple(z.shape)}")
     return _at_least_float32(z)
+
+
+def _is_length(square: Tensor) -> Tensor:
+    return (square > 0) & square.isfinite()
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

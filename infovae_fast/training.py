@@ -39,6 +39,10 @@ Binarize = Literal["threshold", "static", "dynamic"] | None
 Precision = Literal["32-true", "bf16-mixed"]
 
 
+class SettingsError(ValueError):
+    """The first batch shows that settings do not fit each other."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss is not a finite number any more; the message names the step and the last good checkpoint."""
 
@@ -186,7 +190,7 @@ class InfoVAETraining(pl.LightningModule):
     def _explain(self, error: ValueError, first: bool, x: Tensor) -> NoReturn:
         """Of a first batch whose codes are numbers: settings that do not fit; else a divergence has met NaN."""
         if first and all(t.isfinite().all() for t in self.model.encode(x)):
-            raise error
+            raise SettingsError(str(error)) from error
         raise TrainingDiverged(self._diverged(str(error))) from error
 
     def _diverged(self, what: str) -> str:
@@ -215,10 +219,14 @@ class _Means:
 
 
 class EpochCheckpoint(Checkpoint):
-    """Saves the whole state to folder/last.ckpt after every `every` epochs and the last, whole or not at all."""
+    """Saves the whole state to folder/last.ckpt after every `every` epochs and the last, whole or not at all.
 
-    def __init__(self, folder: Path, every: int = 1) -> None:
-        self.last, self.every = folder / "last.ckpt", every
+    Args:
+        old: a file that says that training is done; it goes when an epoch starts.
+    """
+
+    def __init__(self, folder: Path, every: int = 1, old: Path | None = None) -> None:
+        self.last, self.every, self.old = folder / "last.ckpt", every, old
 
     def epochs_done(self) -> int:
         """How many epochs the last checkpoint has behind it; 0 where there is none.
@@ -236,6 +244,10 @@ class EpochCheckpoint(Checkpoint):
                 f"{self.last} is damaged ({reason}): delete it to start the run again from its beginning"
             ) from error
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.old is not None:
+            self.old.unlink(missing_ok=True)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
         if done % self.every and done != trainer.max_epochs:
@@ -247,7 +259,7 @@ class EpochCheckpoint(Checkpoint):
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OSError(
-                error.errno, f"{error.strerror}: the last checkpoint stays as it was", str(self.last)
+                error.errno, f"{error.strerror} ({error.filename}): the last checkpoint stays as it was", str(self.last)
             ) from error
 
 
@@ -413,13 +425,11 @@ def train(
         cuda_graph=config["cuda_graph"],
     )
     batches = ImageDataModule(images, config["batch_size"], seed=config["seed"])
-    checkpoint = EpochCheckpoint(folder / "checkpoints", config["evaluate_every"])
+    checkpoint = EpochCheckpoint(folder / "checkpoints", config["evaluate_every"], folder / "model" / "config.json")
     done = checkpoint.epochs_done()
     if config["epochs"] < done:
         raise ValueError(f"epochs: got {config['epochs']}; accepted: {done} or more, as {folder} has done so many")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if config["epochs"] > done:
-        (folder / "model" / "config.json").unlink(missing_ok=True)  # the model is not that of this run any more
     write_json(folder / "config.json", config)
     verb = "train" if resume is None else "resume"
     print(f"{verb} {folder}: {config['preset']} on {images.name}, seed {config['seed']}, {config['epochs']} epochs")
@@ -429,9 +439,9 @@ def train(
         trainer.fit(module, batches, ckpt_path=checkpoint.last if done else None)
     except SystemExit:  # how Lightning ends after Ctrl-C and SIGTERM
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}") from None
-    except ValueError:
-        if not checkpoint.last.exists():
-            (folder / "config.json").unlink()  # settings that do not fit: nothing to continue
+    except SettingsError:
+        if resume is None and not checkpoint.last.exists():
+            (folder / "config.json").unlink()  # nothing to continue
         raise
     if trainer.state.status != "finished":
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}")

@@ -75,6 +75,15 @@ def test_full_set_mmd():
     assert value == mmd(z, torch.randn(500, 2), "wae_imq").item()
 
 
+@pytest.mark.parametrize("logvar", [-8.0, -20.0, -40.0, -80.0])
+def test_mutual_information_of_equal_images(logvar):
+    """Each twice, and the pairs told apart: log (N / 2)."""
+    torch.manual_seed(0)
+    mu = 3 * torch.randn(200, 10, dtype=torch.float64).repeat(2, 1)
+    posterior = Posterior(mu, torch.full_like(mu, logvar))
+    assert mutual_information(posterior, posterior.rsample()) == pytest.approx(math.log(200), rel=1e-6)
+
+
 def test_mutual_information_needs_a_draw_of_each():
     mu = torch.zeros(5, 2)
     for z in (torch.zeros(1, 2), torch.zeros(4, 2), torch.zeros(2)):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,6 +159,9 @@ def test_a_configuration_is_a_copy_that_can_be_written(tmp_path):
     encoder["hidden"] = [32]
     model.save_pretrained(tmp_path)
     assert InfoVAE.from_pretrained(tmp_path).config["encoder"]["hidden"] == [16]
+    means = torch.zeros(3, 2)
+    numbers = InfoVAE.from_config(SHAPE, np.int64(2), prior={"name": "gaussian_mixture", "means": means})
+    assert numbers.config["latent_dim"] == 2 and numbers.config["prior"]["means"] == [[0.0, 0.0]] * 3
     with pytest.raises(
         ValueError, match=r"objective: got .*IMQ.* which config.json cannot hold; accepted: plain values"
     ):

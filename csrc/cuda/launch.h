@@ -33,17 +33,19 @@ inline KernelFacts facts_of(const void* kernel) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, KernelFacts> known;  // by kernel and device
     int device = 0, most = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return {false, error};
+    const auto unknown = [](cudaError_t error) { return text_of(error), KernelFacts{false, error}; };
+    if (const cudaError_t error = cudaGetDevice(&device)) return unknown(error);
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find({kernel, device});
     if (found != known.end()) return found->second;
     cudaFuncAttributes attributes{};
-    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return {false, error};
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return unknown(error);
     cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      most - int(attributes.sharedSizeBytes));
     }
+    text_of(error);
     return known[{kernel, device}] = {attributes.ptxVersion >= 90, error};
 }
 #endif

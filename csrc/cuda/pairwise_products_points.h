@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
             sum += sum_of[k], extremes.see(extremes_of[k]);
         }
         const bool all = sample < 3;
-        const double least = extremes.low[all ? 0 : 1], most = extremes.high[all ? 0 : 1];
+        const double least = all ? extremes.low[0] : extremes.low[1], most = all ? extremes.high[0] : extremes.high[1];
         const double mean = all ? sum / double(sample) : (sum - extremes.low[0] - extremes.high[0]) / double(sample - 2);
         centre[thread] = mean, spread = fmaxf(float(most - mean), float(mean - least));
     }

@@ -316,14 +316,15 @@ class InfoVAE(nn.Module):
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy, as config.json will hold it."""
+    """A copy, as config.json will hold it; tensors and numbers of NumPy as lists and numbers."""
+    plain = {}
     for name, value in config.items():
         try:
-            json.dumps(value)
-        except TypeError as error:
+            plain[name] = json.loads(json.dumps(value, default=lambda v: v.tolist()))
+        except (AttributeError, TypeError) as error:
             accepted = 'plain values, as {"name": "imq", "bandwidth": 1.0} for a kernel; or build the model of modules'
             raise ValueError(f"{name}: got {value!r}, which config.json cannot hold; accepted: {accepted}") from error
-    return json.loads(json.dumps(config))
+    return plain
 
 
 def _write(path: Path, content: bytes) -> None:
