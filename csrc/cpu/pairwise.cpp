@@ -377,7 +377,7 @@ void pairwise(const PairwiseProblem<T>& q) {
     for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
     for (Cloud<T>& cloud : clouds) {
         const bool folded = fold_v && &cloud == clouds;
-        if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded ? T(b0 * b0 * scale / q.w_xx) : T(0));
+        if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded && slope != 0 ? T(outer / (slope * q.w_xx)) : T(0));
     }
     T farthest = 0, widest = 0;  // the largest h; the largest h or excess
     for (Cloud<T>& cloud : clouds) {
