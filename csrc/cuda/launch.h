@@ -33,7 +33,10 @@ inline KernelFacts facts_of(const void* kernel) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, KernelFacts> known;  // by kernel and device
     int device = 0, most = 0;
-    const auto unknown = [](cudaError_t error) { return text_of(error), KernelFacts{false, error}; };
+    const auto unknown = [](cudaError_t error) {
+        cudaGetLastError();
+        return KernelFacts{false, error};
+    };
     if (const cudaError_t error = cudaGetDevice(&device)) return unknown(error);
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find({kernel, device});
@@ -45,7 +48,7 @@ inline KernelFacts facts_of(const void* kernel) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      most - int(attributes.sharedSizeBytes));
     }
-    text_of(error);
+    if (error != cudaSuccess) cudaGetLastError();
     return known[{kernel, device}] = {attributes.ptxVersion >= 90, error};
 }
 #endif
