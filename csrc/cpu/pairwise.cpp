@@ -37,6 +37,9 @@ constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache
 constexpr int64_t kLeastOnce = 512;     // points of a cloud whose pairs are visited once although forces are wanted,
 constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them all,
 constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
+// Average h up to which, and usual phi from which on forces are sums of products of pairs: digits are lost where p is much
+// larger than phi.
+constexpr double kFarthestOfPairs = 1.25, kLeastOfPairs = 1.0 / 16;
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
 // h or excess, in units of the smallest scale, up to which t of close points is right to 1e-5 in float; beyond, all is
@@ -67,6 +70,8 @@ struct Sources {
     const T* average;        // [d], of u, each point as often as |a| says; null: no usual phi is left out of the sums
     T average_h;             // likewise
     double total_a;          // sum of |a|
+    const T* p_products;     // [groups, d], see `sums_of_group`; null: forces are not by products of pairs
+    const double* p_sums;    // [groups, d], likewise
 };
 
 struct Factors {
@@ -91,7 +96,7 @@ struct Visit {
     int64_t i0, i1, j0, j1;
     int64_t own;  // target i is source i + own itself; far below 0 where clouds differ
     Reactions<T> reactions;
-    double* sums;
+    double *sums, *p_sum;
     T* scratch;
 };
 
@@ -125,6 +130,10 @@ struct Cloud {
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr, *usual = nullptr;
     T* excess = nullptr;  // what products of pairs are more than t because of this point; h where there are none
     const T* v = nullptr;
+    T* p_products = nullptr;
+    double* p_sums = nullptr;
+    double* usual_before = nullptr;  // [groups, 1 + d], sums of usual g and usual g p of close groups before
+    bool by_pairs = false;  // whether its forces on others are sums of products of pairs
     double *sum = nullptr, *a_before = nullptr;  // sum [kLine, d]: of z after `add_up`, then of u; in row 0
     double average_h = 0, total_a = 0;
 
@@ -141,6 +150,11 @@ struct Cloud {
         ut = memory.take<T>(padded * d);
         p = given_a != nullptr || fold_v ? memory.take<T>(n * d) : u;
         v = fold_v ? nullptr : given_v;
+        if (sizeof(T) == 4 && kUnit == Unit::zen4 && d > kFewest && given_a == nullptr && given_v == nullptr) {
+            p_products = memory.take<T>(padded / kStep * d);
+            p_sums = memory.take<double>(padded / kStep * d);
+            usual_before = memory.take<double>((padded / kStep + 1) * (1 + d));
+        }
     }
 
     void add_up(int64_t d) {
@@ -155,6 +169,7 @@ struct Cloud {
         const auto centre = BEST(centre<T>);
         const auto transpose = BEST(transpose<T>);
         const auto norms = BEST(norms<T>);
+        const auto sums_of_group = BEST(sums_of_group<T>);
         at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
             for (int64_t group = begin; group < end; ++group) {
                 const int64_t first = group * L, last = std::min(first + L, n);
@@ -162,6 +177,9 @@ struct Cloud {
                 centre(z + first * d, last - first, d, mean, scale, u + first * d);
                 transpose(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
                 norms(transposed, d, h + first, excess + first);
+                if (p_products != nullptr) {
+                    sums_of_group(u + first * d, d, last - first, p_sums + group * d, p_products + group * d);
+                }
                 if (given_a == nullptr) {
                     std::fill(a + first, a + last, T(1));
                 } else {
@@ -200,18 +218,35 @@ struct Cloud {
         for (int64_t c = 0; c < d; ++c) average[c] = T(sum[c] / total_a);
     }
 
+    void take_usual_g(Radial kind, const Mixture<T>& mixture, int64_t d, bool subtract) {
+        BEST(usual_g<T>)(kind, mixture, targets(), sources(d, subtract), n, usual);
+        if (!by_pairs) return;
+        std::fill_n(usual_before, 1 + d, 0.0);
+        for (int64_t first = 0; first < n; first += kStep) {
+            double* const sums = usual_before + (first / kStep + 1) * (1 + d);
+            std::copy_n(sums - (1 + d), 1 + d, sums);
+            const int64_t last = std::min(first + kStep, n);
+            if (!BEST(are_close<T>)(usual + first, last - first)) continue;
+            for (int64_t i = first; i < last; ++i) {
+                sums[0] += double(usual[i]);
+                for (int64_t c = 0; c < d; ++c) sums[1 + c] += double(usual[i]) * double(u[i * d + c]);
+            }
+        }
+    }
+
     Targets<T> targets() const { return {ut, h, a, excess}; }
 
     // `subtract`: whether a usual phi may be left out of the sums.
     Sources<T> sources(int64_t d, bool subtract) const {
-        return {d, u, a, excess, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a};
+        return {d, u, a, excess, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a,
+                by_pairs ? p_products : nullptr, p_sums};
     }
 };
 
 // What one thread needs.
 template <typename T>
 struct Worker {
-    double *sums, *potential, *energy;
+    double *sums, *p_sum, *potential, *energy;
     int64_t* fixed[2];  // sums of the clouds whose pairs are visited once, [n / kStep, 1 + d, kStep]
     T* tiles;
 
@@ -221,6 +256,7 @@ struct Worker {
             fixed[k] = n_once[k] > 0 ? memory.take<int64_t>(round_up(n_once[k], kStep) * (1 + d)) : nullptr;
         }
         sums = memory.take<double>(round_up(rows, L) * (2 + d));
+        p_sum = memory.take<double>(d);
         potential = memory.take<double>(round_up(rows, L));
         energy = memory.take<double>(L);
         tiles = memory.take<T>(2 * kStep * L + forces);
@@ -395,6 +431,10 @@ void pairwise(const PairwiseProblem<T>& q) {
     // Not of double, which would gain nothing, nor of a phi that may change its sign.
     const bool subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
 
+    for (Cloud<T>& cloud : clouds) {
+        cloud.by_pairs = cloud.p_products != nullptr && kind == Radial::rbf && subtract && cloud.average_h <= kFarthestOfPairs;
+    }
+
     // Pairs of both clouds are visited by the full ones; if there is none, by x.
     const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
     const bool between[2] = {both && (full[0] || (energy && !full[1])), both && full[1]};
@@ -436,8 +476,8 @@ void pairwise(const PairwiseProblem<T>& q) {
     }
     for (const int k : {0, 1}) {
         if (!once[k]) continue;
-        const Cloud<T>& cloud = clouds[k];
-        BEST(usual_g<T>)(kind, mixture, cloud.targets(), cloud.sources(d, subtract), cloud.n, cloud.usual);
+        Cloud<T>& cloud = clouds[k];
+        cloud.take_usual_g(kind, mixture, d, subtract);
     }
     std::vector<double> energies(tasks.size(), 0.0);
     const auto rows = BEST(rows<T>);
@@ -475,7 +515,7 @@ void pairwise(const PairwiseProblem<T>& q) {
                                    j, std::min(j + part, j1), own_offset,
                                    {own.p, own.usual, w * slope * unit.g, w * slope * unit.p,
                                     react ? mine.fixed[task.cloud] : nullptr},
-                                   mine.sums, mine.tiles});
+                                   mine.sums, mine.p_sum, mine.tiles});
                 for (int64_t k = 0; k < groups; ++k) {
                     add_potentials(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share, mine.potential + k * L,
                                    mine.energy);
@@ -528,6 +568,11 @@ void pairwise(const PairwiseProblem<T>& q) {
         const auto unit = units_of[task.cloud];
         from_fixed(fixed, kStep, 1 / unit.g, mine.sums);
         from_fixed(fixed + kStep, d * kStep, 1 / unit.p, mine.sums + kStep);
+        const Cloud<T>& own = clouds[task.cloud];
+        if (own.by_pairs && BEST(are_close<T>)(own.usual + task.i0, task.i1 - task.i0)) {  // of rows before, less their usual g
+            const double* const before = own.usual_before + task.i0 / kStep * (1 + d);
+            for (int64_t e = 0; e < size; ++e) mine.sums[e] += w_within[task.cloud] * slope * before[e / kStep];
+        }
         finish(task.cloud, task.i0, mine.sums, task.i1 - task.i0, kStep, mine);
     };
     if (once[0] || once[1]) {
