@@ -18,11 +18,11 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "steps.h"
 #include "vector.h"
 
 namespace infovae_fast {
@@ -33,6 +33,7 @@ constexpr int kFewest = 4;    // coordinates up to which distances are sums of s
 constexpr int kDepth = 129;   // coordinates whose products are summed in registers; a multiple of 3
 constexpr int kChunk = 256;   // sources whose forces, with signs that differ, are summed in T
 constexpr int kLine = 16;     // coordinates that are transposed at a time; rows that are added and centred as one
+constexpr int kFill = 2048;     // numbers that are centred at a time
 constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache for all targets of a task
 constexpr int64_t kLeastOnce = 512;     // points of a cloud whose pairs are visited once although forces are wanted,
 constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them all,
@@ -163,36 +164,32 @@ struct Cloud {
         fold(sum, d);
     }
 
-    // p = a u + v_factor v where v is folded in. `mean`: [kLine, d].
-    void fill(int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
-        const int64_t L = targets_at_once<T>(), groups = round_up(n, L) / L;
-        const auto centre = BEST(centre<T>);
-        const auto transpose = BEST(transpose<T>);
-        const auto norms = BEST(norms<T>);
-        const auto sums_of_group = BEST(sums_of_group<T>);
-        at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (L * d)), [&](int64_t begin, int64_t end) {
-            for (int64_t group = begin; group < end; ++group) {
-                const int64_t first = group * L, last = std::min(first + L, n);
-                T* const transposed = ut + first * d;
-                centre(z + first * d, last - first, d, mean, scale, u + first * d);
-                transpose(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
-                norms(transposed, d, h + first, excess + first);
-                if (p_products != nullptr) {
-                    sums_of_group(u + first * d, d, last - first, p_sums + group * d, p_products + group * d);
-                }
-                if (given_a == nullptr) {
-                    std::fill(a + first, a + last, T(1));
-                } else {
-                    std::copy(given_a + first, given_a + last, a + first);
-                }
-                std::fill(a + last, a + first + L, T(0));
-                for (int64_t j = first; p != u && j < last; ++j) {
-                    for (int64_t c = 0; c < d; ++c) {
-                        p[j * d + c] = a[j] * u[j * d + c] + (fold_v ? v_factor * given_v[j * d + c] : T(0));
-                    }
+    int64_t groups() const { return round_up(n, targets_at_once<T>()) / targets_at_once<T>(); }
+
+    // Groups begin..end of points. p = a u + v_factor v where v is folded in. `mean`: [kLine, d].
+    void fill(int64_t begin, int64_t end, int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
+        const int64_t L = targets_at_once<T>();
+        for (int64_t group = begin; group < end; ++group) {
+            const int64_t first = group * L, last = std::min(first + L, n);
+            T* const transposed = ut + first * d;
+            BEST(centre<T>)(z + first * d, last - first, d, mean, scale, u + first * d);
+            BEST(transpose<T>)(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
+            BEST(norms<T>)(transposed, d, h + first, excess + first);
+            if (p_products != nullptr) {
+                BEST(sums_of_group<T>)(u + first * d, d, last - first, p_sums + group * d, p_products + group * d);
+            }
+            if (given_a == nullptr) {
+                std::fill(a + first, a + last, T(1));
+            } else {
+                std::copy(given_a + first, given_a + last, a + first);
+            }
+            std::fill(a + last, a + first + L, T(0));
+            for (int64_t j = first; p != u && j < last; ++j) {
+                for (int64_t c = 0; c < d; ++c) {
+                    p[j * d + c] = a[j] * u[j * d + c] + (fold_v ? v_factor * given_v[j * d + c] : T(0));
                 }
             }
-        });
+        }
     }
 
     // With the averages of u and h comes the average t between a point and those of this cloud.
@@ -249,6 +246,7 @@ struct Worker {
     double *sums, *p_sum, *potential, *energy;
     int64_t* fixed[2];  // sums of the clouds whose pairs are visited once, [n / kStep, 1 + d, kStep]
     T* tiles;
+    bool began;  // a task
 
     void carve(Carver& memory, int64_t rows, int64_t d, bool with_v, const int64_t (&n_once)[2]) {
         const int64_t L = targets_at_once<T>(), forces = d * (with_v || n_once[0] + n_once[1] > 0 ? 2 : 1) * L;
@@ -261,6 +259,7 @@ struct Worker {
         energy = memory.take<double>(L);
         tiles = memory.take<T>(2 * kStep * L + forces);
         if (tiles != nullptr) std::fill_n(tiles + 2 * kStep * L, forces, T(0));  // sums, which end as they start
+        began = false;
     }
 };
 
@@ -329,6 +328,278 @@ private:
     }
 };
 
+// One call: `Workspace` and plan, and the steps of its workers.
+template <typename T>
+class Call {
+public:
+    explicit Call(const PairwiseProblem<T>& q)
+        : q(q),
+          d(q.d),
+          kind(q.radial.rbf          ? q.radial.bandwidth.size() == 1 ? Radial::rbf : Radial::rbf_mixture
+               : q.radial.alpha == 1 ? Radial::imq
+                                     : Radial::rational_quadratic),
+          fold_v(q.v != nullptr && kind == Radial::rbf && q.w_xx != 0),
+          forces{q.x_force, q.y_force},
+          potentials{q.x_potential, q.y_potential},
+          full{q.x_force != nullptr || q.x_potential != nullptr, q.y_force != nullptr || q.y_potential != nullptr},
+          w_within{q.w_xx, q.w_yy} {
+        const double b0 = q.radial.bandwidth[0];
+        for (size_t k = 0; k < q.radial.bandwidth.size(); ++k) {
+            const double r = b0 * b0 / (q.radial.bandwidth[k] * q.radial.bandwidth[k]);
+            rate.push_back(T(r));
+            weight.push_back(T(q.radial.weight[k]));
+            weighted_rate.push_back(T(q.radial.weight[k] * r));
+        }
+        outer = kind == Radial::rbf ? q.radial.weight[0] : 1;
+        scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0 * (d > kFewest ? 1 : std::sqrt(0.5));
+        slope = outer / (b0 * b0 * scale);
+
+        clouds[0].z = q.x, clouds[0].n = q.n, clouds[0].given_a = q.a, clouds[0].given_v = q.v;
+        clouds[1].z = q.y, clouds[1].n = q.y == nullptr ? 0 : q.m, clouds[1].given_a = q.b;
+        for (const int k : {0, 1}) {
+            const Cloud<T>& cloud = clouds[k];
+            const bool sums_only = forces[k] != nullptr && potentials[k] == nullptr && cloud.given_a == nullptr &&
+                                   (cloud.given_v == nullptr || fold_v) && w_within[k] != 0;
+            if (sums_only && L == kStep && cloud.n >= kLeastOnce && cloud.n * (1 + d) <= kMostOnce) n_once[k] = cloud.n;
+        }
+        const int64_t total = clouds[0].n + clouds[1].n, pairs = total * total;
+        block = pairs > (int64_t(1) << 22) ? 3 * kStep : kStep;
+        const int64_t most = clouds[0].n / block + clouds[1].n / block + 2;  // tasks
+        workers.resize(pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), most));
+        Carver memory{nullptr};
+        carve(memory);  // to measure
+        memory = Carver{workspace.reserve(memory.used)};
+        carve(memory);
+    }
+
+    // Whether T was wide enough; the results are there then.
+    bool run() {
+        const int64_t groups[2] = {clouds[0].groups(), clouds[1].groups()}, some = std::max<int64_t>(1, kFill / (L * d));
+        const int64_t pieces[2] = {(groups[0] + some - 1) / some, (groups[1] + some - 1) / some};
+        Steps<6> steps;
+        at::parallel_for(0, int64_t(workers.size()), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t worker = begin; worker < end; ++worker) {
+                Worker<T>& mine = workers[worker];
+                Steps<6>::Walk walk(steps);
+                walk.each(2, [&](int64_t k) { clouds[k].add_up(d); });
+                walk.once([&] { take_mean(); });
+                walk.each(pieces[0] + pieces[1], [&](int64_t k) {
+                    const int cloud = k < pieces[0] ? 0 : 1;
+                    const int64_t first = (k - cloud * pieces[0]) * some;
+                    fill(cloud, first, std::min(first + some, groups[cloud]));
+                });
+                walk.once([&] { plan(); });
+                walk.each(int64_t(tasks.size()), [&](int64_t k) { visit_rows(k, mine); });
+                walk.each(once[0] || once[1] ? int64_t(tasks.size()) : 0, [&](int64_t k) {
+                    if (once[tasks[k].cloud]) add_up(tasks[k], mine);
+                });
+            }
+        });
+        steps.rethrow();
+        if (!too_wide && q.energy != nullptr) {
+            *q.energy = 0;
+            for (const double e : energies) *q.energy += e;
+        }
+        return !too_wide;
+    }
+
+private:
+    struct Task {
+        int cloud;
+        int64_t i0, i1;
+    };
+
+    void carve(Carver& memory) {
+        mean = memory.take<double>(kLine * d);
+        for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, fold_v && &cloud == clouds);
+        for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v, n_once);
+    }
+
+    void take_mean() {
+        const double total = double(clouds[0].n + clouds[1].n);
+        for (int64_t c = 0; c < d; ++c) mean[c] = (clouds[0].sum[c] + clouds[1].sum[c]) / total;
+        for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
+    }
+
+    void fill(int cloud, int64_t begin, int64_t end) {
+        const bool folded = fold_v && cloud == 0;
+        const T v_factor = folded && slope != 0 ? T(outer / (slope * q.w_xx)) : T(0);
+        clouds[cloud].fill(begin, end, d, mean, scale, folded, v_factor);
+    }
+
+    // How pairs are visited, and by which tasks; none if T is not wide enough.
+    void plan() {
+        T farthest = 0, widest = 0;  // the largest h; the largest h or excess
+        for (Cloud<T>& cloud : clouds) {
+            cloud.take_averages(d, mean, scale);
+            farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
+            widest = BEST(largest<T>)(cloud.excess, cloud.n, std::max(widest, farthest));
+        }
+        const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
+        too_wide = sizeof(T) == 4 && double(widest) * units > (d <= kFewest ? kFarthestOfDifferences : kFarthest);
+        if (too_wide) return;
+        if (kind == Radial::imq) quotients = Quotients<T>(rate, weight, 4 * double(farthest));
+        mixture = {int(rate.size()), rate.data(), weight.data(), weighted_rate.data(), T(q.radial.alpha),
+                   int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
+        subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
+        for (Cloud<T>& cloud : clouds) {
+            cloud.by_pairs = cloud.p_products != nullptr && kind == Radial::rbf && subtract &&
+                             cloud.average_h <= kFarthestOfPairs;
+        }
+        const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
+        between[0] = both && (full[0] || (energy && !full[1])), between[1] = both && full[1];
+        double most_g = 0;
+        for (const T g : weighted_rate) most_g += kind == Radial::rbf ? 1 : std::abs(double(g));
+        for (const int k : {0, 1}) {
+            Cloud<T>& cloud = clouds[k];
+            if (n_once[k] > 0) take_units(k, most_g, farthest, units);
+            if (once[k]) cloud.take_usual_g(kind, mixture, d, subtract);
+            const int64_t rows = once[k] ? kStep : block;
+            for (int64_t i = 0; (full[k] || energy) && i < cloud.n; i += rows) {
+                tasks.push_back({k, i, std::min(i + rows, cloud.n)});
+            }
+        }
+        energies.resize(tasks.size());
+    }
+
+    // Sums of g and of g p become integers by a factor each, as large as it can be without overflow.
+    void take_units(int k, double most_g, double farthest, double units) {
+        const Cloud<T>& cloud = clouds[k];
+        const double most_u = std::sqrt(2 * farthest);
+        double most_p = cloud.p == cloud.u ? most_u : 0, sum_p = 0;  // the latter to see NaN
+        for (int64_t e = 0; cloud.p != cloud.u && e < cloud.n * d; ++e) {
+            most_p = std::max(most_p, std::abs(double(cloud.p[e]))), sum_p += std::abs(double(cloud.p[e]));
+        }
+        const double within = std::abs(slope * w_within[k]) * most_g * double(cloud.n);
+        const double across = clouds[1].n > 0 ? std::abs(slope * q.w_xy) * most_g * clouds[1 - k].total_a : 0;
+        const auto unit = [](double most) { return std::ldexp(1.0, std::min(1000, 60 - std::ilogb(most))); };
+        const double most[2] = {within + across, within * most_p + across * most_u};
+        once[k] = cloud.average_h * units <= kFarthestOnce && std::isnormal(most[0]) && std::isnormal(most[1]) &&
+                  std::isfinite(sum_p);
+        if (once[k]) units_of[k] = {unit(most[0]), unit(most[1])};
+    }
+
+    // Forces on rows of a group from their sums [1 + d, lanes].
+    void finish(int cloud, int64_t i, const double* sums, int64_t rows, int64_t lanes, const Worker<T>& mine) {
+        const Cloud<T>& own = clouds[cloud];
+        BEST(finish_forces<T>)(sums, sums + lanes, own.ut + i * d, own.a + i, d, rows, lanes, mine.tiles,
+                               forces[cloud] + i * d);
+    }
+
+    void visit_rows(int64_t number, Worker<T>& mine) {
+        for (const int k : {0, 1}) {
+            if (once[k] && !mine.began) std::fill_n(mine.fixed[k], round_up(clouds[k].n, kStep) * (1 + d), int64_t(0));
+        }
+        mine.began = true;
+        const Task& task = tasks[number];
+        const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
+        const auto unit = units_of[task.cloud];
+        const bool force = forces[task.cloud] != nullptr;
+        const int64_t count = task.i1 - task.i0, part = std::max<int64_t>(kPart / d / kChunk, 1) * kChunk;
+        // Sums of group k of targets; of their lanes some may be unused.
+        const auto sums = [&](int64_t k) { return mine.sums + k * L * (2 + d); };
+        const auto lanes = [&](int64_t k) { return lanes_of<T>(count - k * L); };
+        const int64_t groups = round_up(count, L) / L;
+        for (int64_t k = 0; force && k < groups; ++k) std::fill_n(sums(k), (2 + d) * lanes(k), 0.0);
+        std::fill_n(mine.potential, groups * L, 0.0);
+        std::fill_n(mine.energy, L, 0.0);
+        // Adds w times the sums over sources j0..j1 to those of the rows, and share times their energy.
+        const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share,
+                               bool react = false) {
+            if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
+            for (int64_t j = j0; j < j1; j += part) {
+                BEST(rows<T>)(kind, force,
+                              {own.targets(), z.sources(d, subtract), mixture, {w * slope, outer}, task.i0, task.i1, j,
+                               std::min(j + part, j1), own_offset,
+                               {own.p, own.usual, w * slope * unit.g, w * slope * unit.p,
+                                react ? mine.fixed[task.cloud] : nullptr},
+                               mine.sums, mine.p_sum, mine.tiles});
+                for (int64_t k = 0; k < groups; ++k) {
+                    BEST(add_potentials<T>)(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share,
+                                            mine.potential + k * L, mine.energy);
+                }
+            }
+        };
+        const double w = w_within[task.cloud];
+        if (full[task.cloud] && !once[task.cloud]) {
+            visit(own, 0, own.n, 0, w, 1);
+        } else {
+            visit(own, task.i0, task.i1, 0, w, 1);
+            visit(own, task.i1, own.n, 0, w, 2, once[task.cloud]);
+        }
+        if (between[task.cloud]) {
+            visit(other, 0, other.n, kNowhere, q.w_xy, between[0] && between[1] ? 1 : 2);
+        }
+        for (int64_t lane = 0; lane < L; ++lane) energies[number] += mine.energy[lane];
+        if (potentials[task.cloud] != nullptr) std::copy_n(mine.potential, count, potentials[task.cloud] + task.i0);
+        for (int64_t k = 0; force && k < groups; ++k) {
+            const int64_t i = task.i0 + k * L;
+            const double* const G = sums(k) + lanes(k);
+            if (once[task.cloud]) {
+                int64_t* const fixed = mine.fixed[task.cloud] + i * (1 + d);
+                for (int64_t c = 0; c <= d; ++c) {
+                    BEST(add_fixed<double>)(G + c * lanes(k), lanes(k), c == 0 ? unit.g : unit.p, fixed + c * L);
+                }
+            } else {
+                finish(task.cloud, i, G, std::min(L, task.i1 - i), lanes(k), mine);
+            }
+        }
+    }
+
+    // Where pairs were visited once, only when all tasks are done are all sums of a row there.
+    void add_up(const Task& task, const Worker<T>& mine) {
+        const int64_t first = task.i0 * (1 + d), size = (1 + d) * kStep;
+        int64_t* all = nullptr;
+        for (const Worker<T>& worker : workers) {
+            if (!worker.began) continue;
+            int64_t* const some = worker.fixed[task.cloud] + first;
+            for (int64_t e = 0; all != nullptr && e < size; ++e) all[e] += some[e];
+            if (all == nullptr) all = some;
+        }
+        const auto unit = units_of[task.cloud];
+        BEST(from_fixed)(all, kStep, 1 / unit.g, mine.sums);
+        BEST(from_fixed)(all + kStep, d * kStep, 1 / unit.p, mine.sums + kStep);
+        const Cloud<T>& own = clouds[task.cloud];
+        if (own.by_pairs && BEST(are_close<T>)(own.usual + task.i0, task.i1 - task.i0)) {
+            // Of the rows before came differences from their usual g.
+            const double* const before = own.usual_before + task.i0 / kStep * (1 + d);
+            for (int64_t e = 0; e < size; ++e) mine.sums[e] += w_within[task.cloud] * slope * before[e / kStep];
+        }
+        finish(task.cloud, task.i0, mine.sums, task.i1 - task.i0, kStep, mine);
+    }
+
+    static constexpr int64_t kNowhere = -(int64_t(1) << 60);
+
+    const PairwiseProblem<T>& q;
+    const int64_t d, L = targets_at_once<T>();
+    const Radial kind;
+    const bool fold_v;
+    T *const forces[2], *const potentials[2];
+    const bool full[2];  // whether rows of a cloud need forces or potentials
+    const double w_within[2];
+    std::vector<T> rate, weight, weighted_rate;
+    double outer, scale, slope;  // outer: the vector code's rbf has no weight
+    Cloud<T> clouds[2];
+    int64_t n_once[2] = {};  // points of a cloud, if its pairs may be visited once
+    int64_t block;           // rows of a task
+    std::vector<Worker<T>> workers;
+    Workspace workspace;
+    double* mean = nullptr;  // [kLine, d], the same in every row
+
+    // The plan
+    bool too_wide = false;
+    Quotients<T> quotients;
+    Mixture<T> mixture{};
+    bool subtract = false;  // the usual phi from the sums: not of double, which would gain nothing, nor where phi changes sign
+    bool between[2] = {};   // whether rows of a cloud visit the other: full ones do, or if there are none those of x
+    bool once[2] = {};
+    struct {
+        double g, p;
+    } units_of[2] = {{1, 1}, {1, 1}};
+    std::vector<Task> tasks;
+    std::vector<double> energies;
+};
+
 // The same problem, its arrays and results copied to and from double.
 void in_double(const PairwiseProblem<float>& q) {
     std::vector<std::vector<double>> copies;
@@ -355,239 +626,8 @@ void in_double(const PairwiseProblem<float>& q) {
 
 template <typename T>
 void pairwise(const PairwiseProblem<T>& q) {
-    const int64_t d = q.d;
-    const int scales = int(q.radial.bandwidth.size());
-    const double b0 = q.radial.bandwidth[0], alpha = q.radial.alpha;
-    const Radial kind = q.radial.rbf     ? scales == 1 ? Radial::rbf : Radial::rbf_mixture
-                        : alpha == 1 ? Radial::imq
-                                     : Radial::rational_quadratic;
-    std::vector<T> rate, weight, weighted_rate;
-    for (int k = 0; k < scales; ++k) {
-        const double r = b0 * b0 / (q.radial.bandwidth[k] * q.radial.bandwidth[k]);
-        rate.push_back(T(r));
-        weight.push_back(T(q.radial.weight[k]));
-        weighted_rate.push_back(T(q.radial.weight[k] * r));
-    }
-    const double outer = kind == Radial::rbf ? q.radial.weight[0] : 1;  // the vector code's rbf has no weight
-    const double scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0 * (d > kFewest ? 1 : std::sqrt(0.5));
-    const double slope = outer / (b0 * b0 * scale);
-
-    const bool fold_v = q.v != nullptr && kind == Radial::rbf && q.w_xx != 0;
-
-    Cloud<T> clouds[2];
-    clouds[0].z = q.x, clouds[0].n = q.n, clouds[0].given_a = q.a, clouds[0].given_v = q.v;
-    clouds[1].z = q.y, clouds[1].n = q.y == nullptr ? 0 : q.m, clouds[1].given_a = q.b;
-    const int64_t total = clouds[0].n + clouds[1].n, pairs = total * total;
-    // A cloud is `full` if its rows need forces or potentials.
-    T* const forces[2] = {q.x_force, q.y_force};
-    T* const potentials[2] = {q.x_potential, q.y_potential};
-    const bool full[2] = {forces[0] != nullptr || potentials[0] != nullptr,
-                          forces[1] != nullptr || potentials[1] != nullptr};
-    const double w_within[2] = {q.w_xx, q.w_yy};
-    int64_t n_once[2] = {};  // its points, if its pairs may be visited once
-    for (const int k : {0, 1}) {
-        const Cloud<T>& cloud = clouds[k];
-        const bool sums_only = forces[k] != nullptr && potentials[k] == nullptr && cloud.given_a == nullptr &&
-                               (cloud.given_v == nullptr || fold_v) && w_within[k] != 0;
-        if (sums_only && targets_at_once<T>() == kStep && cloud.n >= kLeastOnce && cloud.n * (1 + d) <= kMostOnce) {
-            n_once[k] = cloud.n;
-        }
-    }
-    const int64_t block = pairs > (int64_t(1) << 22) ? 3 * kStep : kStep;
-    const int64_t most = clouds[0].n / block + clouds[1].n / block + 2;  // tasks
-    std::vector<Worker<T>> workers(pairs * d < 100000 ? 1 : std::min<int64_t>(at::get_num_threads(), most));
-    Workspace workspace;
-    Carver memory{nullptr};
-    double* mean = nullptr;  // [kLine, d], the same in every row
-    const auto carve = [&] {
-        mean = memory.take<double>(kLine * d);
-        for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, fold_v && &cloud == clouds);
-        for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v, n_once);
-    };
-    carve();  // to measure
-    memory = Carver{workspace.reserve(memory.used)};
-    carve();
-
-    for (Cloud<T>& cloud : clouds) cloud.add_up(d);
-    for (int64_t c = 0; c < d; ++c) mean[c] = (clouds[0].sum[c] + clouds[1].sum[c]) / double(total);
-    for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
-    for (Cloud<T>& cloud : clouds) {
-        const bool folded = fold_v && &cloud == clouds;
-        if (cloud.n > 0) cloud.fill(d, mean, scale, folded, folded && slope != 0 ? T(outer / (slope * q.w_xx)) : T(0));
-    }
-    T farthest = 0, widest = 0;  // the largest h; the largest h or excess
-    for (Cloud<T>& cloud : clouds) {
-        cloud.take_averages(d, mean, scale);
-        farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
-        widest = BEST(largest<T>)(cloud.excess, cloud.n, std::max(widest, farthest));
-    }
-    const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
-    if constexpr (sizeof(T) == 4) {
-        if (double(widest) * units > (d <= kFewest ? kFarthestOfDifferences : kFarthest)) return in_double(q);
-    }
-    const Quotients<T> quotients = kind == Radial::imq ? Quotients<T>(rate, weight, 4 * double(farthest)) : Quotients<T>();
-    const Mixture<T> mixture{scales, rate.data(), weight.data(), weighted_rate.data(), T(alpha),
-                             int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
-    // Not of double, which would gain nothing, nor of a phi that may change its sign.
-    const bool subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
-
-    for (Cloud<T>& cloud : clouds) {
-        cloud.by_pairs = cloud.p_products != nullptr && kind == Radial::rbf && subtract && cloud.average_h <= kFarthestOfPairs;
-    }
-
-    // Pairs of both clouds are visited by the full ones; if there is none, by x.
-    const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
-    const bool between[2] = {both && (full[0] || (energy && !full[1])), both && full[1]};
-    // Sums of g and of g p become integers by a factor each, as large as it can be without overflow.
-    double most_g = 0;
-    for (int k = 0; k < scales; ++k) most_g += kind == Radial::rbf ? 1 : std::abs(double(weighted_rate[k]));
-    struct {
-        double g, p;
-    } units_of[2] = {{1, 1}, {1, 1}};
-    bool once[2] = {};
-    for (const int k : {0, 1}) {
-        if (n_once[k] == 0) continue;
-        const Cloud<T>& cloud = clouds[k];
-        const double most_u = std::sqrt(2 * double(farthest));
-        double most_p = cloud.p == cloud.u ? most_u : 0, sum_p = 0;  // the latter to see NaN
-        for (int64_t e = 0; cloud.p != cloud.u && e < cloud.n * d; ++e) {
-            most_p = std::max(most_p, std::abs(double(cloud.p[e]))), sum_p += std::abs(double(cloud.p[e]));
-        }
-        const double within = std::abs(slope * w_within[k]) * most_g * double(cloud.n);
-        const double across = both ? std::abs(slope * q.w_xy) * most_g * clouds[1 - k].total_a : 0;
-        const auto unit = [](double most) { return std::ldexp(1.0, std::min(1000, 60 - std::ilogb(most))); };
-        const double most[2] = {within + across, within * most_p + across * most_u};
-        once[k] = cloud.average_h * units <= kFarthestOnce && std::isnormal(most[0]) && std::isnormal(most[1]) &&
-                  std::isfinite(sum_p);
-        if (once[k]) units_of[k] = {unit(most[0]), unit(most[1])};
-    }
-
-    struct Task {
-        int cloud;
-        int64_t i0, i1;
-    };
-    std::vector<Task> tasks;
-    for (const int cloud : {0, 1}) {
-        if (!full[cloud] && !energy) continue;
-        const int64_t rows = once[cloud] ? kStep : block;
-        for (int64_t i = 0; i < clouds[cloud].n; i += rows) {
-            tasks.push_back({cloud, i, std::min(i + rows, clouds[cloud].n)});
-        }
-    }
-    for (const int k : {0, 1}) {
-        if (!once[k]) continue;
-        Cloud<T>& cloud = clouds[k];
-        cloud.take_usual_g(kind, mixture, d, subtract);
-    }
-    std::vector<double> energies(tasks.size(), 0.0);
-    const auto rows = BEST(rows<T>);
-    const auto add_potentials = BEST(add_potentials<T>);
-    const auto finish_forces = BEST(finish_forces<T>);
-    const auto add_fixed = BEST(add_fixed<double>);
-    const auto from_fixed = BEST(from_fixed);
-    const int64_t L = targets_at_once<T>(), part = std::max<int64_t>(kPart / d / kChunk, 1) * kChunk;
-    constexpr int64_t kNowhere = -(int64_t(1) << 60);
-
-    // Forces on rows of a group from their sums [1 + d, lanes].
-    const auto finish = [&](int cloud, int64_t i, const double* sums, int64_t rows, int64_t lanes, const Worker<T>& mine) {
-        const Cloud<T>& own = clouds[cloud];
-        finish_forces(sums, sums + lanes, own.ut + i * d, own.a + i, d, rows, lanes, mine.tiles, forces[cloud] + i * d);
-    };
-    const auto run = [&](size_t number, const Worker<T>& mine) {
-        const Task& task = tasks[number];
-        const Cloud<T>&own = clouds[task.cloud], &other = clouds[1 - task.cloud];
-        const auto unit = units_of[task.cloud];
-        const bool force = forces[task.cloud] != nullptr;
-        const int64_t count = task.i1 - task.i0;
-        // Sums of group k of targets; of their lanes some may be unused.
-        const auto sums = [&](int64_t k) { return mine.sums + k * L * (2 + d); };
-        const auto lanes = [&](int64_t k) { return lanes_of<T>(count - k * L); };
-        const int64_t groups = round_up(count, L) / L;
-        for (int64_t k = 0; force && k < groups; ++k) std::fill_n(sums(k), (2 + d) * lanes(k), 0.0);
-        std::fill_n(mine.potential, groups * L, 0.0);
-        std::fill_n(mine.energy, L, 0.0);
-        // Adds w times the sums over sources j0..j1 to those of the rows, and share times their energy.
-        const auto visit = [&](const Cloud<T>& z, int64_t j0, int64_t j1, int64_t own_offset, double w, double share,
-                               bool react = false) {
-            if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
-            for (int64_t j = j0; j < j1; j += part) {
-                rows(kind, force, {own.targets(), z.sources(d, subtract), mixture, {w * slope, outer}, task.i0, task.i1,
-                                   j, std::min(j + part, j1), own_offset,
-                                   {own.p, own.usual, w * slope * unit.g, w * slope * unit.p,
-                                    react ? mine.fixed[task.cloud] : nullptr},
-                                   mine.sums, mine.p_sum, mine.tiles});
-                for (int64_t k = 0; k < groups; ++k) {
-                    add_potentials(sums(k), own.a + task.i0 + k * L, lanes(k), w * outer, share, mine.potential + k * L,
-                                   mine.energy);
-                }
-            }
-        };
-        const double w = w_within[task.cloud];
-        if (full[task.cloud] && !once[task.cloud]) {
-            visit(own, 0, own.n, 0, w, 1);
-        } else {
-            visit(own, task.i0, task.i1, 0, w, 1);
-            visit(own, task.i1, own.n, 0, w, 2, once[task.cloud]);
-        }
-        if (between[task.cloud]) {
-            visit(other, 0, other.n, kNowhere, q.w_xy, between[0] && between[1] ? 1 : 2);
-        }
-        for (int64_t lane = 0; lane < L; ++lane) energies[number] += mine.energy[lane];
-        if (potentials[task.cloud] != nullptr) std::copy_n(mine.potential, count, potentials[task.cloud] + task.i0);
-        for (int64_t k = 0; force && k < groups; ++k) {
-            const int64_t i = task.i0 + k * L;
-            const double* const G = sums(k) + lanes(k);
-            if (once[task.cloud]) {
-                int64_t* const fixed = mine.fixed[task.cloud] + i * (1 + d);
-                for (int64_t c = 0; c <= d; ++c) {
-                    add_fixed(G + c * lanes(k), lanes(k), c == 0 ? unit.g : unit.p, fixed + c * L);
-                }
-            } else {
-                finish(task.cloud, i, G, std::min(L, task.i1 - i), lanes(k), mine);
-            }
-        }
-    };
-
-    std::atomic<size_t> next{0};
-    at::parallel_for(0, int64_t(workers.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t worker = begin; worker < end; ++worker) {
-            const Worker<T>& mine = workers[worker];
-            for (const int k : {0, 1}) {
-                if (once[k]) std::fill_n(mine.fixed[k], round_up(clouds[k].n, kStep) * (1 + d), int64_t(0));
-            }
-            for (size_t k; (k = next++) < tasks.size();) run(k, mine);
-        }
-    });
-    // Where pairs were visited once, only now are all sums of a row there.
-    const auto add_up = [&](const Task& task, const Worker<T>& mine) {
-        const int64_t first = task.i0 * (1 + d), size = (1 + d) * kStep;
-        int64_t* const fixed = workers[0].fixed[task.cloud] + first;
-        for (size_t other = 1; other < workers.size(); ++other) {
-            for (int64_t e = 0; e < size; ++e) fixed[e] += workers[other].fixed[task.cloud][first + e];
-        }
-        const auto unit = units_of[task.cloud];
-        from_fixed(fixed, kStep, 1 / unit.g, mine.sums);
-        from_fixed(fixed + kStep, d * kStep, 1 / unit.p, mine.sums + kStep);
-        const Cloud<T>& own = clouds[task.cloud];
-        if (own.by_pairs && BEST(are_close<T>)(own.usual + task.i0, task.i1 - task.i0)) {  // of rows before, less their usual g
-            const double* const before = own.usual_before + task.i0 / kStep * (1 + d);
-            for (int64_t e = 0; e < size; ++e) mine.sums[e] += w_within[task.cloud] * slope * before[e / kStep];
-        }
-        finish(task.cloud, task.i0, mine.sums, task.i1 - task.i0, kStep, mine);
-    };
-    if (once[0] || once[1]) {
-        at::parallel_for(0, int64_t(workers.size()), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t worker = begin; worker < end; ++worker) {
-                for (size_t k = size_t(worker); k < tasks.size(); k += workers.size()) {
-                    if (once[tasks[k].cloud]) add_up(tasks[k], workers[worker]);
-                }
-            }
-        });
-    }
-    if (energy) {
-        *q.energy = 0;
-        for (const double e : energies) *q.energy += e;
-    }
+    if (Call<T>(q).run()) return;
+    if constexpr (sizeof(T) == 4) in_double(q);
 }
 
 template void pairwise<float>(const PairwiseProblem<float>&);
