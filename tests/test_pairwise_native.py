@@ -494,6 +494,23 @@ def test_close_points_of_a_wide_cloud(dim, opposite):
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
 
 
+@pytest.mark.parametrize("dim", [5, 10, 80])
+@pytest.mark.parametrize("n", [300, 700, 769])
+def test_groups_near_to_and_far_from_the_others(n, dim):
+    """Forces are sums of products of pairs of sources where phi is usually of the size of coordinates, for 64 targets at a
+    time, and where pairs are visited once for 64 sources too."""
+    torch.manual_seed(n + dim)
+    x, y = torch.randn(n, dim), torch.randn(320, dim)
+    x[64:128] += 0.7  # near, but with sums of their own
+    x[192:256:8] *= 2.5 * dim**0.5 / x[192:256:8].norm(dim=1, keepdim=True)
+    x[n - 1] *= 3 * dim**0.5 / x[n - 1].norm()
+    for other in (None, y):
+        out, truth = (native(t, None if other is None else other.to(t)) for t in (x, x.double()))
+        alone = native(x, other, force=(False, False))[0]
+        holds(out, alone, (x, other, None, RBF()))
+        assert (out[1] - truth[1]).abs().max() <= 3e-6 * truth[1].abs().max()
+
+
 @pytest.mark.parametrize("far", [3.0, 6.0, 10.0, 20.0, 60.0, 900.0])
 @pytest.mark.parametrize("dim", [2, 8, 64])
 def test_clusters_some_bandwidths_apart(dim, far):
