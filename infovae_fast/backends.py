@@ -102,6 +102,11 @@ def on_host(t: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
+def best_device() -> torch.device:
+    """The GPU, where PyTorch has CUDA and one; else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @cache
 def shortcut(name: str) -> Callable[..., Any]:
     """The C++ function that does the usual case in one call, and returns None for all else; or one that always does."""

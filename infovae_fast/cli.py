@@ -55,7 +55,7 @@ def sample(
     torch.manual_seed(seed)
     path = Path(out or Path(run) / "samples.png")
     callback = row_progress() if (sys.stderr.isatty() if progress is None else progress) else None
-    save_png(path, image_grid(model.sample(n, mean=mean, callback=callback)))
+    save_png(path, image_grid(model.sample(n, mean=mean, callback=callback).cpu()))
     print(path)
     return path
 
@@ -92,11 +92,12 @@ def report(runs: Sequence[str], *, out: str = "report", n_samples: int = 100) ->
 
 
 def load_model(run: str) -> Any:
-    """The trained model of a run.
+    """The trained model of a run, on the GPU if there is one.
 
     Raises:
         FileNotFoundError: no such run, or its training is not finished.
     """
+    from infovae_fast.backends import best_device
     from infovae_fast.models import InfoVAE
     from infovae_fast.training import read_run
 
@@ -104,7 +105,7 @@ def load_model(run: str) -> Any:
     folder = Path(run) / "model"
     if not (folder / "config.json").exists():  # written last
         raise FileNotFoundError(f"{folder} is missing: the run has not finished; continue it with train --resume {run}")
-    return InfoVAE.from_pretrained(folder)
+    return InfoVAE.from_pretrained(folder).to(best_device())
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from infovae_fast import __version__
+from infovae_fast.backends import best_device
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
 from infovae_fast.models import InfoVAE, PixelSampler, StandardNormal
@@ -166,7 +167,8 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 def _open(folder: Path, config: dict[str, Any], n_samples: int) -> Run:
     model, data = InfoVAE.from_pretrained(folder / "model"), run_data(config)
-    return Run(folder, config, model, data, summarize(model, data, n_samples=n_samples))
+    metrics = summarize(model.to(best_device()), data, n_samples=n_samples)  # nearly all of the time
+    return Run(folder, config, model.cpu(), data, metrics)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -497,8 +497,8 @@ def test_close_points_of_a_wide_cloud(dim, opposite):
 @pytest.mark.parametrize("dim", [5, 10, 80])
 @pytest.mark.parametrize("n", [300, 700, 769])
 def test_groups_near_to_and_far_from_the_others(n, dim):
-    """Forces are sums of products of pairs of sources where phi is usually of the size of coordinates, for 64 targets at a
-    time, and where pairs are visited once for 64 sources too."""
+    """Forces are sums of products of pairs of sources where phi is usually of the size of coordinates: for 64 targets,
+    and where pairs are visited once 64 sources, at a time."""
     torch.manual_seed(n + dim)
     x, y = torch.randn(n, dim), torch.randn(320, dim)
     x[64:128] += 0.7  # near, but with sums of their own
