@@ -2,7 +2,8 @@
 
 Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
 those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of
-medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out. Rows of a GPU go
+medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out. All rows of a CPU
+must be of one, which the first table names. Rows of a GPU go
 to tables of their own, `speed on a GPU`, `speed masked_conv on a GPU` and `speed models on a GPU`, which name it: each
 is of the last file that has rows for it, but the rates of the bound may be of another.
 """
@@ -46,7 +47,10 @@ README: list[Case] = [(case.what, case.n, case.d) for case in pairwise.README]
 
 def table(rows: Rows) -> str:
     columns = [column for column in COLUMNS if any((case, *column[1:]) in rows for case in README)]
-    head = ["value and gradient to x", "ours", *(title for title, _, _ in columns), "gradient error: ours, eager"]
+    devices = {row["device"] for row in rows.values()}
+    if len(devices) > 1:
+        raise SystemExit(f"rows of several devices: got {', '.join(sorted(devices))}; accepted: the files of one at a time")
+    head = [f"value and gradient to x ({devices.pop()})", "ours", *(title for title, _, _ in columns), "gradient error: ours, eager"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in README:
         if (case, OURS, "default") not in rows and (case, OURS, "tuned") not in rows:
