@@ -108,6 +108,27 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_fewer_threads_than_asked_for_do_it_all():
+    """OpenMP gives a program no more than its limit, whatever torch has been told."""
+    code = """import torch
+from tests.test_pairwise_native import clouds, native
+x, y, _ = clouds(1500, 300, 10)
+wanted = native(x, y)
+torch.set_num_threads(4)
+assert all(torch.equal(a, b) for a, b in zip(wanted, native(x, y), strict=True))
+def some(_):
+    assert all(torch.equal(a, b) for a, b in zip(wanted, native(x, y), strict=True))
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(3) as pool:
+    list(pool.map(some, range(12)))"""
+    for limit in ("1", "3"):
+        environment = os.environ | {"OMP_THREAD_LIMIT": limit}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+
+
 def test_both_gradients_and_potentials_with_weights_of_the_points():
     """E = sum w_ij a_i a_j phi_ij: its derivatives to the points and the weights, against autograd of the formula."""
     for d in (3, 40):
@@ -509,6 +530,29 @@ def test_groups_near_to_and_far_from_the_others(n, dim):
         alone = native(x, other, force=(False, False))[0]
         holds(out, alone, (x, other, None, RBF()))
         assert (out[1] - truth[1]).abs().max() <= 3e-6 * truth[1].abs().max()
+
+
+@pytest.mark.parametrize("dim", [6, 20, 200])
+def test_two_far_sources_side_by_side(dim):
+    """Of a product of both, where pairs of sources are multiplied, phi would be the last digits."""
+    torch.manual_seed(dim)
+    bandwidth = 3 * dim**0.5
+    for n, m in ((63, 65), (65, 63)):
+        x, y = torch.randn(n, dim), 0.3 * torch.randn(m, dim)
+        y[30:32, 1] = 5.5 * bandwidth
+        arguments = {"kernel": RBF(bandwidth), "weights": (1.0, -1.0, 1.0)}
+        out, truth = native(x, y, **arguments)[1], native(x.double(), y.double(), **arguments)[1]
+        assert (out - truth).abs().max() <= 6e-6 * truth.abs().max()  # from an exponent of 10
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 0.0])
+def test_a_small_coordinate_keeps_its_digits(size):
+    torch.manual_seed(0)
+    x, y = torch.randn(600, 10), torch.randn(300, 10)
+    for z in (x, y):
+        z[:, 3] *= size
+    out, truth = native(x, y)[1], native(x.double(), y.double())[1]
+    assert ((out - truth).abs().amax(0) <= 1e-6 * truth.abs().amax(0)).all()
 
 
 @pytest.mark.parametrize("far", [3.0, 6.0, 10.0, 20.0, 60.0, 900.0])

@@ -38,9 +38,10 @@ constexpr int kPart = 1 << 17;  // numbers of the sources that stay in the cache
 constexpr int64_t kLeastOnce = 512;     // points of a cloud whose pairs are visited once although forces are wanted,
 constexpr int64_t kMostOnce = 1 << 20;  // its sums, as every worker has them all,
 constexpr double kFarthestOnce = 10;    // and its average h, in units of the smallest scale: g is not lost beside g(0)
-// Average h up to which, and usual phi from which on forces are sums of products of pairs: digits are lost where p is much
-// larger than phi.
-constexpr double kFarthestOfPairs = 1.25, kLeastOfPairs = 1.0 / 16;
+// Forces are sums of products of pairs where phi less the usual one and coordinates of sources are of one size, or digits
+// would be lost: an average h, a largest |u| of 64 sources, and coordinates' mean squares in units of the mean of those.
+// And of phi a usual one.
+constexpr double kFarthestOfPairs = 1.25, kLargestOfPairs = 3, kSmallestOfPairs = 1.0 / 1024, kLeastOfPairs = 1.0 / 16;
 constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
 constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
 // h or excess, in units of the smallest scale, up to which t of close points is right to 1e-5 in float; beyond, all is
@@ -73,6 +74,7 @@ struct Sources {
     double total_a;          // sum of |a|
     const T* p_products;     // [groups, d], see `sums_of_group`; null: forces are not by products of pairs
     const double* p_sums;    // [groups, d], likewise
+    const bool* pairs;       // [groups], those of which they may be
 };
 
 struct Factors {
@@ -131,14 +133,16 @@ struct Cloud {
     T *u = nullptr, *h = nullptr, *a = nullptr, *ut = nullptr, *p = nullptr, *average = nullptr, *usual = nullptr;
     T* excess = nullptr;  // what products of pairs are more than t because of this point; h where there are none
     const T* v = nullptr;
+    // Where its forces may be sums of products of pairs: of its groups; and [groups + 1, 1 + d], sums of usual g and of
+    // usual g p of those before whose are.
     T* p_products = nullptr;
-    double* p_sums = nullptr;
-    double* usual_before = nullptr;  // [groups, 1 + d], sums of usual g and usual g p of close groups before
-    bool by_pairs = false;  // whether its forces on others are sums of products of pairs
+    double *p_sums = nullptr, *squares = nullptr, *usual_before = nullptr;
+    bool* pairs = nullptr;
+    bool by_pairs = false;
     double *sum = nullptr, *a_before = nullptr;  // sum [kLine, d]: of z after `add_up`, then of u; in row 0
     double average_h = 0, total_a = 0;
 
-    void carve(Carver& memory, int64_t d, bool fold_v) {
+    void carve(Carver& memory, int64_t d, bool fold_v, bool may_pair, bool may_once) {
         const int64_t padded = round_up(n, targets_at_once<T>());
         u = memory.take<T>(n * d);
         h = memory.take<T>(padded);
@@ -151,10 +155,12 @@ struct Cloud {
         ut = memory.take<T>(padded * d);
         p = given_a != nullptr || fold_v ? memory.take<T>(n * d) : u;
         v = fold_v ? nullptr : given_v;
-        if (sizeof(T) == 4 && kUnit == Unit::zen4 && d > kFewest && given_a == nullptr && given_v == nullptr) {
-            p_products = memory.take<T>(padded / kStep * d);
-            p_sums = memory.take<double>(padded / kStep * d);
-            usual_before = memory.take<double>((padded / kStep + 1) * (1 + d));
+        if (may_pair && given_a == nullptr && given_v == nullptr) {
+            p_products = memory.take<T>(groups() * d);
+            p_sums = memory.take<double>(groups() * d);
+            squares = memory.take<double>(groups() * d);
+            pairs = memory.take<bool>(groups());
+            usual_before = may_once ? memory.take<double>((groups() + 1) * (1 + d)) : nullptr;
         }
     }
 
@@ -176,7 +182,8 @@ struct Cloud {
             BEST(transpose<T>)(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
             BEST(norms<T>)(transposed, d, h + first, excess + first);
             if (p_products != nullptr) {
-                BEST(sums_of_group<T>)(u + first * d, d, last - first, p_sums + group * d, p_products + group * d);
+                pairs[group] = BEST(sums_of_group<T>)(u + first * d, d, last - first, p_sums + group * d,
+                                                      squares + group * d, p_products + group * d) <= T(kLargestOfPairs);
             }
             if (given_a == nullptr) {
                 std::fill(a + first, a + last, T(1));
@@ -215,16 +222,23 @@ struct Cloud {
         for (int64_t c = 0; c < d; ++c) average[c] = T(sum[c] / total_a);
     }
 
+    // Mean square of a coordinate.
+    double mean_square(int64_t d, int64_t c) const {
+        double sum = 0;
+        for (int64_t group = 0; group < groups(); ++group) sum += squares[group * d + c];
+        return sum / double(n);
+    }
+
     void take_usual_g(Radial kind, const Mixture<T>& mixture, int64_t d, bool subtract) {
         BEST(usual_g<T>)(kind, mixture, targets(), sources(d, subtract), n, usual);
         if (!by_pairs) return;
         std::fill_n(usual_before, 1 + d, 0.0);
-        for (int64_t first = 0; first < n; first += kStep) {
-            double* const sums = usual_before + (first / kStep + 1) * (1 + d);
+        for (int64_t group = 0; group < groups(); ++group) {
+            double* const sums = usual_before + (group + 1) * (1 + d);
             std::copy_n(sums - (1 + d), 1 + d, sums);
-            const int64_t last = std::min(first + kStep, n);
-            if (!BEST(are_close<T>)(usual + first, last - first)) continue;
-            for (int64_t i = first; i < last; ++i) {
+            const int64_t first = group * kStep, last = std::min(first + kStep, n);
+            pairs[group] = pairs[group] && BEST(are_close<T>)(usual + first, last - first);
+            for (int64_t i = first; pairs[group] && i < last; ++i) {
                 sums[0] += double(usual[i]);
                 for (int64_t c = 0; c < d; ++c) sums[1 + c] += double(usual[i]) * double(u[i * d + c]);
             }
@@ -236,7 +250,7 @@ struct Cloud {
     // `subtract`: whether a usual phi may be left out of the sums.
     Sources<T> sources(int64_t d, bool subtract) const {
         return {d, u, a, excess, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a,
-                by_pairs ? p_products : nullptr, p_sums};
+                by_pairs ? p_products : nullptr, p_sums, pairs};
     }
 };
 
@@ -350,6 +364,9 @@ public:
             weight.push_back(T(q.radial.weight[k]));
             weighted_rate.push_back(T(q.radial.weight[k] * r));
         }
+        subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
+        may_pair = subtract && kUnit == Unit::zen4 && d > kFewest && kind == Radial::rbf &&
+                   (forces[0] != nullptr || forces[1] != nullptr);
         outer = kind == Radial::rbf ? q.radial.weight[0] : 1;
         scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0 * (d > kFewest ? 1 : std::sqrt(0.5));
         slope = outer / (b0 * b0 * scale);
@@ -386,12 +403,12 @@ public:
                 walk.each(pieces[0] + pieces[1], [&](int64_t k) {
                     const int cloud = k < pieces[0] ? 0 : 1;
                     const int64_t first = (k - cloud * pieces[0]) * some;
-                    fill(cloud, first, std::min(first + some, groups[cloud]));
+                    fill_groups(cloud, first, std::min(first + some, groups[cloud]));
                 });
                 walk.once([&] { plan(); });
                 walk.each(int64_t(tasks.size()), [&](int64_t k) { visit_rows(k, mine); });
                 walk.each(once[0] || once[1] ? int64_t(tasks.size()) : 0, [&](int64_t k) {
-                    if (once[tasks[k].cloud]) add_up(tasks[k], mine);
+                    if (once[tasks[k].cloud]) finish_once(tasks[k], mine);
                 });
             }
         });
@@ -411,7 +428,7 @@ private:
 
     void carve(Carver& memory) {
         mean = memory.take<double>(kLine * d);
-        for (Cloud<T>& cloud : clouds) cloud.carve(memory, d, fold_v && &cloud == clouds);
+        for (const int k : {0, 1}) clouds[k].carve(memory, d, fold_v && k == 0, may_pair, n_once[k] > 0);
         for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v, n_once);
     }
 
@@ -421,7 +438,7 @@ private:
         for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
     }
 
-    void fill(int cloud, int64_t begin, int64_t end) {
+    void fill_groups(int cloud, int64_t begin, int64_t end) {
         const bool folded = fold_v && cloud == 0;
         const T v_factor = folded && slope != 0 ? T(outer / (slope * q.w_xx)) : T(0);
         clouds[cloud].fill(begin, end, d, mean, scale, folded, v_factor);
@@ -441,10 +458,9 @@ private:
         if (kind == Radial::imq) quotients = Quotients<T>(rate, weight, 4 * double(farthest));
         mixture = {int(rate.size()), rate.data(), weight.data(), weighted_rate.data(), T(q.radial.alpha),
                    int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
-        subtract = sizeof(T) == 4 && std::all_of(weight.begin(), weight.end(), [](T w) { return w >= 0; });
+        const bool alike = coordinates_are_alike();
         for (Cloud<T>& cloud : clouds) {
-            cloud.by_pairs = cloud.p_products != nullptr && kind == Radial::rbf && subtract &&
-                             cloud.average_h <= kFarthestOfPairs;
+            cloud.by_pairs = cloud.p_products != nullptr && alike && cloud.average_h <= kFarthestOfPairs;
         }
         const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
         between[0] = both && (full[0] || (energy && !full[1])), between[1] = both && full[1];
@@ -460,6 +476,20 @@ private:
             }
         }
         energies.resize(tasks.size());
+    }
+
+    // None is much smaller than most in both clouds, but for those that are 0.
+    bool coordinates_are_alike() const {
+        double all = 0, least = std::numeric_limits<double>::infinity();
+        for (int64_t c = 0; c < d; ++c) {
+            double square = 0;
+            for (const Cloud<T>& cloud : clouds) {
+                if (cloud.p_products != nullptr && cloud.n > 0) square = std::max(square, cloud.mean_square(d, c));
+            }
+            all += square;
+            if (square > 0) least = std::min(least, square);
+        }
+        return least >= kSmallestOfPairs * all / double(d);
     }
 
     // Sums of g and of g p become integers by a factor each, as large as it can be without overflow.
@@ -547,7 +577,7 @@ private:
     }
 
     // Where pairs were visited once, only when all tasks are done are all sums of a row there.
-    void add_up(const Task& task, const Worker<T>& mine) {
+    void finish_once(const Task& task, const Worker<T>& mine) {
         const int64_t first = task.i0 * (1 + d), size = (1 + d) * kStep;
         int64_t* all = nullptr;
         for (const Worker<T>& worker : workers) {
@@ -560,8 +590,7 @@ private:
         BEST(from_fixed)(all, kStep, 1 / unit.g, mine.sums);
         BEST(from_fixed)(all + kStep, d * kStep, 1 / unit.p, mine.sums + kStep);
         const Cloud<T>& own = clouds[task.cloud];
-        if (own.by_pairs && BEST(are_close<T>)(own.usual + task.i0, task.i1 - task.i0)) {
-            // Of the rows before came differences from their usual g.
+        if (own.by_pairs && own.pairs[task.i0 / kStep]) {  // of groups before came differences from their usual g
             const double* const before = own.usual_before + task.i0 / kStep * (1 + d);
             for (int64_t e = 0; e < size; ++e) mine.sums[e] += w_within[task.cloud] * slope * before[e / kStep];
         }
@@ -579,6 +608,9 @@ private:
     const double w_within[2];
     std::vector<T> rate, weight, weighted_rate;
     double outer, scale, slope;  // outer: the vector code's rbf has no weight
+    bool subtract;  // Whether sums are of differences from a usual phi. Of double, which would gain nothing, they are not, nor
+                    // of a phi that may change its sign.
+    bool may_pair;  // whether forces may be sums of products of pairs
     Cloud<T> clouds[2];
     int64_t n_once[2] = {};  // points of a cloud, if its pairs may be visited once
     int64_t block;           // rows of a task
@@ -590,7 +622,6 @@ private:
     bool too_wide = false;
     Quotients<T> quotients;
     Mixture<T> mixture{};
-    bool subtract = false;  // the usual phi from the sums: not of double, which would gain nothing, nor where phi changes sign
     bool between[2] = {};   // whether rows of a cloud visit the other: full ones do, or if there are none those of x
     bool once[2] = {};
     struct {

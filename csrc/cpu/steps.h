@@ -3,6 +3,7 @@
 
 #include <array>
 #include <atomic>
+#include <cassert>
 #include <cstdint>
 #include <exception>
 #include <thread>
@@ -24,14 +25,16 @@ public:
 
         template <typename F>
         void each(int64_t count, const F& f) {
+            assert(at_ < most);
             Step& step = steps_.steps_[at_++];
             for (int64_t k; (k = step.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
                 steps_.attempt([&] { f(k); });
                 step.done.fetch_add(1, std::memory_order_release);
             }
-            for (int spins = 0; step.done.load(std::memory_order_acquire) < count; ++spins) {
+            int spins = 0;
+            while (step.done.load(std::memory_order_acquire) < count) {
                 if (spins < kSpins) {
-                    pause();
+                    ++spins, pause();
                 } else {
                     std::this_thread::yield();
                 }
@@ -48,7 +51,7 @@ public:
         int at_ = 0;
     };
 
-    // The first exception of an item, after which no item was begun.
+    // The first exception of an item; items of later steps were not begun then.
     void rethrow() const {
         if (error_ != nullptr) std::rethrow_exception(error_);
     }
