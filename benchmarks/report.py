@@ -49,8 +49,15 @@ def table(rows: Rows) -> str:
     columns = [column for column in COLUMNS if any((case, *column[1:]) in rows for case in README)]
     devices = {row["device"] for row in rows.values()}
     if len(devices) > 1:
-        raise SystemExit(f"rows of several devices: got {', '.join(sorted(devices))}; accepted: the files of one at a time")
-    head = [f"value and gradient to x ({devices.pop()})", "ours", *(title for title, _, _ in columns), "gradient error: ours, eager"]
+        raise SystemExit(
+            f"rows of several devices: got {', '.join(sorted(devices))}; accepted: the files of one at a time"
+        )
+    head = [
+        f"value and gradient to x ({devices.pop()})",
+        "ours",
+        *(title for title, _, _ in columns),
+        "gradient error: ours, eager",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in README:
         if (case, OURS, "default") not in rows and (case, OURS, "tuned") not in rows:

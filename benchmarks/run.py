@@ -42,8 +42,9 @@ def errors(out: pairwise.Result, truth: pairwise.Result) -> dict[str, float]:
     return found
 
 
-def right(case: pairwise.Case, found: dict[str, float], value: Tensor | None) -> bool:
-    size = abs(value.item()) if value is not None else 1.0
+def right(case: pairwise.Case, found: dict[str, float], truth: Tensor | None) -> bool:
+    """Whether the errors of a result, that of the value relative to the truth, are small enough to time it."""
+    size = abs(truth.item()) if truth is not None else 1.0
     allowed = VALUE_ERROR * max(size, case.kernel.phi0 / case.n)
     return found.get("error", 0.0) <= LARGEST_ERROR[case.dtype] and found.get("value_error", 0.0) * size <= allowed
 

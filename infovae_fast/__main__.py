@@ -14,6 +14,7 @@ OPERATORS = {
     "pairwise": (2, 2),
     "masked_conv": (1, 1, 3, 3),
     "logistic_mixture": (1, 3),
+    "gated_residual": (1, 2, 3, 3),
     "models.pixel_sampler": (1,),
 }
 REBUILD = "pip install --no-build-isolation -e ."

@@ -17,7 +17,7 @@ for every `seed`, so that no seed tests a model on images that it was trained on
 Folders hold images, or one level of class sub-folders with images (labels number the sorted names); a sub-folder
 train, and if wanted test, may hold either form. Colour becomes RGB, grey stays grey if all images are grey.
 Arrays are [N, H, W], [N, H, W, C] or [N, C, H, W], C = 1 or 3; where both fit, channels come last. The names in an
-.npz are those of `data_files.KEYS`; a lone array may have any. If the largest value is 1 (or bool), levels is 2.
+.npz are those of `data_files.KEYS`; a lone array may have any. If the largest value is 1, levels is 2.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def load_data(
     """Load a data set; the module's docstring says what the names, files and splits mean.
 
     Args:
-        name: "digits", "mnist", "cifar10" or a path. Write "./digits" for a folder called digits.
+        name: "digits", "mnist", "cifar10" or a path. Of a folder called digits: "./digits", or a `Path`.
         root: where the files of "mnist" or "cifar10" lie; ignored for the others.
         train_size: keep so many training images, as many of each class as possible. With one seed, the subset of
             size n is the first n images of every larger one. None keeps all, in the order of the files.
@@ -79,8 +79,9 @@ def load_data(
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
             raise ValueError(f"{option}={value!r} must be an integer in 0..{2**32 - 1}")
     title, source = str(name), Path(root or name).expanduser()
-    every, levels = (5, 17) if title == "digits" else (10, 256)
-    if title in NAMED:
+    named = isinstance(name, str) and name in NAMED
+    every, levels = (5, 17) if named and name == "digits" else (10, 256)
+    if named:
         parts = NAMED[title](None if root is None else source)
     else:
         source = existing_path(title)

@@ -9,7 +9,8 @@ RationalQuadratic, and with it IMQ, is a mixture of RBFs over the precision,
 
     (1 + d2 / (2 alpha b^2))^(-alpha) = E exp(-t d2 / (2 b^2)),    t ~ Gamma(alpha, rate alpha), of mean 1
 
-so that its expectations are integrals over t alone, which 30 to 170 nodes give to 13 digits: see `_gamma_nodes`.
+so that its expectations are integrals over t alone, which 30 to 170 nodes give to 13 digits (alpha > 1000: to 10 at
+least): see `_gamma_nodes`.
 
 Everything is float64, the kernel values of the sample too. In float32 their mean would be off by up to eps/4, which
 cancels between the three terms of `mmd`, but not against exact expectations.

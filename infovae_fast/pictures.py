@@ -42,6 +42,7 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     """
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"images: got shape {tuple(images.shape)}; accepted: [n, C, H, W], not empty")
+    _refuse_integers("images", images)
     n, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else columns
     if columns < 1:
@@ -53,12 +54,20 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return grid[:, :-1, :-1]
 
 
+def _refuse_integers(name: str, pixels: Tensor) -> None:
+    if not pixels.is_floating_point():
+        raise TypeError(
+            f"{name}: got {pixels.dtype}; accepted: floating point in [0, 1], as data.to_unit makes it of bytes"
+        )
+
+
 def image_png(image: Tensor) -> bytes:
     """The PNG of an image [1 or 3, H, W], clipped to [0, 1]; small ones are enlarged to about 640 pixels."""
     from PIL import Image
 
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
         raise ValueError(f"image: got shape {tuple(image.shape)}; accepted: [1 or 3, H, W]")
+    _refuse_integers("image", image)
     factor = max(1, round(640 / max(image.shape[1:])))
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)

@@ -10,6 +10,7 @@ Every file appears whole or not at all, report.html last.
 import base64
 import html
 import json
+import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from infovae_fast import __version__
 from infovae_fast.backends import best_device
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
+from infovae_fast.likelihoods import Bernoulli
 from infovae_fast.models import InfoVAE, PixelSampler, StandardNormal
 from infovae_fast.pictures import (
     OBJECTIVES,
@@ -69,9 +71,12 @@ The InfoVAE family (Zhao, Song and Ermon, arXiv 1706.02262) trains them to maxim
 maximum mean discrepancy as <i>D</i> the MMD-VAE.</p>"""
 NOTE = """<p class="note">Upper numbers are for the training set, lower ones for the test set; nats per image. log det
 Cov[q(z)] of codes z ~ q(z|x) is 0 where q(z) is as wide as a prior N(0, I), positive where it is wider. MMD² is
-unbiased, between one code for each image and as many draws from the prior. log p(x) is estimated by importance sampling
+unbiased, between one code for each image and as many draws from the prior. I(x; z), from the images of its set, is at
+most the logarithm of their number: {ceilings}. log p(x) is estimated by importance sampling
 with {n_samples} draws from q(z|x), on average a lower bound, ± the standard error of its mean over the images; it is
-far too low where the effective number of samples (the median over the images) is near 1.</p>"""
+far too low where the effective number of samples (the median over the images) is near 1.{grey}</p>"""
+GREY = """ Runs on grey values with a Bernoulli decoder have cross-entropies in place of −log p(x|z), and what is made
+of them is no log-likelihood: such runs compare with each other only."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,8 @@ def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
         return [
             OBJECTIVES[run.config["preset"]][0],
             f"{run.train_size} {run.data.name}",
-            *(f"{value:g}" for value in (run.model.latent_dim, objective.alpha, objective.lambda_, run.config["seed"])),
+            *(f"{value:g}" for value in (run.model.latent_dim, objective.alpha, objective.lambda_)),
+            str(run.config["seed"]),
             "train\ntest",
             *(f"{number(train[name], digits)}\n{number(test[name], digits)}" for name, (_, digits) in METRICS.items()),
             "\n" + " ± ".join(number(test[name], 1) for name in LIKELIHOOD if test[name] is not None),
@@ -225,7 +231,11 @@ def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
         lines.append(f"{run.folder}: {', '.join(text for text in texts if text not in common)}")
     items = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     details = f"<details><summary>Settings of the runs</summary>{items}</details>"
-    return Section("All runs", table(header, map(cells, runs)) + NOTE.format(n_samples=n_samples) + details)
+    sizes = sorted({run.metrics[part]["images"] for run in runs for part in ("train", "test")})
+    ceilings = ", ".join(f"{math.log(size):.2f} of {size:,}" for size in sizes)
+    grey = GREY * any(isinstance(run.model.likelihood, Bernoulli) and run.data.levels > 2 for run in runs)
+    note = NOTE.format(n_samples=n_samples, ceilings=ceilings, grey=grey)
+    return Section("All runs", table(header, map(cells, runs)) + note + details)
 
 
 def _gallery(kind: str, shown: dict[str, Run], draw: Callable[[Run], bytes], pixels: bool = False) -> list[Picture]:
@@ -241,7 +251,7 @@ it."""
 
 
 def _test_images(run: Run) -> Tensor:
-    """Ten images of the test set, of as many classes as can be."""
+    """Up to ten images of the test set: one each of as many classes as there are, or the first."""
     images, labels = run.data.test_images, run.data.test_labels
     one_each = [] if labels is None else [int((labels == label).nonzero()[0]) for label in labels.unique()]
     return to_unit(images[one_each[:10]] if len(one_each) > 1 else images[:10], run.data.levels)
@@ -282,11 +292,18 @@ only the pixels above tell what is to come.</p>"""
     return Section("In-painting", text, _gallery("inpainting", drawn, draw, pixels=True))
 
 
+def _spread(n: int) -> Tensor:
+    """Up to `CODES` of n places, evenly: files may be sorted by class."""
+    count = min(n, CODES)
+    return torch.arange(count) * n // count
+
+
 def _latent_spaces(shown: dict[str, Run]) -> Section:
     codes, priors, limits = {}, {}, dict[int, float]()
     for run in shown.values():
         dim, prior = run.model.latent_dim, run.model.prior
-        z = encode_all(run.model, to_unit(run.data.test_images[:CODES], run.data.levels))[1]
+        images = run.data.test_images
+        z = encode_all(run.model, to_unit(images[_spread(len(images))], run.data.levels))[1]
         axes = (
             torch.eye(dim) if dim <= 2 else torch.linalg.eigh(torch.cov(z.T, correction=0)).eigenvectors.flip(1)[:, :2]
         )
@@ -298,13 +315,15 @@ def _latent_spaces(shown: dict[str, Run]) -> Section:
             limits[dim] = max(reach, limits.get(dim, 0))
 
     def draw(run: Run) -> bytes:
-        dim, labels = run.model.latent_dim, None if run.data.test_labels is None else run.data.test_labels[:CODES]
+        dim, labels = run.model.latent_dim, run.data.test_labels
+        labels = None if labels is None else labels[_spread(len(labels))]
         names = ("z₁", "z₂") if dim == 2 else ("principal axis 1", "principal axis 2")
         return latent_png(codes[run.folder], labels, priors[run.folder], limits[dim], names)
 
-    text = """<p>One code z ~ q(z|x) for each image of the test set, drawn as the number of its class. Circles: 1, 2 and
-3 standard deviations of the prior N(0, I); draws from any other prior are grey. More than two dimensions are seen along
-the first two principal axes of the codes. In each map at most 0.5 % of the coordinates are outside the frame.</p>"""
+    text = f"""<p>One code z ~ q(z|x) for each image of the test set, or for {CODES:,} evenly among more, drawn as the
+number of its class. Circles: 1, 2 and 3 standard deviations of the prior N(0, I); draws from any other prior are grey.
+More than two dimensions are seen along the first two principal axes of the codes. In each map at most 0.5 % of the
+coordinates are outside the frame.</p>"""
     return Section("Latent space", text, _gallery("latent", shown, draw))
 
 

@@ -1,6 +1,6 @@
 """Training with Lightning: one run is one folder.
 
-    out/config.json           every argument of `train`, seed included: `infovae-fast train --config out/config.json`
+    out/config.json           every argument of `train`, seed included: `--config out/config.json --out new` repeats it
     out/checkpoints/last.ckpt the state at the end of the last epoch; appears whole or not at all
     out/logs/version_K/       metrics.csv and TensorBoard events of the K-th start of the run
     out/model/                config.json and model.safetensors for `InfoVAE.from_pretrained`, once training is done
@@ -33,7 +33,7 @@ from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import ImageData, binarize, load_data, to_unit
 from infovae_fast.divergences import AdversarialLoss
 from infovae_fast.models import InfoVAE
-from infovae_fast.objective import Terms
+from infovae_fast.objective import PRESETS, Terms
 
 Binarize = Literal["threshold", "static", "dynamic"] | None
 Precision = Literal["32-true", "bf16-mixed"]
@@ -490,7 +490,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """The settings of the run in a folder.
 
     Raises:
-        FileNotFoundError: there is no run. ValueError: its config.json is damaged.
+        FileNotFoundError: there is no run. ValueError: its config.json is damaged, or not one of this version.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -501,6 +501,12 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict) or "preset" not in config:
         raise ValueError(f"{path} is not the config.json of a run: it has no key 'preset'")
+    # Runs of an earlier version do not name these.
+    config = {name: signature(train).parameters[name].default for name in ("precision", "cuda_graph")} | config
+    if lacking := [name for name in signature(train).parameters if name not in {"resume", "progress", *config}]:
+        raise ValueError(f"{path} is not complete: it has no key {', '.join(map(repr, lacking))}")
+    if config["preset"] not in PRESETS:
+        raise ValueError(f"{path}: got preset {config['preset']!r}; accepted: {', '.join(map(repr, PRESETS))}")
     return config
 
 
@@ -513,8 +519,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     defaults = {name: parameter.default for name, parameter in signature(train).parameters.items()}
-    # Runs of an earlier version do not name these.
-    config = {name: defaults[name] for name in ("precision", "cuda_graph")} | read_run(folder)
+    config = read_run(folder)
     changed = [key for key, value in given.items() if value not in (defaults[key], config[key]) and key != "epochs"]
     if changed:
         raise ValueError(

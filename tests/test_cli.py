@@ -70,6 +70,11 @@ def test_errors_are_one_line(run, tmp_path):
     unfinished.mkdir()
     (unfinished / "config.json").write_text((run / "config.json").read_text())
     assert f"continue it with train --resume {unfinished}" in fails("evaluate", unfinished)
+    config = json.loads((run / "config.json").read_text())
+    for change, says in (({"preset": "vae"}, "got preset 'vae'; accepted: 'elbo'"), ({}, "it has no key 'binarize'")):
+        changed = {key: value for key, value in config.items() if key != "binarize" or change} | change
+        (unfinished / "config.json").write_text(json.dumps(changed))
+        assert says in fails("evaluate", unfinished) and says in fails("report", json.dumps([str(unfinished)]))
 
 
 def test_bad_options_and_config_keys(tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import tempfile
 import urllib.error
@@ -628,8 +629,9 @@ def test_dot_leads_to_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(20):
         save(tmp_path / "digits" / f"{i}.png", random_images(4, 5))
-    data = load_data("./digits")
-    assert (data.name, data.shape, data.levels) == ("digits", (1, 4, 5), 256)
+    for name in ("./digits", Path("digits")):
+        data = load_data(name)
+        assert (data.name, data.shape, data.levels) == ("digits", (1, 4, 5), 256)
     assert len(data.test_images) == 2 and load_data("digits").shape == (1, 8, 8)
 
 
@@ -663,13 +665,11 @@ def test_missing_package(tmp_path, monkeypatch, module, package):
             load_data(name)
 
 
-def test_import_needs_torch_and_numpy_only(monkeypatch):
-    for name in ("sklearn", "PIL", "pandas", "scipy", "matplotlib"):
-        monkeypatch.setitem(sys.modules, name, None)
-    # Both places that hold the module are put back afterwards, so that no other test meets a second copy.
-    monkeypatch.setattr("infovae_fast.data", sys.modules["infovae_fast.data"])
-    monkeypatch.delitem(sys.modules, "infovae_fast.data")
-    importlib.import_module("infovae_fast.data")
+def test_import_needs_torch_and_numpy_only():
+    code = """import sys
+sys.modules |= dict.fromkeys(("sklearn", "PIL", "pandas", "scipy", "matplotlib"))
+import infovae_fast.data, infovae_fast.data_files"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_digits():

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_mutual_information_extremes():
     assert mutual_information(posterior, posterior.rsample()) == pytest.approx(math.log(500), rel=1e-12)
 
 
-def test_mutual_information_is_the_double_loop():
+@pytest.mark.parametrize("lost", [1e-4, 0.0])  # 0: by differences
+def test_mutual_information_is_the_double_loop(lost, monkeypatch):
     torch.manual_seed(0)
     mu, logvar = torch.randn(30, 2, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
     z = Posterior(mu, logvar).rsample()
@@ -60,8 +62,9 @@ def test_mutual_information_is_the_double_loop():
         ]
         total += math.log(densities[i]) - math.log(sum(densities) / 30)
     module = sys.modules[mutual_information.__module__]
+    monkeypatch.setattr(module, "LOST", lost)
     for rows in (7, 1024):
-        module.ROWS = rows
+        monkeypatch.setattr(module, "ENTRIES", rows * (60 if lost == 0 else 30))
         assert mutual_information(Posterior(mu, logvar), z) == pytest.approx(total / 30, rel=1e-12)
 
 
@@ -88,11 +91,17 @@ def test_mutual_information_needs_a_draw_of_each():
     mu = torch.zeros(5, 2)
     for z in (torch.zeros(1, 2), torch.zeros(4, 2), torch.zeros(2)):
         with pytest.raises(
-            ValueError, match=r"z: got shape .*, and mu of shape \(5, 2\); accepted: one draw from each"
+            ValueError, match=r"got shapes z .*, mu \(5, 2\), logvar \(5, 2\); accepted: one draw from each"
         ):
             mutual_information(Posterior(mu, mu), z)
-    with pytest.raises(ValueError, match="z: got shape"):
+    with pytest.raises(ValueError, match="got shapes z"):
         mutual_information(Posterior(mu[:0], mu[:0]), mu[:0])
+    with pytest.raises(ValueError, match=r"mu \(\d+, \d+\), logvar \(1, \d+\)"):
+        mutual_information(Posterior(mu, mu[:1]), mu)
+    broken = mu.clone()
+    broken[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="logvar: got 1 values that are not finite"):
+        mutual_information(Posterior(mu, broken), mu)
 
 
 def test_metrics_leave_the_model_as_it_was():
@@ -125,6 +134,17 @@ def test_summary():
     test = metrics["test"]
     assert test["log_likelihood"] >= -test["reconstruction"] - test["kl"] - 1  # the ELBO is a lower bound
     assert 1 <= test["effective_samples"] <= 5 == test["importance_samples"]
+
+
+def test_summary_of_too_few_draws_or_images():
+    data = load_data("digits", train_size=20)
+    model = InfoVAE.from_config(data.shape, 2, prior="uniform")
+    with pytest.raises(ValueError, match="n_samples: got 0; accepted: 1 or more"):
+        summarize(model, data, n_samples=0)
+    one = replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])
+    assert (
+        summarize(InfoVAE.from_config(data.shape, 2), one, n_samples=2)["test"]["log_likelihood_standard_error"] is None
+    )
 
 
 def test_summary_where_the_prior_has_no_density():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from infovae_fast.pictures import figure_png, latent_png, loss_curves
+from infovae_fast.pictures import figure_png, image_png, latent_png, loss_curves
 from infovae_fast.report import METRICS, image_grid, number, save_png, write_report
 from infovae_fast.reproduce import small_data
 from infovae_fast.training import train
@@ -153,13 +153,13 @@ def test_main_job_has_as_many_steps_for_every_size():
     ],
 )
 def test_verdict_says_what_the_numbers_say(elbo, mmd, says):
-    sentence = small_data.verdict({100: [elbo, mmd], 1437: [elbo, mmd]})
+    sentence = small_data.verdict({100: [[elbo, elbo], [mmd]], 1437: [[elbo], [mmd, mmd]]})
     assert says in sentence
     assert f"{elbo:+.2f} (ELBO-VAE) and {mmd:+.2f} (MMD-VAE) with 100 images".replace("-0", "−0") in sentence
 
 
 def test_verdict_names_the_sizes_that_disagree():
-    sentence = small_data.verdict({100: [2.0, 0.5], 400: [1.0, 0.5], 1437: [0.1, 0.5]})
+    sentence = small_data.verdict({100: [[2.0], [0.5]], 400: [[1.0], [0.5]], 1437: [[1.0], [1.5, -1.5]]})
     assert "holds here with 100, 400 images, but not with 1437" in sentence
 
 
@@ -256,6 +256,9 @@ def test_image_grid_refuses_what_it_cannot_show():
             image_grid(images)
     with pytest.raises(ValueError, match="columns: got 0; accepted: 1 or more"):
         image_grid(torch.rand(2, 1, 8, 8), columns=0)
+    for show, shape in ((image_grid, (2, 1, 8, 8)), (image_png, (1, 8, 8))):
+        with pytest.raises(TypeError, match=r"got torch\.uint8; accepted: floating point in"):
+            show(torch.ones(shape, dtype=torch.uint8))
 
 
 def test_figures_leave_matplotlib_as_it_was():

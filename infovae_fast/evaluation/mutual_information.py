@@ -24,11 +24,15 @@ def mutual_information(posterior: Posterior, z: Tensor) -> float:
     deviations of a posterior apart, differences do, which take longer. Memory O(N D).
 
     Raises:
-        ValueError: no points, or z of another shape than mu.
+        ValueError: no points, z of another shape than mu or logvar, or a number that is not finite.
     """
-    if z.ndim != 2 or z.shape != posterior.mu.shape or len(z) == 0:
-        shapes = f"z: got shape {tuple(z.shape)}, and mu of shape {tuple(posterior.mu.shape)}"
-        raise ValueError(f"{shapes}; accepted: one draw from each of N posteriors, both [N, D]")
+    given = {"z": z, "mu": posterior.mu, "logvar": posterior.logvar}
+    if z.ndim != 2 or not z.shape == posterior.mu.shape == posterior.logvar.shape or len(z) == 0:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
+        raise ValueError(f"got shapes {shapes}; accepted: one draw from each of N posteriors, all [N, D]")
+    for name, t in given.items():
+        if bad := int((~t.isfinite()).sum()):
+            raise ValueError(f"{name}: got {bad} values that are not finite; accepted: finite ones")
     mu, logvar, z = posterior.mu.double(), posterior.logvar.double(), z.double()
     posterior = Posterior(mu, logvar)
     own = posterior.log_prob(z)  # [N]

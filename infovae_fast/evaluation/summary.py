@@ -36,8 +36,14 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
         for "train" and "test": images (their number), reconstruction (-log p(x|z)), kl, log_det_covariance,
         full_set_mmd, mutual_information; for "test" also log_likelihood, log_likelihood_standard_error (of the mean
         over the images, both sources of noise), effective_samples (the median) and importance_samples. None where not
-        defined: kl and those of the log-likelihood where the prior has no density, the others of too few images.
+        defined: kl and those of the log-likelihood where the prior has no density, the others of too few images. Of
+        grey values under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what is made of it no log-likelihood.
+
+    Raises:
+        ValueError: n_samples below 1.
     """
+    if n_samples < 1:  # before what takes long
+        raise ValueError(f"n_samples: got {n_samples}; accepted: 1 or more")
     device = next(model.parameters()).device
     size = DECODED if model.autoregressive else BATCH
     metrics: dict[str, Any] = {}
@@ -72,7 +78,7 @@ def _log_likelihood(model: InfoVAE, batches: Sequence[Tensor], n_samples: int) -
     value = torch.cat([p.log_likelihood for p in parts])
     return {
         "log_likelihood": value.mean().item(),
-        "log_likelihood_standard_error": (value.std(correction=0) / len(value) ** 0.5).item(),
+        "log_likelihood_standard_error": (value.std() / len(value) ** 0.5).item() if len(value) > 1 else None,
         "effective_samples": torch.cat([p.effective_samples for p in parts]).median().item(),
         "importance_samples": n_samples,
     }
