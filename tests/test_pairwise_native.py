@@ -49,20 +49,20 @@ def clouds(n, m, d, dtype=torch.float32):
     return torch.randn(n, d, dtype=dtype) + 3, torch.randn(m, d, dtype=dtype) * 1.5 + 3, torch.randn(n, d, dtype=dtype)
 
 
-def holds(out, alone, inputs):
+def holds(out, alone, inputs, weights=WEIGHTS):
     """The accuracy rule for energy and forces on x, and for the energy without them; `near` in float64, whose truth it
     would be."""
     x, y, v, kernel = inputs
 
     def reference(x, y, v):
-        return pairwise.pairwise_reference(x, y, v, kernel, WEIGHTS, True, True)
+        return pairwise.pairwise_reference(x, y, v, kernel, weights, True, True)
 
     truth = reference(*(None if t is None else t.double() for t in (x, y, v)))
     if x.dtype == torch.float64:
         for found, k in ((out[0], 0), (out[1], 1), (alone, 0)):
             near(found, truth[k])
         return
-    yardstick, scale = reference(x, y, v), pairwise_scales(x, y, v, kernel, WEIGHTS)
+    yardstick, scale = reference(x, y, v), pairwise_scales(x, y, v, kernel, weights)
     for found, k in ((out[0], 0), (out[1], 1), (alone, 0)):
         check(found, truth[k], yardstick[k], scale[k], x.dtype)
 
@@ -532,17 +532,17 @@ def test_groups_near_to_and_far_from_the_others(n, dim):
         assert (out[1] - truth[1]).abs().max() <= 3e-6 * truth[1].abs().max()
 
 
-@pytest.mark.parametrize("dim", [6, 20, 200])
-def test_two_far_sources_side_by_side(dim):
+@pytest.mark.parametrize(("dim", "wide"), [(6, 3), (200, 3), (200, 10)])
+def test_two_far_sources_side_by_side(dim, wide):
     """Of a product of both, where pairs of sources are multiplied, phi would be the last digits."""
     torch.manual_seed(dim)
-    bandwidth = 3 * dim**0.5
+    kernel, weights = RBF(wide * dim**0.5), (1.0, -1.0, 1.0)
     for n, m in ((63, 65), (65, 63)):
         x, y = torch.randn(n, dim), 0.3 * torch.randn(m, dim)
-        y[30:32, 1] = 5.5 * bandwidth
-        arguments = {"kernel": RBF(bandwidth), "weights": (1.0, -1.0, 1.0)}
-        out, truth = native(x, y, **arguments)[1], native(x.double(), y.double(), **arguments)[1]
-        assert (out - truth).abs().max() <= 6e-6 * truth.abs().max()  # from an exponent of 10
+        y[30:32, 1] = 5.5 * wide * dim**0.5
+        arguments = {"kernel": kernel, "weights": weights}
+        alone = native(x, y, force=(False, False), **arguments)[0]
+        holds(native(x, y, **arguments), alone, (x, y, None, kernel), weights)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 0.0])
@@ -552,7 +552,7 @@ def test_a_small_coordinate_keeps_its_digits(size):
     for z in (x, y):
         z[:, 3] *= size
     out, truth = native(x, y)[1], native(x.double(), y.double())[1]
-    assert ((out - truth).abs().amax(0) <= 1e-6 * truth.abs().amax(0)).all()
+    assert ((out - truth).abs().amax(0) <= 3e-6 * truth.abs().amax(0)).all()
 
 
 @pytest.mark.parametrize("far", [3.0, 6.0, 10.0, 20.0, 60.0, 900.0])
