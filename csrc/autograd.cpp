@@ -302,6 +302,14 @@ std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, const Tensor& weight, c
     return op.call(x, weight, bias, condition, link, link_weight, s.taps, s.colours, s.gate, keep);
 }
 
+std::tuple<Tensor, Tensor> halves_forward(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& a,
+                                          const Maybe& b, const ConvSettings& s) {
+    using Op = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&,
+                                          at::IntArrayRef, at::IntArrayRef);
+    static const auto op = find<Op>("infovae_fast::masked_conv_halves_forward");
+    return op.call(x, weight, bias, a, b, s.taps, s.colours);
+}
+
 struct Conv : torch::autograd::Function<Conv> {
     static constexpr bool is_traceable = true;
 
@@ -377,6 +385,60 @@ std::tuple<Tensor, Tensor> masked_conv(const Tensor& x, const Tensor& weight, co
         return conv_forward(x, weight, bias, condition, link, link_weight, settings, keep);
     }
     const variable_list out = Conv::apply(x, weight, bias, condition, link, link_weight, settings);
+    return {out[0], out[1]};
+}
+
+struct Halves : torch::autograd::Function<Halves> {
+    static constexpr bool is_traceable = true;
+
+    static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Maybe& bias,
+                                 const Maybe& a, const Maybe& b, const ConvSettings& s) {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        auto [first, second] = halves_forward(x, weight, bias, a, b, s);
+        context->save_for_backward({x, weight});
+        context->saved_data["taps"] = s.taps;
+        context->saved_data["colours"] = s.colours;
+        context->saved_data["bias"] = needs_gradient(bias);
+        context->saved_data["a"] = needs_gradient(a), context->saved_data["b"] = needs_gradient(b);
+        return {first, second};
+    }
+
+    static variable_list backward(AutogradContext* context, variable_list gradients) {
+        using Op = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                      at::IntArrayRef, at::IntArrayRef, bool, bool, bool);
+        static const auto op = find<Op>("infovae_fast::masked_conv_halves_backward");
+        const variable_list saved = context->get_saved_variables();
+        const auto flag = [&](const char* name) { return context->saved_data[name].toBool(); };
+        const bool need_x = context->needs_input_grad(0), need_weight = context->needs_input_grad(1), bias = flag("bias");
+        variable_list out(6);
+        {
+            const at::AutoDispatchBelowADInplaceOrView below;
+            auto [to_x, to_weight, to_bias] =
+                op.call(gradients[0], gradients[1], saved[0], saved[1], context->saved_data["taps"].toIntVector(),
+                        context->saved_data["colours"].toIntVector(), need_x, need_weight, bias);
+            if (need_x) out[0] = to_x;
+            if (need_weight) out[1] = to_weight;
+            if (bias) out[2] = to_bias;
+        }
+        if (flag("a")) out[3] = gradients[0];
+        if (flag("b")) out[4] = gradients[1];
+        if (at::GradMode::is_enabled()) {  // create_graph
+            const auto inputs = torch::autograd::collect_next_edges(saved[0], saved[1], gradients[0], gradients[1]);
+            for (int k = 0; k < 3; ++k) {
+                if (out[k].defined()) out[k] = differentiable_once(out[k], inputs);
+            }
+        }
+        return out;
+    }
+};
+
+std::tuple<Tensor, Tensor> masked_conv_halves(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& a,
+                                              const Maybe& b, at::IntArrayRef taps, at::IntArrayRef colours) {
+    const ConvSettings settings{taps, colours, ""};
+    const bool gradient = x.requires_grad() || weight.requires_grad() || needs_gradient(bias) || needs_gradient(a) ||
+                          needs_gradient(b);
+    if (!gradient || !at::GradMode::is_enabled()) return halves_forward(x, weight, bias, a, b, settings);
+    const variable_list out = Halves::apply(x, weight, bias, a, b, settings);
     return {out[0], out[1]};
 }
 
@@ -500,6 +562,10 @@ TORCH_LIBRARY_FRAGMENT(infovae_fast, m) {
           "int[] taps, int[] colours, str gate, bool keep) -> (Tensor out, Tensor f)",
           {at::Tag::pt2_compliant_tag});
     m.impl("masked_conv", torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, masked_conv));
+    m.def("masked_conv_halves(Tensor x, Tensor weight, Tensor? bias, Tensor? added, Tensor? added_b, int[] taps, "
+          "int[] colours) -> (Tensor a, Tensor b)",
+          {at::Tag::pt2_compliant_tag});
+    m.impl("masked_conv_halves", torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, masked_conv_halves));
 }
 
 }  // namespace infovae_fast

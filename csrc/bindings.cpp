@@ -190,6 +190,8 @@ ConvBackward masked_conv_backward_empty(const Tensor& /*gradient*/, const Maybe&
             make(to_condition, {x.sym_size(0), weight.sym_size(2)})};
 }
 
+constexpr std::string_view kHalves = "halves";  // in place of a gate
+
 MaskedConv conv_of(const Tensor& x, const Tensor& weight, at::IntArrayRef taps, at::IntArrayRef colours,
                    std::string_view gate) {
     const at::ScalarType type = x.scalar_type();
@@ -257,6 +259,11 @@ Number number_of(const Tensor& x) {
            : type == at::kBFloat16 ? Number::bfloat16
            : type == at::kFloat    ? Number::float32
                                    : Number::float64;
+}
+int processors_of(const Tensor& x) {
+    int processors = 1;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
+    return processors;
 }
 // May the products of x lose no digits? Where PyTorch does not say, as it may for single backends, they may not.
 bool exact(const Tensor& x) {
@@ -337,8 +344,7 @@ ConvBackward masked_conv_backward_native(const Tensor& gradient, const Maybe& ex
 #ifdef WITH_CUDA
     if (x.is_cuda()) {
         const c10::cuda::CUDAGuard guard(x.device());
-        int processors = 1;
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
+        const int processors = processors_of(x);
         const Number number = number_of(x);
         const auto wanted = results(static_cast<void*>(nullptr));
         const size_t bytes = masked_conv_cuda_workspace(number, conv, links.channels, wanted, processors);
@@ -358,6 +364,76 @@ ConvBackward masked_conv_backward_native(const Tensor& gradient, const Maybe& ex
     });
     return out;
 }
+
+std::tuple<Tensor, Tensor> masked_conv_halves_forward_empty(const Tensor& x, const Tensor& weight, const Maybe& /*bias*/,
+                                                            const Maybe& /*added*/, const Maybe& /*added_b*/,
+                                                            at::IntArrayRef /*taps*/, at::IntArrayRef /*colours*/) {
+    const c10::SymInt half = weight.sym_size(2) / 2;
+    return {image(x, half), image(x, half)};
+}
+
+using HalvesBackward = std::tuple<Tensor, Tensor, Tensor>;
+
+HalvesBackward masked_conv_halves_backward_empty(const Tensor& /*gradient*/, const Tensor& /*gradient_b*/, const Tensor& x,
+                                                 const Tensor& weight, at::IntArrayRef /*taps*/,
+                                                 at::IntArrayRef /*colours*/, bool to_x, bool to_weight, bool to_bias) {
+    const auto make = [&](bool wanted, c10::SymIntArrayRef shape) {
+        return wanted ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
+    };
+    return {image(x, to_x ? x.sym_size(1) : 0), make(to_weight, weight.sym_sizes()), make(to_bias, {weight.sym_size(2)})};
+}
+
+#ifdef WITH_CUDA
+std::tuple<Tensor, Tensor> masked_conv_halves_forward_cuda(const Tensor& x, const Tensor& weight, const Maybe& bias,
+                                                           const Maybe& added, const Maybe& added_b, at::IntArrayRef taps,
+                                                           at::IntArrayRef colours) {
+    const MaskedConv conv = conv_of(x, weight, taps, colours, kHalves);
+    auto out = masked_conv_halves_forward_empty(x, weight, bias, added, added_b, taps, colours);
+    if (x.numel() == 0) return out;
+    const auto half = [&](const Maybe& t) { return t.has_value() ? pixels(*t, x, conv.cout / 2) : Tensor(); };
+    const Tensor xs = pixels(x, x, conv.cin), ws = weight.contiguous(), as = half(added), bs = half(added_b);
+    const Tensor biases = bias.has_value() ? bias->contiguous() : Tensor();
+    check_beside(weight, x);
+    if (biases.defined()) {
+        check_beside(biases, x);
+        TORCH_CHECK_VALUE(biases.dim() == 1 && biases.size(0) == conv.cout, "bias: got shape ", biases.sizes(),
+                          "; accepted: [", conv.cout, "]");
+    }
+    const c10::cuda::CUDAGuard guard(x.device());
+    const char* error = masked_conv_halves_cuda(
+        number_of(x), exact(x), conv, raw(xs), raw(ws), raw(biases), {raw(as), raw(bs)},
+        {std::get<0>(out).mutable_data_ptr(), std::get<1>(out).mutable_data_ptr()},
+        c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "masked_conv_halves on ", x.device(), ": ", error);
+    return out;
+}
+
+HalvesBackward masked_conv_halves_backward_cuda(const Tensor& gradient, const Tensor& gradient_b, const Tensor& x,
+                                                const Tensor& weight, at::IntArrayRef taps, at::IntArrayRef colours,
+                                                bool to_x, bool to_weight, bool to_bias) {
+    const MaskedConv conv = conv_of(x, weight, taps, colours, kHalves);
+    auto out = masked_conv_halves_backward_empty(gradient, gradient_b, x, weight, taps, colours, to_x, to_weight, to_bias);
+    auto& [x_gradient, weight_gradient, bias_gradient] = out;
+    if (x.numel() == 0) {
+        weight_gradient.zero_(), bias_gradient.zero_();
+        return out;
+    }
+    const Tensor a = pixels(gradient, x, conv.cout / 2), b = pixels(gradient_b, x, conv.cout / 2);
+    const Tensor xs = pixels(x, x, conv.cin), ws = weight.contiguous();
+    check_beside(weight, x);
+    const ConvGradients<void> wanted{raw_result(x_gradient), raw_result(weight_gradient), nullptr, nullptr, nullptr,
+                                     raw_result(bias_gradient), nullptr};
+    const c10::cuda::CUDAGuard guard(x.device());
+    const int processors = processors_of(x);
+    const size_t bytes = masked_conv_halves_cuda_workspace(number_of(x), conv, wanted, processors);
+    const Tensor workspace = at::empty({int64_t(bytes)}, x.options().dtype(at::kByte));
+    const char* error = masked_conv_halves_gradients_cuda(
+        number_of(x), exact(x), conv, raw(xs), raw(ws), {raw(a), raw(b)}, wanted, workspace.mutable_data_ptr(), processors,
+        c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "masked_conv_halves on ", x.device(), ": ", error);
+    return out;
+}
+#endif
 
 std::tuple<Tensor, Tensor> logistic_mixture_empty(const Tensor& params, const Tensor& /*x*/, int64_t /*levels*/,
                                                   bool gradient) {
@@ -669,6 +745,14 @@ TORCH_LIBRARY(infovae_fast, m) {
           "Tensor link_gradient, Tensor link_weight_gradient, Tensor f_gradient, Tensor bias_gradient, "
           "Tensor condition_gradient)",
           {at::Tag::pt2_compliant_tag});
+    // The halves of f, each with an image added; and from gradients to both those to what is asked for.
+    m.def("masked_conv_halves_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? added, Tensor? added_b, int[] taps, "
+          "int[] colours) -> (Tensor a, Tensor b)",
+          {at::Tag::pt2_compliant_tag});
+    m.def("masked_conv_halves_backward(Tensor gradient, Tensor gradient_b, Tensor x, Tensor weight, int[] taps, "
+          "int[] colours, bool to_x, bool to_weight, bool to_bias) -> (Tensor x_gradient, Tensor weight_gradient, "
+          "Tensor bias_gradient)",
+          {at::Tag::pt2_compliant_tag});
     // -log P of each example, [N], and if wanted its gradient to params.
     m.def("logistic_mixture(Tensor params, Tensor x, int levels, bool gradient) -> (Tensor nll, Tensor gradient)",
           {at::Tag::pt2_compliant_tag});
@@ -708,6 +792,8 @@ TORCH_LIBRARY_IMPL(infovae_fast, CUDA, m) {
     m.impl("pairwise", pairwise_native);
     m.impl("masked_conv_forward", masked_conv_forward_native);
     m.impl("masked_conv_backward", masked_conv_backward_native);
+    m.impl("masked_conv_halves_forward", masked_conv_halves_forward_cuda);
+    m.impl("masked_conv_halves_backward", masked_conv_halves_backward_cuda);
     m.impl("draw_images", draw_images_cuda);
     m.impl("resident", resident_cuda_op);
 }
@@ -718,6 +804,8 @@ TORCH_LIBRARY_IMPL(infovae_fast, Meta, m) {
     m.impl("resident", resident_empty);
     m.impl("masked_conv_forward", masked_conv_forward_empty);
     m.impl("masked_conv_backward", masked_conv_backward_empty);
+    m.impl("masked_conv_halves_forward", masked_conv_halves_forward_empty);
+    m.impl("masked_conv_halves_backward", masked_conv_halves_backward_empty);
     m.impl("logistic_mixture", logistic_mixture_empty);
 }
 

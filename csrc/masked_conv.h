@@ -7,7 +7,7 @@
 
 namespace infovae_fast {
 
-enum class Gate { none, tanh, glu };
+enum class Gate { none, tanh, glu, halves };  // halves: none, but two results
 
 struct Tap {
     int64_t dy, dx;
@@ -29,7 +29,7 @@ struct MaskedConv {
     int64_t n, h, w, cin, cout;
     std::vector<Tap> taps;
     Colours colours;
-    bool gated;  // then each half of the output channels is grouped alike
+    bool gated;  // or Gate::halves: then each half of the output channels is grouped alike
 
     int64_t input_group(int64_t c) const { return colours.of(c, cin); }
     int64_t output_group(int64_t c) const { return colours.of(gated ? c % (cout / 2) : c, gated ? cout / 2 : cout); }
@@ -81,5 +81,20 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
                                        const Link<void>& link, Gate gate, const void* f, const void* out_gradient,
                                        const void* extra, const ConvGradients<void>& result, void* workspace,
                                        int processors, void* stream);
+
+// The halves of f as images of their own, [n, h, w, cout / 2], each with such an image added that may be null; and from
+// gradients to both those to x, weight and bias, which may be null.
+template <typename T>
+struct Halves {
+    T *a, *b;
+};
+const char* masked_conv_halves_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
+                                    const void* bias, const Halves<const void>& added, const Halves<void>& out, void* stream);
+size_t masked_conv_halves_cuda_workspace(Number number, const MaskedConv& conv, const ConvGradients<void>& result,
+                                         int processors);
+const char* masked_conv_halves_gradients_cuda(Number number, bool exact, const MaskedConv& conv, const void* x,
+                                              const void* weight, const Halves<const void>& out_gradient,
+                                              const ConvGradients<void>& result, void* workspace, int processors,
+                                              void* stream);
 
 }  // namespace infovae_fast

@@ -246,6 +246,30 @@ BACKENDS = (
 )
 
 
+def _halves_native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, added_b: Tensor | None, mask: Mask
+) -> tuple[Tensor, Tensor]:
+    offsets = [offset for tap in mask.taps for offset in tap]
+    op = torch.ops.infovae_fast.masked_conv_halves.default
+    return tuple(op(x, weight, bias, added, added_b, offsets, _colours(mask)))
+
+
+def halves_by_two(row: Backend) -> Backend:
+    """Of a backend that has no kernel for both halves: two of its convolutions."""
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, added_b: Tensor | None, mask: Mask
+    ) -> tuple[Tensor, ...]:
+        biases = (None, None) if bias is None else bias.chunk(2)
+        halves = zip(weight.chunk(2, 2), biases, (added, added_b), strict=True)
+        return tuple(row.run(x, w.contiguous(), b, more, None, mask)[0] for w, b, more in halves)
+
+    return row._replace(run=run)
+
+
+HALVES = (BACKENDS[0]._replace(run=_halves_native), *map(halves_by_two, BACKENDS[1:]))
+
+
 def masked_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -286,6 +310,40 @@ def masked_conv2d(
     return _run(mask, x, weight, bias, condition, backend, link=link)[0]
 
 
+def masked_conv2d_halves(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    added: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    window: str,
+    kernel_size: int,
+    data_channels: int = 1,
+    group_order: str = "interleaved",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The halves of f apart, each with an image added, [N, Cout/2, H, W]:
+
+        a = f_a + added[0],    b = f_b + added[1]
+
+    They are two convolutions of one image, as the residual and the skip of a gated layer are. `cuda` makes both at once
+    and in one product the gradient to x; the other backends are two of `masked_conv2d`. Each half is grouped alike.
+
+    Args:
+        weight, bias: [taps, Cin, Cout] and [Cout], of both.
+        added: two images [N, Cout/2, H, W]; None for none.
+        x, window, kernel_size, data_channels, group_order, backend: those of `masked_conv2d`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `masked_conv2d`.
+    """
+    mask = Mask(window, kernel_size, data_channels, group_order)
+    tensors = _checked_halves(mask, x, weight, bias, *added)
+    run = choose("masked_conv", HALVES, backend, *tensors, mask)
+    with _without_autocast(x):
+        return run(*tensors, mask)
+
+
 def _run(
     mask: Mask,
     x: Tensor,
@@ -299,9 +357,13 @@ def _run(
     """(out, f); f only counts if it is to be kept."""
     inputs = (*_checked(mask, x, weight, bias, condition, link), mask, keep_f)
     run = choose("masked_conv", BACKENDS, backend, *inputs)
-    device = x.device.type  # torch.compile of older releases does not trace torch.amp.is_autocast_available
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+    with _without_autocast(x):
         return run(*inputs)
+
+
+def _without_autocast(x: Tensor) -> Any:
+    device = x.device.type  # torch.compile of older releases does not trace torch.amp.is_autocast_available
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 class MaskedConv2d(nn.Module):
@@ -351,6 +413,13 @@ class MaskedConv2d(nn.Module):
     def with_f(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(out, f): also what goes into the gate, [N, Cout, H, W]."""
         return _run(self.mask, x, self.weight, self.bias, condition, self.backend, keep_f=True)
+
+    def halves(self, x: Tensor, added: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """`masked_conv2d_halves` with these parameters; without a gate."""
+        window, kernel_size, data_channels, group_order, _ = self.mask
+        given: dict[str, Any] = {"group_order": group_order, "backend": self.backend}
+        sizes: dict[str, Any] = {"window": window, "kernel_size": kernel_size, "data_channels": data_channels}
+        return masked_conv2d_halves(x, self.weight, self.bias, added, **sizes, **given)
 
     def extra_repr(self) -> str:
         _, cin, cout = self.weight.shape
@@ -460,33 +529,9 @@ def _checked(
         raise TypeError(f"link: got {type(link).__name__}; accepted: (values [N, Clink, H, W], weight [Clink, Cout])")
     values, matrix = (None, None) if link is None else link
     named = {"x": x, "weight": weight, "bias": bias, "condition": condition, "link": values, "link_weight": matrix}
-    needed = ("x", "weight") if link is None else ("x", "weight", "link", "link_weight")
-    given: dict[str, Any] = {name: t for name, t in named.items() if t is not None or name in needed}
-    for name, t in given.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor")
-        if not t.is_floating_point() or t.dtype.itemsize == 1:
-            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
-    if all(t.dtype.itemsize <= 4 for t in given.values()):
-        half = _autocast_to(given["x"].device.type)
-        if half is not None or len({t.dtype for t in given.values()}) > 1:
-            given = {name: t.to(half or torch.float32) for name, t in given.items()}
+    given = _of_one_kind(named, ("x", "weight") if link is None else ("x", "weight", "link", "link_weight"))
     x, weight = given["x"], given["weight"]
-    for name, t in given.items():
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name}: got dtype {t.dtype}, but x is {x.dtype}; convert one of them")
-        if t.device != x.device:
-            raise ValueError(f"{name}: is on {t.device}, but x on {x.device}; move one of them")
-    if x.ndim != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, Cin, H, W]; x[None] makes a batch of one image")
-    _check_weight(mask, weight)
-    (n, channels, h, w), (_, cin, cout) = x.shape, weight.shape
-    if channels != cin:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}; accepted: [N, {cin}, H, W], because weight reads {cin} channels"
-        )
-    if bias is not None and bias.shape != (cout,):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}; accepted: [Cout] = {(cout,)}")
+    n, cout, h, w = _checked_shapes(mask, x, weight, bias)
     if condition is not None and condition.shape not in ((n, cout), (n, cout, h, w)):
         raise ValueError(
             f"condition: got shape {tuple(condition.shape)}; accepted: [N, Cout] = {(n, cout)} or "
@@ -503,3 +548,57 @@ def _checked(
             f"[{n}, Clink, {h}, {w}] and a weight [Clink, Cout] = [Clink, {cout}], Clink at least 1"
         )
     return [*checked, (values, matrix)]
+
+
+def _checked_halves(
+    mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, added_b: Tensor | None
+) -> list[Any]:
+    """The tensors, checked, with one dtype."""
+    named = {"x": x, "weight": weight, "bias": bias, "added[0]": added, "added[1]": added_b}
+    given = _of_one_kind(named, ("x", "weight"))
+    n, cout, h, w = _checked_shapes(mask, given["x"], given["weight"], bias)
+    if cout % (2 * mask.groups):
+        raise ValueError(
+            f"weight: got Cout={cout}; accepted: a multiple of {2 * mask.groups}, two halves of all groups"
+        )
+    shape = (n, cout // 2, h, w)
+    for name in ("added[0]", "added[1]"):
+        if name in given and given[name].shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(given[name].shape)}; accepted: [N, Cout/2, H, W] = {shape}")
+    return [given.get(name) for name in named]
+
+
+def _of_one_kind(named: dict[str, Any], needed: Sequence[str]) -> dict[str, Any]:
+    """The tensors that are given, of one dtype and device."""
+    given = {name: t for name, t in named.items() if t is not None or name in needed}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor")
+        if not t.is_floating_point() or t.dtype.itemsize == 1:
+            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
+    if all(t.dtype.itemsize <= 4 for t in given.values()):
+        half = _autocast_to(given["x"].device.type)
+        if half is not None or len({t.dtype for t in given.values()}) > 1:
+            given = {name: t.to(half or torch.float32) for name, t in given.items()}
+    x = given["x"]
+    for name, t in given.items():
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, but x is {x.dtype}; convert one of them")
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, but x on {x.device}; move one of them")
+    return given
+
+
+def _checked_shapes(mask: Mask, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int, int]:
+    """(N, Cout, H, W)."""
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, Cin, H, W]; x[None] makes a batch of one image")
+    _check_weight(mask, weight)
+    (n, channels, h, w), (_, cin, cout) = x.shape, weight.shape
+    if channels != cin:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}; accepted: [N, {cin}, H, W], because weight reads {cin} channels"
+        )
+    if bias is not None and bias.shape != (cout,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}; accepted: [Cout] = {(cout,)}")
+    return n, cout, h, w

@@ -25,6 +25,7 @@ def gpu_kernels_without_a_gpu() -> None:
     from infovae_fast import gated_residual, logistic_mixture, masked_conv, pairwise
     from infovae_fast.backends import Backend, transforms, triton_missing
     from tests.simt.masked_conv import run as simt_conv
+    from tests.simt.masked_conv import run_halves as simt_halves
     from tests.simt.pairwise import leaf
 
     def cuda_reason(x: torch.Tensor, *inputs: Any) -> str | None:
@@ -62,11 +63,14 @@ def gpu_kernels_without_a_gpu() -> None:
             conv_kernels.weight_tile = lambda rows, columns, *_: tile(block(rows), block(columns), 256, 4, 1)
             conv_kernels.gate_tile = lambda columns, *_: tile(256, block(columns), 0, 4, 1)
             conv_kernels.PROGRAMS = 1
-            masked_conv.BACKENDS += (Backend("triton", conv_reason, masked_conv._masked_conv_triton),)
+            triton_conv = Backend("triton", conv_reason, masked_conv._masked_conv_triton)
+            masked_conv.BACKENDS += (triton_conv,)
+            masked_conv.HALVES += (masked_conv.halves_by_two(triton_conv),)
             mixture_kernels.NUMBERS *= 128
             residual_kernels.VECTORS *= 128
             residual_kernels.PAIR_VECTORS *= 128
         masked_conv.BACKENDS += (Backend("cuda", cuda_conv_reason, simt_conv),)
+        masked_conv.HALVES += (Backend("cuda", cuda_conv_reason, simt_halves),)
         pairwise.BACKENDS += (
             Backend("cuda", cuda_reason, partial(pairwise._run_leaf, lambda: leaf)),
             Backend("triton", triton_reason, partial(pairwise._run_leaf, pairwise._triton)),

@@ -69,7 +69,9 @@ template <bool MIRRORED, typename T>
 __device__ __forceinline__ Place<T> place_of(const Work<T>& w, const Column& c, bool seen, int64_t first) {
     if (!seen) return {w.source, kNoRow, 0, 0};
     const int dy = MIRRORED ? -w.tap[c.tap].dy : w.tap[c.tap].dy, dx = MIRRORED ? -w.tap[c.tap].dx : w.tap[c.tap].dx;
-    return {w.source + (first + dy * w.w + dx) * w.in + c.channel, dy, dx, w.in};
+    const int64_t at = (first + dy * w.w + dx) * w.source_channels + c.channel;
+    if (MIRRORED && c.channel >= w.source_channels) return {w.source_b + (at - w.source_channels), dy, dx, w.source_channels};
+    return {w.source + at, dy, dx, w.source_channels};
 }
 
 // V numbers to shared memory, or `instead` and zeros. More than one come later, when the pipeline says so.
@@ -215,10 +217,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         T* const right = left + R::left;
         const bool linked = !MIRRORED && step >= own_steps;
         const int k = (linked ? step - own_steps : step) * P::depth, end = linked ? w.links : own;
-        const int channel = k + along;  // of the link
+        const bool wide = linked ? w.wide_link : w.wide_source;
+        const int channel = k + place_in<T, P::depth>(wide);  // of the link
         const Place<T> p = linked ? Place<T>{w.link + first * w.links + channel, channel < end ? 0 : kNoRow, 0, w.links}
                                   : place_of<MIRRORED>(w, column, column.seen<MIRRORED>(w, group), first);
-        by_vector<T>(w.wide_source, [&](auto vector) {
+        by_vector<T>(wide, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
             bring_rows<V, P::depth, P::rows>(left, R::narrow, p.base, p.stride, [&](int row, int k) {
                 if constexpr (V == 1) return inside(w, rows[row].x + p.dy, rows[row].y + p.dx);
@@ -273,6 +276,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         };
         if (!MIRRORED && w.bias != nullptr) read(w.bias + channel, bias);
         int row = int(threadIdx.x) / across;
+        if (!MIRRORED && w.out_b != nullptr) {
+#pragma unroll 2
+            for (; row < end; row += lines) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const T* const added = half == 0 ? w.condition : w.condition_b;
+                    const int64_t at = (first + row) * w.out_channels + channel;
+                    Vector<SumOf<T>, V> value = vector_at<V>(sums + row * Tile<T, NB>::pitch + c + half * columns);
+                    value += widened(bias[half]);
+                    if (added != nullptr) value += widened(vector_at<V>(added + at));
+                    write((half == 0 ? w.out : w.out_b) + at, value);
+                }
+            }
+            return;
+        }
         read_condition(row);
         for (; row < end; row += lines) {
             const int64_t pixel = first + row;
@@ -297,13 +315,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
     });
 }
 
-// The gradient to rows (tap, input channel) x NB columns of weight, from a segment of the pixels.
+// The gradient to rows (tap, input channel) x NB columns of weight, then those of the link's, from a segment of the pixels.
 template <typename T, int NB>
 __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_constant__ Work<T> w) {
     using P = Product<T>;
     using R = Room<T, NB>;
     T* const memory = shared_memory<T>();
-    const int first_row = int(blockIdx.x) * P::rows, first_column = int(blockIdx.y) * NB, rows = w.taps * w.in;
+    const int first_row = int(blockIdx.x) * P::rows, first_column = int(blockIdx.y) * NB;
+    const int own = w.taps * w.in, rows = own + w.links;
     const int64_t begin = int64_t(blockIdx.z) * w.segment;
     const int pixels = int(begin + w.segment < w.pixels ? w.segment : w.pixels - begin);
 
@@ -311,8 +330,10 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     const int vector = w.wide_source ? kVector<T> : 1, lines = kThreads / (P::rows / vector);
     const int k = first_row + place_in<T, P::rows>(w.wide_source);
     const int channel = first_column + place_in<T, NB>(w.wide_weight);
-    Place<T> p = place_of<false>(w, Column(w, k), k < rows, begin);
-    const T* gradient = w.gradient + begin * w.out_channels + channel;
+    Place<T> p = place_of<false>(w, Column(w, k), k < own, begin);
+    if (k >= own && k < rows) p = {w.link + begin * w.links + k - own, 0, 0, w.links};
+    const int half = w.gradient_b == nullptr ? w.out_channels : w.out_channels / 2;  // of channels that lie together
+    const T* gradient = channel < half ? w.gradient + begin * half + channel : w.gradient_b + begin * half + channel - half;
     int known = channel < w.out_channels ? pixels : 0;
     const int64_t start = begin + int(threadIdx.x) / (P::rows / vector);
     int y = int(start / w.w % w.h), x = int(start % w.w);  // of the next one
@@ -326,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         by_vector<T>(w.wide_source, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
             // Of the column of ones; a pixel too many meets no gradient.
-            const bool one = w.sums && w.taps * w.in - int(blockIdx.x) * P::rows == place_in<T, P::rows>(V > 1);
+            const bool one = w.sums && w.taps * w.in + w.links - int(blockIdx.x) * P::rows == place_in<T, P::rows>(V > 1);
             bring_rows<V, P::rows, P::depth>(left, R::tall, p.base, p.stride, [&](int row, int) {
                 const bool there = row < last && inside(w, y + p.dy, x + p.dx);
                 x += columns_apart, y += rows_apart;
@@ -337,9 +358,9 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         });
         by_vector<T>(w.wide_weight, [&](auto vector) {
             constexpr int V = decltype(vector)::value;
-            bring_rows<V, NB, P::depth>(right, R::wide, gradient, w.out_channels, [&](int row, int) { return row < known; });
+            bring_rows<V, NB, P::depth>(right, R::wide, gradient, half, [&](int row, int) { return row < known; });
         });
-        p.base += p.stride * P::depth, gradient += w.out_channels * P::depth, known -= P::depth;
+        p.base += p.stride * P::depth, gradient += half * P::depth, known -= P::depth;
     };
     Tile<T, NB> tile;
     pipeline<R::stages>((pixels + P::depth - 1) / P::depth, load, [&](int slot) {
@@ -356,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
     for (int e = int(threadIdx.x); e < P::rows * NB; e += kThreads) {
         const int row = first_row + e / NB, hidden_from = (w.taps - 1) * w.in;
         if (row >= written) return;
-        const bool hidden = w.groups > 1 && row >= hidden_from && row < rows &&
+        const bool hidden = w.groups > 1 && row >= hidden_from && row < own &&
                             w.group_of(row - hidden_from, w.in) >= w.group_of(column, w.grouped) + w.own;
         parts[int64_t(row) * w.out_channels] = hidden ? SumOf<T>(0) : sums[e / NB * Tile<T, NB>::pitch + e % NB];
     }
@@ -481,8 +502,12 @@ struct Addition {
 };
 template <typename T>
 struct Additions {
-    Addition<T> each[4];  // to weight, bias, condition, link_weight
+    Addition<T> each[4];  // to weight, link_weight, bias, condition
     int number = 0;
+
+    void add(const Addition<T>& one) {
+        if (one.out != nullptr && one.size > 0) each[number++] = one;
+    }
 };
 
 // Each warp of a block adds some of the parts, in an order of its own.
@@ -532,46 +557,78 @@ public:
         Work<T> w = work_;
         w.source = x, w.weight = weight, w.link = link.values, w.link_weight = link.weight, w.links = int(link.channels);
         w.bias = bias, w.condition = condition, w.spatial = spatial, w.gate = gate, w.out = out, w.f = f;
-        w.in = w.grouped = int(q.cin), w.out_channels = half_;
-        w.wide_source = whole(w.in) && whole(w.links) && together(w.in) && aligned(x) && aligned(link.values);
+        w.in = w.source_channels = w.grouped = int(q.cin), w.out_channels = half_;
+        w.wide_source = whole(w.in) && together(w.in) && aligned(x), w.wide_link = whole(w.links) && aligned(link.values);
         w.wide_weight = whole(half_) && together(half_) && aligned(weight) && aligned(link.weight);
         w.wide_out = whole(half_) && together(half_) && aligned(out) && aligned(f) && aligned(bias) && aligned(condition);
         return by_width<false>(w, gate == Gate::none ? 1 : 2);
     }
 
-    cudaError_t to_x(const T* f_gradient, const T* weight, T* out) const {
+    // Both halves of f, each beside what is added to it.
+    cudaError_t forward(const T* x, const T* weight, const T* bias, const Halves<const T>& added,
+                        const Halves<T>& out) const {
         Work<T> w = work_;
-        w.source = f_gradient, w.weight = weight, w.out = out, w.gate = Gate::none;
-        w.in = int(q.cout), w.grouped = half_, w.out_channels = int(q.cin);
+        w.source = x, w.weight = weight, w.bias = bias, w.spatial = true, w.gate = Gate::halves;
+        w.condition = added.a, w.condition_b = added.b, w.out = out.a, w.out_b = out.b;
+        w.in = w.source_channels = w.grouped = int(q.cin), w.out_channels = half_;
+        w.wide_source = whole(w.in) && together(w.in) && aligned(x);
+        w.wide_weight = whole(half_) && together(half_) && aligned(weight);
+        w.wide_out = whole(half_) && together(half_) && aligned(bias) && aligned(added) && aligned(out);
+        return by_width<false>(w, 2);
+    }
+
+    // The gradient to f is that of .a alone, or of two halves.
+    cudaError_t to_x(const Halves<const T>& f_gradient, const T* weight, T* out) const {
+        Work<T> w = work_;
+        w.source = f_gradient.a, w.source_b = f_gradient.b, w.weight = weight, w.out = out, w.gate = Gate::none;
+        w.in = int(q.cout), w.source_channels = f_gradient.b == nullptr ? w.in : half_;
+        w.grouped = half_, w.out_channels = int(q.cin);
         w.wide_source = w.wide_weight =
             whole(w.in) && whole(half_) && together(half_) && aligned(f_gradient) && aligned(weight);
         w.wide_out = whole(w.out_channels) && together(w.out_channels) && aligned(out);
         return by_width<true>(w, 1);
     }
 
-    // May the gradient to the bias be a row of that to weight: is there room in a tile, and do products keep the digits?
-    bool room_for_ones() const { return rows(false) % Product<T>::rows != 0 && (work_.exact || sizeof(T) != 4); }
-    // Elements of `parts` that to_weight needs.
-    int64_t weight_parts(bool to_bias, int processors) const {
-        return segments(to_bias, processors) * rows(to_bias) * q.cout;
+    // The rows of a product for gradients to weights: of the weight, of the link's, and one for the bias.
+    struct Rows {
+        int64_t own, links, one;
+
+        int64_t all() const { return own + links + one; }
+    };
+    // The link's are of one product with the weight's where both are read alike.
+    Rows rows(const ConvGradients<void>& wanted, int64_t links, bool bias) const {
+        const bool both = wanted.link_weight != nullptr && whole(q.cin) == whole(links);
+        return {wanted.weight != nullptr ? work_.taps * q.cin : 0, both ? links : 0, bias ? 1 : 0};
+    }
+    // May the gradient to the bias be such a row: is there room in a tile, and do products keep the digits?
+    bool room_for_one(const Rows& rows) const {
+        return rows.own > 0 && rows.all() % Product<T>::rows != 0 && (work_.exact || sizeof(T) != 4);
+    }
+    // Elements of `parts` that `to_weights` needs.
+    int64_t weight_parts(const Rows& rows, int processors) const {
+        return rows.all() > 0 ? segments(rows.all(), processors) * rows.all() * q.cout : 0;
     }
 
-    cudaError_t to_weight(const T* x, const T* f_gradient, T* out, T* to_bias, SumOf<T>* parts, int processors,
-                          Additions<T>& additions) const {
+    cudaError_t to_weights(const T* x, const Link<T>& link, const Halves<const T>& f_gradient, const Rows& rows,
+                           const ConvGradients<T>& result, SumOf<T>* parts, int processors, Additions<T>& additions) const {
         Work<T> w = work_;
-        w.source = x, w.gradient = f_gradient, w.parts = parts, w.sums = to_bias != nullptr;
-        w.in = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
-        w.wide_source = whole(w.in) && aligned(x), w.wide_weight = whole(w.out_channels) && aligned(f_gradient);
-        const int64_t count = segments(w.sums, processors), own = rows(false) * q.cout, stride = rows(w.sums) * q.cout;
+        w.source = x, w.link = link.values, w.gradient = f_gradient.a, w.gradient_b = f_gradient.b, w.parts = parts;
+        w.taps = rows.own > 0 ? w.taps : 0, w.links = int(rows.links), w.sums = rows.one > 0;
+        w.in = w.source_channels = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
+        w.wide_source = whole(w.in) && whole(w.links) && aligned(x) && aligned(link.values);
+        w.wide_weight = whole(f_gradient.b != nullptr ? half_ : w.out_channels) && aligned(f_gradient);
+        const int64_t count = segments(rows.all(), processors), stride = rows.all() * q.cout;
         w.segment = parts_of(parts_of(w.pixels, count), Product<T>::depth) * Product<T>::depth;
+        const auto add = [&](int64_t some, T* out) {
+            additions.add({parts, 1, count, some * q.cout, stride, out}), parts += some * q.cout;
+        };
+        add(rows.own, result.weight), add(rows.links, result.link_weight), add(rows.one, result.bias);
         const auto run = [&](auto columns) {
             constexpr int NB = decltype(columns)::value;
-            const int64_t tiles = parts_of(rows(w.sums), Product<T>::rows);
+            const int64_t tiles = parts_of(rows.all(), Product<T>::rows);
             const dim3 grid(unsigned(tiles), unsigned(parts_of(q.cout, NB)), unsigned(count));
             return launch(weight_kernel<T, NB>, grid, kThreads, Room<T, NB>::all, stream_, w);
         };
-        additions.each[additions.number++] = {parts, 1, count, own, stride, out};
-        if (w.sums) additions.each[additions.number++] = {parts + own, 1, count, q.cout, stride, to_bias};
         return wide(q.cout) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
     }
 
@@ -609,6 +666,8 @@ private:
 
     static bool whole(int64_t channels) { return channels % kVector<T> == 0; }
     static bool aligned(const T* array) { return reinterpret_cast<uintptr_t>(array) % 16 == 0; }  // a view may not be
+    template <typename S>
+    static bool aligned(const Halves<S>& two) { return aligned(two.a) && aligned(two.b); }
     // Are vectors of these channels of one group?
     bool together(int channels) const {
         return work_.groups == 1 || (!work_.interleaved && whole(channels / work_.groups));
@@ -621,7 +680,7 @@ private:
         const int64_t part = w.out_channels / w.groups;
         if constexpr (sizeof(T) == 2) {
             // A link would have to fit too, or to be waited for. The gradient to x of one tap has little to keep.
-            if (keeps(w) && w.links == 0 && !(MIRRORED && w.taps == 1)) {
+            if (keeps(w) && w.links == 0 && !(MIRRORED && (w.taps == 1 || w.source_b != nullptr))) {
                 const Kept kept(w, MIRRORED);
                 Limits here;
                 if (const cudaError_t error = here.find(); error != cudaSuccess) return error;
@@ -629,7 +688,9 @@ private:
                     const int64_t columns = parts_of(part * halves, kKeptColumns);
                     const int64_t most = parts_of(here.processors * blocks, columns);
                     const dim3 grid(unsigned(parts_of(kept.tiles, parts_of(kept.tiles, most))), unsigned(columns));
-                    return launch(kept_kernel<T, MIRRORED>, grid, kKeptThreads, kept.bytes, stream_, w, kept);
+                    const auto run = [&](auto kernel) { return launch(kernel, grid, kKeptThreads, kept.bytes, stream_, w, kept); };
+                    if (MIRRORED || w.gate != Gate::halves) return run(kept_kernel<T, MIRRORED, false>);
+                    return run(kept_kernel<T, false, true>);
                 }
             }
         }
@@ -641,11 +702,10 @@ private:
         return wide(part * halves) ? run(std::integral_constant<int, kMostColumns>{}) : run(std::integral_constant<int, 64>{});
     }
 
-    int64_t rows(bool to_bias) const { return work_.taps * q.cin + (to_bias ? 1 : 0); }  // of the gradient to weight
-    // Of the pixels, for it.
-    int64_t segments(bool to_bias, int processors) const {
+    // Of the pixels, for so many rows of the gradients to weights.
+    int64_t segments(int64_t rows, int processors) const {
         const int64_t columns = wide(q.cout) ? kMostColumns : 64;
-        const int64_t tiles = parts_of(rows(to_bias), Product<T>::rows) * parts_of(q.cout, columns);
+        const int64_t tiles = parts_of(rows, Product<T>::rows) * parts_of(q.cout, columns);
         const int64_t wanted = parts_of(int64_t(processors) * kBlocksPerProcessor, tiles);
         const int64_t segment = parts_of(parts_of(work_.pixels, wanted), Product<T>::depth) * Product<T>::depth;
         return parts_of(work_.pixels, segment);
@@ -657,22 +717,25 @@ template <typename T>
 struct Plan {
     MaskedConv link_conv;  // one tap
     bool bias_by_weight;  // is the bias's gradient that of a weight
-    size_t f_gradient = 0, sums, weight, link_weight, all;
+    typename Conv<T>::Rows rows, link_rows;
+    size_t f_gradient = 0, sums, weights, link_weights, all;
 
-    Plan(const MaskedConv& conv, bool exact, int64_t links, const ConvGradients<void>& result, int processors)
+    // `curved`: f has a gradient of its own, as it goes through a gate.
+    Plan(const MaskedConv& conv, bool curved, bool exact, int64_t links, const ConvGradients<void>& wanted, int processors)
         : link_conv{conv.n, conv.h, conv.w, std::max<int64_t>(links, 1), conv.cout, {{0, 0}}, {}, false} {
         const auto room = [](bool needed, int64_t count, size_t each) {
             return needed ? (size_t(count) * each + 255) / 256 * 256 : 0;
         };
         const Conv<T> own(conv, exact, nullptr), linked(link_conv, exact, nullptr);
-        const int64_t f_size = conv.n * conv.h * conv.w * conv.cout;
-        bias_by_weight = !conv.gated && result.bias != nullptr && result.condition == nullptr &&
-                         result.weight != nullptr && own.room_for_ones();
-        sums = f_gradient + room(conv.gated && result.f == nullptr, f_size, sizeof(T));
-        const int64_t sums_size = conv.n * own.blocks(processors) * conv.cout;
-        weight = sums + room(result.of_pixels() && !bias_by_weight, sums_size, sizeof(SumOf<T>));
-        link_weight = weight + room(result.weight != nullptr, own.weight_parts(bias_by_weight, processors), sizeof(SumOf<T>));
-        all = link_weight + room(result.link_weight != nullptr, linked.weight_parts(false, processors), sizeof(SumOf<T>));
+        bias_by_weight = !curved && wanted.bias != nullptr && wanted.condition == nullptr &&
+                         own.room_for_one(own.rows(wanted, links, false));
+        rows = own.rows(wanted, links, bias_by_weight);
+        link_rows = {wanted.link_weight != nullptr ? links - rows.links : 0, 0, 0};
+        sums = f_gradient + room(curved && wanted.f == nullptr, conv.n * conv.h * conv.w * conv.cout, sizeof(T));
+        weights = sums + room(wanted.of_pixels() && !bias_by_weight, conv.n * own.blocks(processors) * conv.cout,
+                              sizeof(SumOf<T>));
+        link_weights = weights + room(true, own.weight_parts(rows, processors), sizeof(SumOf<T>));
+        all = link_weights + room(true, linked.weight_parts(link_rows, processors), sizeof(SumOf<T>));
     }
 };
 
@@ -698,6 +761,59 @@ const char* too_large(const MaskedConv& conv) {
     return conv.n * parts_of(conv.h * conv.w, kGateRows) > 0x7fffffff ? "too many pixels" : nullptr;
 }
 
+size_t workspace_of(Number number, const MaskedConv& conv, bool curved, int64_t links, const ConvGradients<void>& wanted,
+                    int processors) {
+    if (too_large(conv) != nullptr) return 0;
+    return by_number(number, [&](auto zero) {
+        using P = Plan<decltype(zero)>;
+        return std::max(P(conv, curved, true, links, wanted, processors).all,
+                        P(conv, curved, false, links, wanted, processors).all);
+    });
+}
+
+// A backward pass: its workspace, and what follows when the gradient to f is known.
+template <typename T>
+struct Backward {
+    Plan<T> plan;
+    cudaStream_t stream;
+    Conv<T> own, linked;
+    ConvGradients<T> result;
+    T* f_gradient;
+    SumOf<T> *sums, *weights, *link_weights;  // null: no sums over pixels are wanted, or they come with the weights
+    int processors;
+
+    Backward(const MaskedConv& conv, bool curved, bool exact, int64_t links, const ConvGradients<void>& to, void* workspace,
+             int processors, void* queue)
+        : plan(conv, curved, exact, links, to, processors),
+          stream(static_cast<cudaStream_t>(queue)),
+          own(conv, exact, stream),
+          linked(plan.link_conv, exact, stream),
+          processors(processors) {
+        const auto at = [](void* t) { return static_cast<T*>(t); };
+        const auto room = [&](size_t from) { return static_cast<char*>(workspace) + from; };
+        result = {at(to.x), at(to.weight), at(to.link), at(to.link_weight), at(to.f), at(to.bias), at(to.condition)};
+        f_gradient = reinterpret_cast<T*>(room(plan.f_gradient));
+        const auto parts = [&](size_t from) { return reinterpret_cast<SumOf<T>*>(room(from)); };
+        sums = to.of_pixels() && !plan.bias_by_weight ? parts(plan.sums) : nullptr;
+        weights = parts(plan.weights), link_weights = parts(plan.link_weights);
+    }
+
+    cudaError_t products(const T* x, const T* weight, const Link<T>& link, const Halves<const T>& g,
+                         Additions<T>& additions) const {
+        Errors errors;
+        if (result.x != nullptr) errors += own.to_x(g, weight, result.x);
+        if (result.link != nullptr) errors += linked.to_x(g, link.weight, result.link);
+        if (plan.rows.all() > 0) errors += own.to_weights(x, link, g, plan.rows, result, weights, processors, additions);
+        if (plan.link_rows.all() > 0) {
+            ConvGradients<T> alone{};
+            alone.weight = result.link_weight;
+            errors += linked.to_weights(link.values, {}, g, plan.link_rows, alone, link_weights, processors, additions);
+        }
+        errors += own.add(additions);
+        return errors.first;
+    }
+};
+
 }  // namespace
 
 const char* masked_conv_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
@@ -713,13 +829,26 @@ const char* masked_conv_cuda(Number number, bool exact, const MaskedConv& conv, 
     });
 }
 
-size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, const ConvGradients<void>& result,
-                                  int processors) {
-    if (too_large(conv) != nullptr) return 0;
+const char* masked_conv_halves_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
+                                    const void* bias, const Halves<const void>& added, const Halves<void>& out, void* stream) {
+    if (const char* error = too_large(conv)) return error;
     return by_number(number, [&](auto zero) {
-        using P = Plan<decltype(zero)>;
-        return std::max(P(conv, true, links, result, processors).all, P(conv, false, links, result, processors).all);
+        using T = decltype(zero);
+        const auto in = [](const void* t) { return static_cast<const T*>(t); };
+        return text_of(Conv<T>(conv, exact, static_cast<cudaStream_t>(stream))
+                           .forward(in(x), in(weight), in(bias), {in(added.a), in(added.b)},
+                                    {static_cast<T*>(out.a), static_cast<T*>(out.b)}));
     });
+}
+
+size_t masked_conv_cuda_workspace(Number number, const MaskedConv& conv, int64_t links, const ConvGradients<void>& wanted,
+                                  int processors) {
+    return workspace_of(number, conv, conv.gated, links, wanted, processors);
+}
+
+size_t masked_conv_halves_cuda_workspace(Number number, const MaskedConv& conv, const ConvGradients<void>& wanted,
+                                         int processors) {
+    return workspace_of(number, conv, false, 0, wanted, processors);
 }
 
 const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedConv& conv, const void* x, const void* weight,
@@ -729,38 +858,45 @@ const char* masked_conv_gradients_cuda(Number number, bool exact, const MaskedCo
     if (const char* error = too_large(conv)) return error;
     return by_number(number, [&](auto zero) {
         using T = decltype(zero);
-        const Plan<T> plan(conv, exact, link.channels, result, processors);
-        const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-        const Conv<T> own(conv, exact, queue), linked(plan.link_conv, exact, queue);
+        const Backward<T> pass(conv, conv.gated, exact, link.channels, result, workspace, processors, stream);
         const auto in = [](const void* t) { return static_cast<const T*>(t); };
-        const auto to = [](void* t) { return static_cast<T*>(t); };
-        const auto room = [&](size_t at) { return static_cast<char*>(workspace) + at; };
-        const auto parts = [&](size_t at) { return reinterpret_cast<SumOf<T>*>(room(at)); };
         const T* g = in(out_gradient);
         Errors errors;
         Additions<T> additions;
-        if (conv.gated || (result.of_pixels() && !plan.bias_by_weight)) {
-            T* const f_gradient = !conv.gated ? nullptr : result.f != nullptr ? to(result.f)
-                                                     : reinterpret_cast<T*>(room(plan.f_gradient));
-            SumOf<T>* const sums = result.of_pixels() ? parts(plan.sums) : nullptr;
-            errors += own.to_f(in(f), g, in(extra), f_gradient, sums, processors, gate);
-            const auto add = [&](int64_t outer, int64_t count, void* out) {
-                if (out != nullptr) additions.each[additions.number++] = {sums, outer, count, conv.cout, conv.cout, to(out)};
-            };
-            const int64_t blocks = own.blocks(processors);
-            add(1, conv.n * blocks, result.bias), add(conv.n, blocks, result.condition);
+        if (pass.sums != nullptr || conv.gated) {
+            T* const f_gradient = !conv.gated ? nullptr : pass.result.f != nullptr ? pass.result.f : pass.f_gradient;
+            errors += pass.own.to_f(in(f), g, in(extra), f_gradient, pass.sums, processors, gate);
+            const int64_t blocks = pass.own.blocks(processors);
+            additions.add({pass.sums, 1, conv.n * blocks, conv.cout, conv.cout, pass.sums ? pass.result.bias : nullptr});
+            additions.add({pass.sums, conv.n, blocks, conv.cout, conv.cout, pass.result.condition});
             if (conv.gated) g = f_gradient;
         }
-        const auto products = [&](const Conv<T>& c, const void* source, const void* matrix, void* to_source, void* to_matrix,
-                                  void* to_bias, size_t at) {
-            if (to_source != nullptr) errors += c.to_x(g, in(matrix), to(to_source));
-            if (to_matrix != nullptr) {
-                errors += c.to_weight(in(source), g, to(to_matrix), to(to_bias), parts(at), processors, additions);
+        errors += pass.products(in(x), in(weight), link_of<T>(link), {g, nullptr}, additions);
+        return text_of(errors.first);
+    });
+}
+
+const char* masked_conv_halves_gradients_cuda(Number number, bool exact, const MaskedConv& conv, const void* x,
+                                              const void* weight, const Halves<const void>& out_gradient,
+                                              const ConvGradients<void>& result, void* workspace, int processors,
+                                              void* stream) {
+    if (const char* error = too_large(conv)) return error;
+    return by_number(number, [&](auto zero) {
+        using T = decltype(zero);
+        const Backward<T> pass(conv, false, exact, 0, result, workspace, processors, stream);
+        const auto in = [](const void* t) { return static_cast<const T*>(t); };
+        const Halves<const T> g{in(out_gradient.a), in(out_gradient.b)};
+        Errors errors;
+        Additions<T> additions;
+        if (pass.sums != nullptr) {  // to the bias, a half after the other
+            const int64_t half = conv.cout / 2, parts = conv.n * pass.own.blocks(processors);
+            for (int k = 0; k < 2; ++k) {
+                SumOf<T>* const sums = pass.sums + k * parts * half;
+                errors += pass.own.to_f(nullptr, k == 0 ? g.a : g.b, nullptr, nullptr, sums, processors, Gate::none);
+                additions.add({sums, 1, parts, half, half, pass.result.bias + k * half});
             }
-        };
-        products(own, x, weight, result.x, result.weight, plan.bias_by_weight ? result.bias : nullptr, plan.weight);
-        products(linked, link.values, link.weight, result.link, result.link_weight, nullptr, plan.link_weight);
-        errors += own.add(additions);
+        }
+        errors += pass.products(in(x), in(weight), {}, g, additions);
         return text_of(errors.first);
     });
 }

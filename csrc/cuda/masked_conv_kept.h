@@ -47,7 +47,7 @@ struct Limits {
 //     source        [rows, pitch]
 //     zeros         [8]
 //     bias          [columns]
-//     conditions    [2 tiles, images, columns]
+//     conditions    [2 tiles, images, columns], of Gate::halves [rows, columns + 8] of a tile's two images
 //     rows          [2 tiles, rows], of two words: the taps that lead into the image, and which image of the tile it is
 struct Kept {
     int depth;          // of the product
@@ -67,9 +67,11 @@ struct Kept {
         begin = first, reach = std::max(last - first, 0);
         weight_pitch = (mirrored ? depth : kKeptColumns) + 8, pitch = w.in + 8;
         images = (kKeptRows + w.h * w.w - 2) / (w.h * w.w) + 1;
+        const bool split = w.gate == Gate::halves;
+        const int64_t of_conditions = split ? kKeptRows * (kKeptColumns + 8) : 2 * images * kKeptColumns;
         const int64_t of_weights = int64_t(mirrored ? kKeptColumns : depth) * weight_pitch;
         const int64_t of_source = int64_t(kKeptRows + reach) * pitch;
-        const int64_t to_rows = of_weights + of_source + 8 + kKeptColumns + 2 * images * kKeptColumns;
+        const int64_t to_rows = of_weights + of_source + 8 + kKeptColumns + of_conditions;
         bytes = size_t(to_rows) * sizeof(T) + 2 * kKeptRows * sizeof(int2);
         source = int(of_weights), zeros = int(of_weights + of_source), bias = zeros + 8, conditions = bias + kKeptColumns;
         rows = int(to_rows), tiles = int((w.pixels + kKeptRows - 1) / kKeptRows);
@@ -87,7 +89,7 @@ bool keeps(const Work<T>& w) {
     return wide && w.groups == 1 && w.taps <= kKeptMostTaps && w.pixels <= kKeptMostPixels && w.h * w.w >= kKeptLeastSize;
 }
 
-template <typename T, bool MIRRORED>
+template <typename T, bool MIRRORED, bool SPLIT>
 __global__ void __launch_bounds__(kKeptThreads, 2)
     kept_kernel(const __grid_constant__ Work<T> w, const __grid_constant__ Kept s) {
     using P = Product<T>;
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
     T *const source = weights + s.source, *const zeros = weights + s.zeros, *const bias = weights + s.bias;
     int2* const rows = reinterpret_cast<int2*>(weights + s.rows);
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const bool halves = !MIRRORED && w.gate != Gate::none;
+    const bool halves = SPLIT || (!MIRRORED && w.gate != Gate::none);
     const int width = halves ? 2 * w.out_channels : w.out_channels, pixels = int(w.pixels);
     const int first_channel = int(blockIdx.y) * (halves ? kSide : kKeptColumns), size = w.h * w.w;
     const auto channel_of = [&](int side, int of_side) {  // of f; -1: there is none
@@ -144,7 +146,15 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
                 __pipeline_memcpy_async(source + row * s.pitch + place * 8, from + int64_t(row) * w.in + place * 8, 16);
             }
         }
-        if constexpr (!MIRRORED) {
+        if constexpr (SPLIT) {
+            for (int e = thread; e < kKeptRows * (kKeptColumns / 8); e += kKeptThreads) {
+                const int row = e / 8, channel = channel_of(0, e % 4 * 8);
+                const T* const added = e % 8 < 4 ? w.condition : w.condition_b;
+                if (added == nullptr || first + row >= pixels || channel < 0) continue;
+                T* const to = weights + s.conditions + row * (kKeptColumns + 8) + e % 8 * 8;
+                __pipeline_memcpy_async(to, added + int64_t(first + row) * w.out_channels + channel, 16);
+            }
+        } else if constexpr (!MIRRORED) {
             const int images = min((pixels - 1) / size - first_image + 1, s.images);
             for (int e = thread; e < images * (kKeptColumns / 8) && w.condition != nullptr && !w.spatial; e += kKeptThreads) {
                 const int channel = channel_of(e % 8 / 4, e % 4 * 8), of = e / 8;
@@ -198,6 +208,16 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
                 }
             }
         }
+        if constexpr (SPLIT) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const int i = e / 4, below = e / 2 % 2, side = e % 2, row = warp * 32 + i * 16 + lane / 4 + 8 * below;
+                if ((side == 0 ? w.condition : w.condition_b) == nullptr) continue;
+                const auto added = widened(vector_at<8>(weights + s.conditions + row * (kKeptColumns + 8) + side * kSide + place));
+#pragma unroll
+                for (int k = 0; k < 8; ++k) sum[i][side * 2 + k / 4].x[k / 2 % 2][below * 2 + k % 2] += added.x[k];
+            }
+        }
         __syncthreads();  // all are done with the source, and with the rows of the tile before
         if (tile + int(gridDim.x) < s.tiles) load(tile + int(gridDim.x), slot ^ 1);
 
@@ -205,7 +225,7 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
         for (int i = 0; i < 2; ++i) {
             const int row = warp * 32 + i * 16 + lane / 4, pixel = tile * kKeptRows + row;  // and 8 rows on
             [[maybe_unused]] Vector<T, 8> condition[2][2] = {};
-            if constexpr (!MIRRORED) {
+            if constexpr (!MIRRORED && !SPLIT) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int down = e / 2 * 8, side = e % 2, channel = channel_of(side, place);
@@ -229,12 +249,13 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
                     if (channel < 0) continue;
                     if constexpr (!MIRRORED) {
                         value[side] += widened(vector_at<8>(bias + side * kSide + place));
-                        value[side] += widened(condition[below][side]);
+                        if constexpr (!SPLIT) value[side] += widened(condition[below][side]);
                         if (w.f != nullptr) write(w.f + at * width + channel, value[side]);
                     }
-                    if (!halves) write(w.out + at * w.out_channels + channel, value[side]);
+                    if (SPLIT) write((side == 0 ? w.out : w.out_b) + at * w.out_channels + channel_of(0, place), value[side]);
+                    else if (!halves) write(w.out + at * w.out_channels + channel, value[side]);
                 }
-                if constexpr (!MIRRORED) {
+                if constexpr (!MIRRORED && !SPLIT) {
                     if (!halves || channel_of(0, place) < 0) continue;
 #pragma unroll
                     for (int e = 0; e < 8; ++e) value[0].x[e] = gate_value<T>(w.gate, value[0].x[e], value[1].x[e]);

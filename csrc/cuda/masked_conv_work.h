@@ -113,13 +113,19 @@ struct Work {
     const T *source, *weight, *bias, *condition, *link, *link_weight;  // see MaskedConv; the last four may be null
     const T* gradient;   // to f, for that to weight
     T *out, *f;          // f may be null
-    SumOf<T>* parts;     // of the gradient to weight, [segments, taps in, out]; and in one row more, if `sums`, of f's
+    // Of Gate::halves, the second of two images, [n, h, w, out_channels] each as the first: of what is added, the result,
+    // the source (`mirrored`) and the gradient to f.
+    const T* condition_b;
+    T* out_b;
+    const T *source_b, *gradient_b;
+    SumOf<T>* parts;     // of the gradient to weight, [segments, taps in + links, out]; and in one row more, if `sums`, of f's
     bool sums;
     int64_t pixels, segment;
     int h, w, in, out_channels, links, taps;
+    int source_channels;  // of an image of the source: `in`, or half of it where there are two
     int groups, grouped;  // `grouped` channels of the source are grouped together, or of f in the gradient to weight
     bool interleaved, own, spatial, exact;
-    bool wide_source, wide_weight, wide_out;  // rows may be read and written in vectors
+    bool wide_source, wide_link, wide_weight, wide_out;  // rows may be read and written in vectors
     Gate gate;
     ShortTap tap[kMaxTaps];
 

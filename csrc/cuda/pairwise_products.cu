@@ -295,7 +295,8 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                A_tile[half] += A_here[half];
+                if constexpr (PLAIN) A_tile[half] += A_here[half];
+                else A_cloud[half] += double(A_here[half]);  // of several scales phi is larger, and so are roundings
                 if constexpr (FORCE && !PLAIN) G_tile[half] += G_here[half];
             }
             if constexpr (FORCE && SCALED) {  // is a g too large for its factor? Of one scale no g is larger than their sum
@@ -364,7 +365,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            A_cloud[half] += double(A_tile[half]);
+            if constexpr (PLAIN) A_cloud[half] += double(A_tile[half]);
             if constexpr (FORCE && !PLAIN) G_cloud[half] += double(G_tile[half]);
         }
         if (k + 1 != share.own_count && k + 1 != share.count) continue;

@@ -12,7 +12,8 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
@@ -86,6 +87,13 @@ class DCGANEncoder(nn.Sequential):
             self.add_module("full_norm", nn.BatchNorm1d(hidden))
         self.add_module("full_act", nn.LeakyReLU(0.1))
         self.add_module("out", nn.Linear(hidden, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self:
+            x = part(x)
+            if x.is_cuda and x.ndim == 4 and x.dtype.itemsize == 2:  # tensor cores: no copies between layouts
+                x = x.contiguous(memory_format=torch.channels_last)
+        return x
 
 
 class DCGANDecoder(nn.Sequential):

@@ -40,13 +40,13 @@ Source: van den Oord et al., arXiv 1606.05328; section 5.2 and appendix C of Zha
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
+from infovae_fast.masked_conv import MaskedConv2d
 from infovae_fast.models import resident
 
 PAPER_PIXELCNN = {"name": "pixelcnn", "layers": 12, "maps": 32, "first_kernel": 7, "kernel": 3}
@@ -54,7 +54,6 @@ R64 = {"name": "pixelcnn", "layers": 7, "maps": 64, "first_kernel": 7, "kernel":
 BYTES_AT_ONCE = 4 << 20  # of a stack's sums [n, 2C, H, W] for a thread, where no gradient is wanted
 
 Offsets = set[tuple[int, int]]
-Halves = tuple[Tensor, Tensor, Tensor, Tensor]  # W_o, b_o, W_s, b_s
 
 
 class GatedPixelCNN(nn.Module):
@@ -154,26 +153,14 @@ class GatedPixelCNN(nn.Module):
     def _params(self, z: Tensor | None, x: Tensor) -> Tensor:
         v = h = x if self.variant == "infovae2017" else 2 * x - 1
         skip: Tensor | None = None
-        for layer, out, condition in zip(self.layers, self._outs(), self.conditions(z), strict=True):
+        for layer, condition in zip(self.layers, self.conditions(z), strict=True):
             if self.checkpoint_layers and torch.is_grad_enabled():
                 # Without the sum of the skips: it would be kept once for each layer.
-                v, h, more = checkpoint(layer, v, h, None, out, *condition, use_reentrant=False)
+                v, h, more = checkpoint(layer, v, h, None, *condition, use_reentrant=False)
                 skip = more if skip is None else skip + more
             else:
-                v, h, skip = layer(v, h, skip, out, *condition)
+                v, h, skip = layer(v, h, skip, *condition)
         return self.head(h if skip is None else skip)
-
-    def _outs(self) -> list[Halves | None]:
-        """W_o, b_o, W_s and b_s of each layer that has both: contiguous halves, in one copy for all layers."""
-        outs = [layer.out for layer in self.layers[:-1]] if self.variant == "gated" else []
-        if not outs:
-            return [None] * len(self.layers)
-        weight = torch.stack([cast(Tensor, out.weight) for out in outs]).unflatten(3, (2, -1)).movedim(3, 0)
-        bias = torch.stack([cast(Tensor, out.bias) for out in outs]).unflatten(1, (2, -1))
-        each = weight.flatten(0, 1).unbind(), bias.flatten(0, 1).unbind()
-        count = len(outs)
-        halves = zip(each[0][:count], each[1][::2], each[0][count:], each[1][1::2], strict=True)
-        return [*halves, None]
 
     def conditions(self, z: Tensor | None) -> list[tuple[Tensor, ...]]:
         """What z adds in each layer, (U_v z, U_h z): [N, 2C] each, or [N, 2C, H, W]; nothing without z."""
@@ -209,7 +196,7 @@ class GatedPixelCNN(nn.Module):
 class _Layer(nn.Module):
     """(v_l, h_l, sum of the skips before) -> (v_{l+1}, h_{l+1}, the sum with skip_l); the last gives V and h_l.
 
-    `link` and, but in the last layer, `out` hold weights that other convolutions read."""
+    `link` holds weights that another convolution reads."""
 
     def __init__(
         self, cin: int, maps: int, kernel: int, *, first: bool, last: bool, data_channels: int, bias: bool, backend: str
@@ -229,18 +216,14 @@ class _Layer(nn.Module):
         v: Tensor,
         h: Tensor,
         skip: Tensor | None,
-        out: Halves | None,
         above: Tensor | None = None,
         beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         v, below = self.vertical.with_f(v, above)
         o = self.horizontal(h, beside, link=(below, self.link.weight.squeeze(0)))
-        if out is None:
+        if self.last:
             return v, h, self.out(o, skip)
-        step, step_bias, more, more_bias = out  # what is to be added costs little in the convolution
-        options = self.out.mask._asdict() | {"backend": self.out.backend}
-        h = masked_conv2d(o, step, step_bias, condition=None if self.first else h, **options)
-        return v, h, masked_conv2d(o, more, more_bias, condition=skip, **options)
+        return v, *self.out.halves(o, (None if self.first else h, skip))
 
     def reach(self, v: Offsets, h: Offsets) -> tuple[Offsets, Offsets]:
         v = _sums(v, self.vertical.mask.taps)
@@ -269,7 +252,6 @@ class _Layer2017(nn.Module):
         v: Tensor,
         h: Tensor,
         skip: None,
-        out: None,
         above: Tensor | None = None,
         beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, None]:

@@ -7,6 +7,14 @@ namespace {
 
 using namespace infovae_fast;
 
+// Memory that holds NaN, from a multiple of 256 on, as an allocator of a GPU has it.
+struct Workspace {
+    std::vector<unsigned char> bytes;
+
+    explicit Workspace(size_t count) : bytes(count + 256, 0xff) {}
+    void* start() { return bytes.data() + (256 - uintptr_t(bytes.data()) % 256) % 256; }
+};
+
 // sizes: n, h, w, cin, cout, links, groups, interleaved, own, gate; taps: dy, dx of each.
 MaskedConv conv_of(const int64_t* sizes, const int64_t* taps, int64_t count) {
     const Colours colours{sizes[6], sizes[7] != 0, sizes[8] != 0};
@@ -34,10 +42,26 @@ extern "C" const char* conv_backward(int number, bool exact, const int64_t* size
     const Link<void> linked{link, link_weight, sizes[5]};
     const ConvGradients<void> wanted{results[0], results[1], results[2], results[3], results[4], results[5], results[6]};
     const size_t bytes = masked_conv_cuda_workspace(Number(number), conv, linked.channels, wanted, processors);
-    std::vector<unsigned char> workspace(bytes + 256, 0xff);
-    void* const aligned = workspace.data() + (256 - uintptr_t(workspace.data()) % 256) % 256;
     return masked_conv_gradients_cuda(Number(number), exact, conv, x, weight, linked, Gate(sizes[9]), f, gradient, extra,
-                                      wanted, aligned, processors, nullptr);
+                                      wanted, Workspace(bytes).start(), processors, nullptr);
+}
+
+extern "C" const char* halves_forward(int number, bool exact, const int64_t* sizes, const int64_t* taps, int64_t count,
+                                      const void* x, const void* weight, const void* bias, const void* added,
+                                      const void* added_b, void* out, void* out_b) {
+    return masked_conv_halves_cuda(Number(number), exact, conv_of(sizes, taps, count), x, weight, bias, {added, added_b},
+                                   {out, out_b}, nullptr);
+}
+
+// results: to x, weight and bias; each may be null.
+extern "C" const char* halves_backward(int number, bool exact, const int64_t* sizes, const int64_t* taps, int64_t count,
+                                       const void* x, const void* weight, const void* gradient, const void* gradient_b,
+                                       void* const* results, int processors) {
+    const MaskedConv conv = conv_of(sizes, taps, count);
+    const ConvGradients<void> wanted{results[0], results[1], nullptr, nullptr, nullptr, results[2], nullptr};
+    const size_t bytes = masked_conv_halves_cuda_workspace(Number(number), conv, wanted, processors);
+    return masked_conv_halves_gradients_cuda(Number(number), exact, conv, x, weight, {gradient, gradient_b}, wanted,
+                                             Workspace(bytes).start(), processors, nullptr);
 }
 
 // Blocks along the pixels of the kernel that ran last: by this one tells which it was.

@@ -90,6 +90,56 @@ class _Conv(torch.autograd.Function):
         )
 
 
+def run_halves(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    added_b: Tensor | None,
+    mask: Mask,
+    *,
+    exact: bool = True,
+    processors: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """As the backend "cuda" of `masked_conv2d_halves`."""
+    return _Halves.apply(mask, exact, processors, x, weight, bias, added, added_b)
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Mask, exact: bool, processors: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, weight, bias, added, added_b = (None if t is None else t.detach().contiguous() for t in tensors)
+        assert x is not None and weight is not None
+        halves = _image(x, weight.shape[2] // 2), _image(x, weight.shape[2] // 2)
+        more = [None if t is None else _pixels(t) for t in (added, added_b)]
+        if x.numel():
+            _call("halves_forward", exact, mask, x, weight, None, *_rows(x, weight), bias, *more, *halves)
+        ctx.save_for_backward(x, weight)
+        ctx.mask, ctx.exact, ctx.processors = mask, exact, processors
+        return halves
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_added, need_added_b = ctx.needs_input_grad[3:]
+        results = (
+            _image(x, x.shape[1] if need_x else 0),
+            x.new_full(weight.shape if need_weight else (0,), torch.nan),
+            x.new_full((weight.shape[2] if need_bias else 0,), torch.nan),
+        )
+        if x.numel():
+            pointers = (ctypes.c_void_p * 3)(*(t.data_ptr() if t.numel() else None for t in results))
+            given = (*_rows(x, weight), *map(_pixels, gradients), pointers)
+            _call("halves_backward", ctx.exact, ctx.mask, x, weight, None, *given, ctx.processors)
+        else:
+            for t in results:
+                t.zero_()
+        needed = (need_x, need_weight, need_bias, need_added, need_added_b)
+        found = (*results, *gradients)
+        return (*(None,) * 3, *(t if need else None for t, need in zip(found, needed, strict=True)))
+
+
 def _pixels(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).contiguous()
 
@@ -106,7 +156,7 @@ def _image(x: Tensor, channels: int) -> Tensor:
 def _call(name: str, exact: bool, mask: Mask, x: Tensor, weight: Tensor, link: Tensor | None, *arguments: Any) -> None:
     n, cin, h, w = x.shape
     links = 0 if link is None else link.shape[1]
-    gate = {None: 0, "tanh": 1, "glu": 2}[mask.gate]
+    gate = 3 if name.startswith("halves") else {None: 0, "tanh": 1, "glu": 2}[mask.gate]
     taps = [(max(min(dy, h), -h), max(min(dx, w), -w)) for dy, dx in mask.taps]
     sizes = _numbers([n, h, w, cin, weight.shape[2], links, *_colours(mask), gate])
     call = getattr(simt.load(SOURCES), name)
