@@ -265,10 +265,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         const int across = columns / V, lines = kThreads / across, c = int(threadIdx.x) % across * V;
         const int channel = place(first_column + c), end = int(min(int64_t(P::rows), w.pixels - first));
         if (first_column + c >= part) return;
-        Vector<T, V> bias[2] = {}, next[2] = {};  // the condition, a row ahead
-        const auto read = [&](const T* from, Vector<T, V>(&to)[2]) {
-            to[0] = vector_at<V>(from);
-            if (halves == 2) to[1] = vector_at<V>(from + w.out_channels);
+        Packed<T, V> bias[2] = {}, next[2] = {};  // the condition, a row ahead
+        const auto read = [&](const T* from, Packed<T, V>(&to)[2]) {
+            to[0].read(from);
+            if (halves == 2) to[1].read(from + w.out_channels);
         };
         const auto read_condition = [&](int row) {
             if (MIRRORED || w.condition == nullptr || row >= end) return;
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
                     const T* const added = half == 0 ? w.condition : w.condition_b;
                     const int64_t at = (first + row) * w.out_channels + channel;
                     Vector<SumOf<T>, V> value = vector_at<V>(sums + row * Tile<T, NB>::pitch + c + half * columns);
-                    value += widened(bias[half]);
+                    value += bias[half].numbers();
                     if (added != nullptr) value += widened(vector_at<V>(added + at));
                     write((half == 0 ? w.out : w.out_b) + at, value);
                 }
@@ -294,14 +294,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, NB>)
         read_condition(row);
         for (; row < end; row += lines) {
             const int64_t pixel = first + row;
-            const Vector<T, V> condition[2] = {next[0], next[1]};
+            const Packed<T, V> condition[2] = {next[0], next[1]};
             read_condition(row + lines);
             Vector<SumOf<T>, V> value[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (half >= halves) continue;
                 value[half] = vector_at<V>(sums + row * Tile<T, NB>::pitch + c + half * columns);
-                value[half] += widened(bias[half]), value[half] += widened(condition[half]);
+                value[half] += bias[half].numbers(), value[half] += condition[half].numbers();
                 if (!MIRRORED && w.f != nullptr) write(w.f + pixel * width + channel + half * w.out_channels, value[half]);
             }
             if (halves == 2) {
@@ -403,22 +403,6 @@ struct GateWork {
     bool wide;
     Gate gate;
 };
-// Numbers side by side as whole words: single ones would be taken apart as soon as they come.
-template <typename T, int V>
-struct Packed {
-    static constexpr bool whole = V * sizeof(T) % sizeof(unsigned) == 0;
-    using Word = std::conditional_t<whole, unsigned, T>;
-    static constexpr int words = whole ? int(V * sizeof(T) / sizeof(unsigned)) : V;
-    Vector<Word, words> bits;
-
-    __device__ __forceinline__ void read(const T* from) { bits = vector_at<words>(reinterpret_cast<const Word*>(from)); }
-    __device__ __forceinline__ Vector<SumOf<T>, V> numbers() const {
-        Vector<T, V> some;
-        std::memcpy(&some, &bits, sizeof bits);
-        return widened(some);
-    }
-};
-
 // While a row is computed, the next one of its thread comes.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kGateBlocks<T>) gate_kernel(const __grid_constant__ GateWork<T> w) {

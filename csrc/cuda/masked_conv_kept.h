@@ -133,17 +133,19 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
         }
     }
 
+    const int across = w.in / 8, rows_apart = kKeptThreads / across, places_apart = kKeptThreads % across;
+    const int first_row = thread / across, first_place = thread % across;
     const auto load = [&](int tile, int slot) {
         const int first = tile * kKeptRows, pixel = first + thread, image = pixel / size, first_image = first / size;
         const int y = (pixel - image * size) / w.w, x = pixel - image * size - y * w.w;
         {
-            const int across = w.in / 8, rows_apart = kKeptThreads / across, places_apart = kKeptThreads % across;
             const int start = first + s.begin, begin = max(0, -start), end = min(kKeptRows + s.reach, pixels - start);
-            const T* const from = w.source + int64_t(start) * w.in;
-            for (int row = thread / across, place = thread % across; row < end; row += rows_apart, place += places_apart) {
+            const T* from = w.source + int64_t(start) * w.in + thread * 8;  // vector after vector, of which a row has `across`
+            T* to = source + thread * 8;
+            int row = first_row, place = first_place;
+            for (; row < end; row += rows_apart, place += places_apart, from += kKeptThreads * 8, to += kKeptThreads * 8) {
                 if (place >= across) place -= across, ++row;
-                if (row < begin || row >= end) continue;
-                __pipeline_memcpy_async(source + row * s.pitch + place * 8, from + int64_t(row) * w.in + place * 8, 16);
+                if (row >= begin && row < end) __pipeline_memcpy_async(to + row * 8, from, 16);  // 8 behind every row
             }
         }
         if constexpr (SPLIT) {
@@ -221,46 +223,41 @@ __global__ void __launch_bounds__(kKeptThreads, 2)
         __syncthreads();  // all are done with the source, and with the rows of the tile before
         if (tile + int(gridDim.x) < s.tiles) load(tile + int(gridDim.x), slot ^ 1);
 
+        const int channel = first_channel + place, apart = halves ? w.out_channels : kSide;  // of side 0; to side 1, in f
+        const bool there[2] = {channel < w.out_channels, channel + (halves ? 0 : kSide) < w.out_channels};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = warp * 32 + i * 16 + lane / 4, pixel = tile * kKeptRows + row;  // and 8 rows on
-            [[maybe_unused]] Vector<T, 8> condition[2][2] = {};
-            if constexpr (!MIRRORED && !SPLIT) {
+        for (int k = 0; k < 4; ++k) {
+            const int i = k / 2, below = k % 2, row = warp * 32 + i * 16 + lane / 4 + 8 * below;
+            const int64_t pixel = tile * kKeptRows + row, at = pixel * width + channel, of_image = pixel * w.out_channels + channel;
+            if (pixel >= pixels || !there[0]) continue;
+            Vector<float, 8> value[2];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int down = e / 2 * 8, side = e % 2, channel = channel_of(side, place);
-                    if (w.condition == nullptr || channel < 0 || pixel + down >= pixels) continue;
-                    const int image = slot * s.images + rows[slot * kKeptRows + row + down].y;
-                    condition[e / 2][side] = vector_at<8>(
-                        w.spatial ? w.condition + int64_t(pixel + down) * width + channel
-                                  : weights + s.conditions + image * kKeptColumns + side * kSide + place);
-                }
-            }
+            for (int side = 0; side < 2; ++side) {
 #pragma unroll
-            for (int below = 0; below < 2; ++below) {
-                const int64_t at = pixel + 8 * below;
-                if (at >= pixels) continue;
-                Vector<float, 8> value[2];
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const int channel = channel_of(side, place);
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) value[side].x[e] = sum[i][side * 2 + e / 4].x[e / 2 % 2][below * 2 + e % 2];
-                    if (channel < 0) continue;
-                    if constexpr (!MIRRORED) {
-                        value[side] += widened(vector_at<8>(bias + side * kSide + place));
-                        if constexpr (!SPLIT) value[side] += widened(condition[below][side]);
-                        if (w.f != nullptr) write(w.f + at * width + channel, value[side]);
+                for (int e = 0; e < 8; ++e) value[side].x[e] = sum[i][side * 2 + e / 4].x[e / 2 % 2][below * 2 + e % 2];
+                if (!there[side]) continue;
+                if constexpr (!MIRRORED) {
+                    const auto add = [&](const T* numbers) {
+                        Packed<T, 8> packed;
+                        packed.read(numbers);
+                        value[side] += packed.numbers();
+                    };
+                    if (w.bias != nullptr) add(bias + side * kSide + place);
+                    if (!SPLIT && w.condition != nullptr) {
+                        const int image = slot * s.images + rows[slot * kKeptRows + row].y;
+                        if (w.spatial) add(w.condition + at + side * apart);
+                        else add(weights + s.conditions + image * kKeptColumns + side * kSide + place);
                     }
-                    if (SPLIT) write((side == 0 ? w.out : w.out_b) + at * w.out_channels + channel_of(0, place), value[side]);
-                    else if (!halves) write(w.out + at * w.out_channels + channel, value[side]);
+                    if (w.f != nullptr) write(w.f + at + side * apart, value[side]);
                 }
-                if constexpr (!MIRRORED && !SPLIT) {
-                    if (!halves || channel_of(0, place) < 0) continue;
+                if (SPLIT) write((side == 0 ? w.out : w.out_b) + of_image, value[side]);
+                else if (!halves) write(w.out + at + side * apart, value[side]);
+            }
+            if constexpr (!MIRRORED && !SPLIT) {
+                if (!halves) continue;
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) value[0].x[e] = gate_value<T>(w.gate, value[0].x[e], value[1].x[e]);
-                    write(w.out + at * w.out_channels + channel_of(0, place), value[0]);
-                }
+                for (int e = 0; e < 8; ++e) value[0].x[e] = gate_value<T>(w.gate, value[0].x[e], value[1].x[e]);
+                write(w.out + of_image, value[0]);
             }
         }
     }

@@ -61,6 +61,22 @@ __device__ __forceinline__ void write(T* to, const Vector<SumOf<T>, V>& numbers)
     *reinterpret_cast<Vector<T, V>*>(to) = some;
 }
 
+// Numbers side by side as whole words: single ones would be taken apart as soon as they come.
+template <typename T, int V>
+struct Packed {
+    static constexpr bool whole = V * sizeof(T) % sizeof(unsigned) == 0;
+    using Word = std::conditional_t<whole, unsigned, T>;
+    static constexpr int words = whole ? int(V * sizeof(T) / sizeof(unsigned)) : V;
+    Vector<Word, words> bits;
+
+    __device__ __forceinline__ void read(const T* from) { bits = vector_at<words>(reinterpret_cast<const Word*>(from)); }
+    __device__ __forceinline__ Vector<SumOf<T>, V> numbers() const {
+        Vector<T, V> some;
+        std::memcpy(&some, &bits, sizeof bits);
+        return widened(some);
+    }
+};
+
 // A(a) sigmoid(b), A = tanh or the identity, and its derivatives to a and b.
 template <typename S>
 struct Gated {
