@@ -106,20 +106,6 @@ __device__ __forceinline__ void sum_tile(const Work<T>& work, const Mixture<T>& 
     }
 }
 
-// One more; what was written before is seen by who counts later.
-__device__ __forceinline__ unsigned count_up(unsigned* counter) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
-    unsigned before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before + 1;
-#else
-    __threadfence();
-    const unsigned before = atomicAdd(counter, 1u);
-    __threadfence();
-    return before + 1;
-#endif
-}
-
 // Whether all other blocks are done that count with one of two counters; what they wrote is then there to read.
 struct Last {
     bool of_row, of_all;
@@ -128,8 +114,11 @@ __device__ __forceinline__ Last last_of(unsigned* row, int64_t row_blocks, unsig
     __shared__ Last last;
     __syncthreads();
     if (threadIdx.x == 0) {  // for all threads of the block: what they did is before, what they do is behind
-        last.of_row = row_blocks > 1 && count_up(row) == unsigned(row_blocks);
-        last.of_all = count_up(all) == unsigned(all_blocks);
+        __threadfence();
+        const unsigned of_all = atomicAdd(all, 1u), of_row = row_blocks > 1 ? atomicAdd(row, 1u) : 0;  // on their way together
+        __threadfence();
+        last.of_row = row_blocks > 1 && of_row + 1 == unsigned(row_blocks);
+        last.of_all = of_all + 1 == unsigned(all_blocks);
     }
     __syncthreads();
     return last;
@@ -185,15 +174,21 @@ __global__ void __launch_bounds__(kThreads, (blocks_of_processor<T, DP, R, ONE, 
     };
     if (share.count > 0) start(0);
 
+    constexpr int kAtOnce = R > 1 || DP < 10 ? 1 : (DP + kWarps - 1) / kWarps;  // coordinates of a warp
 #pragma unroll
-    for (int c = warp; c < DP; c += kWarps) {
-        const double mean = work.centre(cloud, c, lane);
-        if (lane == 0) centre[c] = mean;
+    for (int first = warp; first < DP; first += kAtOnce * kWarps) {
+        T middle[kAtOnce];
+        work.centre(cloud, first, kWarps, lane, middle);
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+            if (lane == 0 && first + e * kWarps < DP) centre[first + e * kWarps] = double(middle[e]);
+        }
     }
-    work.fill(mixture);
+    if constexpr (!ONE) work.fill(mixture);
+    __shared__ double scales[2];
+    if (thread == 0) scales[0] = work.coordinate_scale(), scales[1] = work.force_scale();
     __syncthreads();
-    const double b0 = work.length(0), scale = work.coordinate_scale();
-    const double outer = ONE ? work.weight[0] : 1.0, slope = outer / (b0 * b0 * scale);
+    const double scale = scales[0], outer = ONE ? work.weight[0] : 1.0;
 
     // u and h of a point of cloud k.
     const auto centred = [&](int k, int64_t at, const T* from, T* u, T& h) {
@@ -233,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_of_processor<T, DP, R, ONE, 
             }
         }
         __syncthreads();
-        const double w = within ? work.within[own] : work.between;
+        const double w = within ? work.within[own] : work.between, slope = outer * scales[1];
         const int mine = warp * (kTile / kWarps);
         const auto sum = [&](auto forces, auto masks) {
             sum_tile<ONE, WITH_V, decltype(forces)::value, decltype(masks)::value>(

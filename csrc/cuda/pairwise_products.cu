@@ -170,7 +170,7 @@ __device__ __forceinline__ void sum_share(const Work<float>& work, const Points&
         }
     }
 
-    if (threadIdx.x == 0) per_phi = 1 / (work.length(0) * work.length(0) * work.coordinate_scale());
+    if (threadIdx.x == 0) per_phi = work.force_scale();
     const float own_unit = own_tile(i0).unit[i0 % kTile / kUnit];
     float minus_h[2], factor[2] = {0x1p126f, 0x1p126f};  // of g, for 16 bits
 #pragma unroll

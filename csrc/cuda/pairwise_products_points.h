@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     }
     spread = largest(spread, of_warps[0]);
 
-    const double scale = work.coordinate_scale(), outer = work.weight[0], b0 = work.length(0);
-    const double slope = (own == 0 ? work.within[0] : work.between) * outer / (b0 * b0 * scale);
+    const double scale = work.coordinate_scale(), outer = work.weight[0];
+    const double slope = (own == 0 ? work.within[0] : work.between) * outer * work.force_scale();
     const auto value = [&](int row, int c, float of_u) {
         const bool moved = own == 0 && first + row < n && c < d;
         return float(slope * double(of_u) + (moved ? outer * double(work.v[(cloud * n + first + row) * d + c]) : 0.0));

@@ -31,7 +31,8 @@ struct Work {
     bool rbf;
     int scales;
     double bandwidth[kCudaMaxScales], weight[kCudaMaxScales], alpha;
-    const double* lengths;       // bandwidths in the memory of the GPU, or null
+    const double* lengths;       // bandwidths in the memory of the GPU, or null: then these are known
+    double known_scale, known_force_scale;
     double within[2], between;   // w_xx and w_yy, w_xy
     T *force[2], *potential[2];
     double* energy;
@@ -67,26 +68,33 @@ struct Work {
         const T* const first = at < n[0] ? z[0] + cloud * n[0] * d : z[1] + (cloud * n[1] - n[0]) * d;
         return first + at * d + c;
     }
-    // Its middle, by a warp: of four numbers the mean of the inner two, of four such means again, and once more. A few
-    // points that are far away do not move it.
-    __device__ double centre(int64_t cloud, int c, int lane) const {
+    // Its middle, by a warp, for coordinates c, c + apart, ...: of four numbers the mean of the inner two, of four such means
+    // again, and once more. A few points that are far away do not move it.
+    template <int COUNT>
+    __device__ __forceinline__ void centre(int64_t cloud, int c, int apart, int lane, T (&middle)[COUNT]) const {
         const int size = sample_size();
-        double z[kSample / 32];
+        T z[COUNT][kSample / 32];
 #pragma unroll
         for (int k = 0; k < kSample / 32; ++k) {
-            const int at = lane + 32 * k;
-            z[k] = c < d ? double(*sample(cloud, c, size == kSample ? at : at % size)) : 0.0;
+            const int number = lane + 32 * k;
+            const T* const first = sample(cloud, 0, size == kSample ? number : number % size);
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) z[e][k] = c + e * apart < d ? first[c + e * apart] : T(0);
         }
-        const auto of = [&](double x, int offset) { return __shfl_xor_sync(0xffffffffu, x, offset); };
-        const auto inner = [](double p, double q, double r, double s) {  // the same bits if a pair is swapped, or both are
-            return 0.5 * (fmax(fmin(p, q), fmin(r, s)) + fmin(fmax(p, q), fmax(r, s)));
+        const auto inner = [](T p, T q, T r, T s) {  // the same bits if a pair is swapped, or both are
+            return T(0.5) * fmax(fmin(p, q), fmin(r, s)) + T(0.5) * fmin(fmax(p, q), fmax(r, s));
         };
-        double middle = inner(z[0], z[1], of(z[0], 1), of(z[1], 1));
+        const auto of = [](T x, int offset) { return __shfl_xor_sync(0xffffffffu, x, offset); };
+#pragma unroll
+        for (int e = 0; e < COUNT; ++e) middle[e] = inner(z[e][0], z[e][1], of(z[e][0], 1), of(z[e][1], 1));
 #pragma unroll
         for (int offset = 2; offset < 32; offset *= 4) {
-            middle = inner(middle, of(middle, offset), of(middle, 2 * offset), of(middle, 3 * offset));
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                const T x = middle[e];
+                middle[e] = inner(x, of(x, offset), of(x, 2 * offset), of(x, 3 * offset));
+            }
         }
-        return middle;
     }
     __device__ double length(int scale) const { return lengths != nullptr ? lengths[scale] : bandwidth[scale]; }
     __device__ void fill(Mixture<T>& mixture) const {
@@ -99,8 +107,13 @@ struct Work {
         if (energy != nullptr) energy[cloud] = sum;
         if (affine.value != nullptr) affine.value[cloud] = T(affine.factor * sum + affine.constant);
     }
-    // u = coordinate_scale (z - centre)
-    __device__ double coordinate_scale() const { return (rbf ? sqrt(1.4426950408889634074) : 1.0) / length(0); }
+    // u = coordinate_scale (z - centre), and a force is g u force_scale
+    __host__ __device__ double coordinate_scale(double first_length) const { return (rbf ? 1.2011224087864498 : 1.0) / first_length; }
+    __device__ double coordinate_scale() const { return lengths == nullptr ? known_scale : coordinate_scale(lengths[0]); }
+    __device__ double force_scale() const {
+        if (lengths == nullptr) return known_force_scale;
+        return 1 / (lengths[0] * lengths[0] * coordinate_scale(lengths[0]));
+    }
 };
 
 // What block `index` has to do: targets of a cloud, and a segment of the sources of each cloud, because the sums over the
@@ -142,6 +155,10 @@ Work<T> work_of(const PairwiseProblem<T>& q, int64_t rows, int64_t tile, const A
         std::copy_n(from.begin(), std::min<size_t>(from.size(), kCudaMaxScales), to);
     };
     copy(q.radial.bandwidth, w.bandwidth), copy(q.radial.weight, w.weight);
+    if (!q.radial.bandwidth.empty()) {
+        w.known_scale = w.coordinate_scale(w.bandwidth[0]);
+        w.known_force_scale = 1 / (w.bandwidth[0] * w.bandwidth[0] * w.known_scale);
+    }
     w.within[0] = q.w_xx, w.within[1] = q.w_yy, w.between = q.w_xy;
     w.force[0] = q.x_force, w.force[1] = q.y_force, w.potential[0] = q.x_potential, w.potential[1] = q.y_potential;
     w.energy = q.energy, w.affine = affine, w.wants_energy = q.energy != nullptr || affine.value != nullptr;
