@@ -110,15 +110,15 @@ def ours(backend: str, estimator: str = "unbiased") -> Callable[[Case, Tensor, T
 
 
 def graphed(run: Callable[[Case, Tensor, Tensor], Result]) -> Callable[[Case, Tensor, Tensor], Result]:
-    """`run` as a CUDA graph, captured at the first call of a case and replayed."""
-    graphs: dict[Case, tuple[Callable[[], Result], Tensor, Tensor]] = {}
+    """`run` as a CUDA graph, captured at the first call of a case and replayed: that must not take longer than the graph."""
+    held: list[Any] = [None, None, None]  # x, y, the graph
 
     def replay(case: Case, x: Tensor, y: Tensor) -> Result:
-        if case not in graphs or graphs[case][1] is not x:
-            graphs.clear()
+        if held[0] is not x:
+            held[:] = None, None, None
             leaf = x.detach().requires_grad_(x.requires_grad)  # autograd waits for the stream where a leaf was used
-            graphs[case] = captured(partial(run, case, leaf, y)), x, y
-        return graphs[case][0]()
+            held[:] = x, y, captured(partial(run, case, leaf, y))
+        return held[2]()
 
     return replay
 

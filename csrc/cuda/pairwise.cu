@@ -106,6 +106,15 @@ __device__ __forceinline__ void sum_tile(const Work<T>& work, const Mixture<T>& 
     }
 }
 
+// What this thread and those it has met wrote is seen before, and what others wrote behind it.
+__device__ __forceinline__ void fence() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+    __threadfence();
+#endif
+}
+
 // Whether all other blocks are done that count with one of two counters; what they wrote is then there to read.
 struct Last {
     bool of_row, of_all;
@@ -114,11 +123,12 @@ __device__ __forceinline__ Last last_of(unsigned* row, int64_t row_blocks, unsig
     __shared__ Last last;
     __syncthreads();
     if (threadIdx.x == 0) {  // for all threads of the block: what they did is before, what they do is behind
-        __threadfence();
-        const unsigned of_all = atomicAdd(all, 1u), of_row = row_blocks > 1 ? atomicAdd(row, 1u) : 0;  // on their way together
-        __threadfence();
-        last.of_row = row_blocks > 1 && of_row + 1 == unsigned(row_blocks);
-        last.of_all = of_all + 1 == unsigned(all_blocks);
+        fence();
+        const unsigned all_before = atomicAdd(all, 1u);  // both are on their way together
+        const unsigned row_before = row_blocks > 1 ? atomicAdd(row, 1u) : 0;
+        fence();
+        last.of_row = row_blocks > 1 && row_before + 1 == unsigned(row_blocks);
+        last.of_all = all_before + 1 == unsigned(all_blocks);
     }
     __syncthreads();
     return last;
