@@ -110,7 +110,7 @@ def ours(backend: str, estimator: str = "unbiased") -> Callable[[Case, Tensor, T
 
 
 def graphed(run: Callable[[Case, Tensor, Tensor], Result]) -> Callable[[Case, Tensor, Tensor], Result]:
-    """`run` as a CUDA graph, captured at the first call of a case and replayed, which must take no longer than the graph."""
+    """`run` as a CUDA graph, captured at the first call of a case and replayed, which must take no longer than it."""
     held: list[Any] = [None, None, None]  # x, y, the graph
 
     def replay(case: Case, x: Tensor, y: Tensor) -> Result:
