@@ -8,8 +8,8 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,30 +19,51 @@ ROOT = HERE.parent.parent
 # Without -fno-gnu-unique, all libraries of the process would share the static variables of templates.
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", f"-I{HERE}", f"-I{ROOT / 'csrc'}")
 
-_built = tempfile.TemporaryDirectory(prefix="simt-")
+FOLDER = ROOT / "build" / "simt"  # of libraries, for all processes of a test run and for later ones
 _errors: dict[Path, str] = {}  # of what has been compiled; none: ""
 
 
+@cache
+def _beside() -> bytes:
+    """What a library depends on beside its sources: every header, and the compiler."""
+    headers = sorted(path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*.h"))
+    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    return b"".join([version, *(path.read_bytes() for path in headers)])
+
+
 def build(sources: Sequence[str | Path], flags: Sequence[str] = ()) -> Path:
-    """The shared library of .cu and .cpp sources (paths from the root of the repository), built once in a test run.
+    """The shared library of .cu and .cpp sources (paths from the root of the repository), built once.
 
     Args:
         flags: further flags of g++, as "-O2" or "-DNAME".
     """
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("needs Linux and g++")
+    import fcntl
+
     paths = [ROOT / source for source in sources]
-    content = hashlib.sha256(repr((paths, tuple(flags))).encode())
+    content = hashlib.sha256(repr((paths, FLAGS, tuple(flags))).encode() + _beside())
     for path in paths:
         content.update(path.read_bytes())
-    library = Path(_built.name, f"{content.hexdigest()}.so")
+    library = FOLDER / f"{content.hexdigest()}.so"
     if library not in _errors:
-        command = ["g++", *FLAGS, *flags, "-x", "c++", *map(str, paths), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        _errors[library] = f"{' '.join(command)}\n{done.stderr}" if done.returncode != 0 else ""
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with library.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds it, the others wait
+            _errors[library] = "" if library.exists() else _compile(paths, flags, library)
     if _errors[library]:
         raise RuntimeError(_errors[library])
     return library
+
+
+def _compile(paths: Sequence[Path], flags: Sequence[str], library: Path) -> str:
+    unfinished = library.with_suffix(".unfinished")
+    command = ["g++", *FLAGS, *flags, "-x", "c++", *map(str, paths), "-o", str(unfinished)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        return f"{' '.join(command)}\n{done.stderr}"
+    unfinished.rename(library)
+    return ""
 
 
 def ptxas(source: str, architecture: str, folder: Path) -> str:
