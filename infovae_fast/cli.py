@@ -12,15 +12,17 @@ MISSING = "the command line needs more packages ({}): pip install 'infovae_fast[
 def evaluate(run: str, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]:
     """Compute every metric of a finished run on its training and test set, and write RUN/metrics.json.
 
+    A number that is infinite or not a number is null there.
+
     Args:
         run: folder of the run.
         n_samples: importance samples for the log-likelihood of each test image.
         seed: of the draws.
     """
     from infovae_fast.evaluation import summarize
-    from infovae_fast.training import read_run, run_data, write_json
+    from infovae_fast.training import read_run, run_data, without_inf, write_json
 
-    metrics = summarize(load_model(run), run_data(read_run(run)), n_samples=n_samples, seed=seed)
+    metrics = without_inf(summarize(load_model(run), run_data(read_run(run)), n_samples=n_samples, seed=seed))
     write_json(Path(run) / "metrics.json", metrics)
     print(json.dumps(metrics, indent=1))
     return metrics

@@ -2,7 +2,8 @@
 
     report.html     one page that needs nothing else: its pictures are embedded, it has no scripts and loads nothing
     *.png           the same pictures
-    metrics.json    every number of the page, with the settings, seeds and versions that belong to it
+    metrics.json    every number of the page (null where it is infinite or none), with the settings, seeds and versions
+                    that belong to it
 
 Every file appears whole or not at all, report.html last.
 """
@@ -37,7 +38,7 @@ from infovae_fast.pictures import (
     save_png,
     write_bytes,
 )
-from infovae_fast.training import read_run, run_data, write_json
+from infovae_fast.training import read_run, run_data, without_inf, write_json
 
 __all__ = ["Picture", "Run", "Section", "image_grid", "save_png", "table", "write_report"]
 
@@ -158,7 +159,7 @@ def write_report(
         numbers |= section.numbers or {}
         for picture in section.pictures:
             write_bytes(out / f"{picture.name}.png", picture.png)
-    write_json(out / "metrics.json", numbers)
+    write_json(out / "metrics.json", without_inf(numbers))
     write_bytes(out / "report.html", _page(title, sections, numbers["versions"]).encode())
     return out / "report.html"
 

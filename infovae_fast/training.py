@@ -510,6 +510,15 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def without_inf(content: Any) -> Any:
+    """What JSON has no number for, inf and NaN, is None."""
+    if isinstance(content, dict):
+        return {key: without_inf(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_inf(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes the file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -28,6 +29,21 @@ def fails(*args, code=1):
         cli.main([str(arg) for arg in args])
     assert stop.value.code not in (0, None)
     return str(stop.value.code)
+
+
+def test_metrics_are_json_where_a_number_is_infinite(run, monkeypatch, capsys):
+    from infovae_fast import evaluation
+
+    def summary(*args, **options):
+        return {"test": {"log_likelihood": -math.inf, "each": [1.5, math.nan, (2, math.inf)]}, "name": "inf"}
+
+    monkeypatch.setattr(evaluation, "summarize", summary)
+    before = (run / "metrics.json").read_bytes() if (run / "metrics.json").exists() else None
+    cli.main(["evaluate", str(run)])
+    wanted = {"test": {"log_likelihood": None, "each": [1.5, None, [2, None]]}, "name": "inf"}
+    for text in (capsys.readouterr().out, (run / "metrics.json").read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == wanted
+    (run / "metrics.json").unlink() if before is None else (run / "metrics.json").write_bytes(before)
 
 
 def test_train_evaluate_sample_report(run, tmp_path, capsys):
