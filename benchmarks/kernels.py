@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--decoder R64] [--batch 128] [--all]
 
-The step is that of `benchmarks.models` in bfloat16, as a CUDA graph. Launches overlap, so that a kernel may be "running"
-while it waits for the one in front of it: what counts is the time from the end of all before it to its own end, so that
-the sum is the step. With --all every kernel is listed, in order, with its grid; else they are summed by name.
+The step is that of `benchmarks.models` in bfloat16, as a CUDA graph. Launches overlap: a kernel may "run" while it waits
+for the one in front of it. So what counts is the time from the end of all before it to its own end, and the sum is the step.
+With --all every kernel is listed, in order, with its grid; else they are summed by name.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> None:
     print(f"{options.decoder}, batch {options.batch}: {len(found)} kernels, {sum(k.added_us for k in found):.0f} us")
     if options.all:
         for kernel in found:
-            print(f"{kernel.added_us:8.1f} us {str(kernel.grid or ''):>16} {kernel.name[:90]}")
+            print(f"{kernel.added_us:8.1f} us {kernel.grid or ''!s:>16} {kernel.name[:90]}")
         return
     sums: dict[str, list[float]] = defaultdict(list)
     for kernel in found:
