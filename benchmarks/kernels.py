@@ -3,8 +3,8 @@
     python -m benchmarks.kernels [--decoder R64] [--batch 128] [--all]
 
 The step is that of `benchmarks.models` in bfloat16, as a CUDA graph. Launches overlap: a kernel may "run" while it
-waits for the one in front of it. So what counts is the time from the end of all before it to its own end; the sum is the
-step. With --all every kernel is listed, in order, with its grid; else they are summed by name.
+waits for the one in front of it. So what counts is the time from the end of all before it to its own end; the sum is
+the step. With --all every kernel is listed, in order, with its grid; else they are summed by name.
 """
 
 import argparse

@@ -302,6 +302,19 @@ std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, const Tensor& weight, c
     return op.call(x, weight, bias, condition, link, link_weight, s.taps, s.colours, s.gate, keep);
 }
 
+using ConvBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ConvBackward conv_backward(const Tensor& gradient, const Maybe& f_gradient, const Tensor& x, const Tensor& weight,
+                           const Maybe& link, const Maybe& link_weight, const Tensor& f, const ConvSettings& s, bool to_x,
+                           bool to_weight, bool to_link, bool to_link_weight, bool to_f, bool to_bias, bool to_condition) {
+    using Op = ConvBackward(const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Maybe&, const Maybe&,
+                            const Tensor&, at::IntArrayRef, at::IntArrayRef, std::string_view, bool, bool, bool, bool, bool,
+                            bool, bool);
+    static const auto op = find<Op>("infovae_fast::masked_conv_backward");
+    return op.call(gradient, f_gradient, x, weight, link, link_weight, f, s.taps, s.colours, s.gate, to_x, to_weight, to_link,
+                   to_link_weight, to_f, to_bias, to_condition);
+}
+
 std::tuple<Tensor, Tensor> halves_forward(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& a,
                                           const Maybe& b, const ConvSettings& s) {
     using Op = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&,
@@ -331,10 +344,6 @@ struct Conv : torch::autograd::Function<Conv> {
     }
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
-        using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-            const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&,
-            at::IntArrayRef, at::IntArrayRef, std::string_view, bool, bool, bool, bool, bool, bool, bool);
-        static const auto op = find<Op>("infovae_fast::masked_conv_backward");
         const variable_list saved = context->get_saved_variables();
         const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
         const auto flag = [&](const char* name) { return context->saved_data[name].toBool(); };
@@ -352,10 +361,12 @@ struct Conv : torch::autograd::Function<Conv> {
         const Maybe to_f_directly = gate.empty() ? Maybe() : maybe(gradients[1]);
         {
             const at::AutoDispatchBelowADInplaceOrView below;
+            const std::vector<int64_t> taps = context->saved_data["taps"].toIntVector();
+            const std::vector<int64_t> colours = context->saved_data["colours"].toIntVector();
             auto [to_x, to_weight, to_link, to_link_weight, to_f, to_bias, to_condition] =
-                op.call(gradients[0], to_f_directly, x, weight, maybe(saved[3]), maybe(saved[4]), saved[2],
-                        context->saved_data["taps"].toIntVector(), context->saved_data["colours"].toIntVector(), gate,
-                        need_x, need_weight, link, link_weight, condition == 4, bias, condition == 2);
+                conv_backward(gradients[0], to_f_directly, x, weight, maybe(saved[3]), maybe(saved[4]), saved[2],
+                              {taps, colours, gate}, need_x, need_weight, link, link_weight, condition == 4, bias,
+                              condition == 2);
             if (need_x) out[0] = to_x;
             if (need_weight) out[1] = to_weight;
             if (bias) out[2] = to_bias;
@@ -391,6 +402,26 @@ std::tuple<Tensor, Tensor> masked_conv(const Tensor& x, const Tensor& weight, co
 struct Halves : torch::autograd::Function<Halves> {
     static constexpr bool is_traceable = true;
 
+    // Where one half has no gradient: that of a convolution with the other half of the weight. What is hidden in zeros
+    // times the half that is not asked for (inf, NaN) stays out of it.
+    static std::tuple<Tensor, Tensor, Tensor> backward_of_one(const variable_list& gradients, const Tensor& x,
+                                                              const Tensor& weight, at::IntArrayRef taps,
+                                                              at::IntArrayRef colours, bool need_x, bool need_weight,
+                                                              bool need_bias) {
+        const c10::SymInt half = weight.sym_size(2) / 2, start = gradients[0].defined() ? c10::SymInt(0) : half;
+        const auto whole = [&](const Tensor& part, c10::SymIntArrayRef sizes, int64_t dim) {
+            Tensor all = at::zeros_symint(sizes, x.options());
+            all.narrow_symint(dim, start, half).copy_(part);
+            return all;
+        };
+        auto [to_x, to_weight, link, link_weight, f, to_bias, condition] =
+            conv_backward(gradients[gradients[0].defined() ? 0 : 1], {}, x, weight.narrow_symint(2, start, half), {}, {},
+                          at::empty({0}, x.options()), {taps, colours, ""}, need_x, need_weight, false, false, false,
+                          need_bias, false);
+        return {to_x, need_weight ? whole(to_weight, weight.sym_sizes(), 2) : to_weight,
+                need_bias ? whole(to_bias, {weight.sym_size(2)}, 0) : to_bias};
+    }
+
     static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Maybe& bias,
                                  const Maybe& a, const Maybe& b, const ConvSettings& s) {
         const at::AutoDispatchBelowADInplaceOrView below;
@@ -400,6 +431,7 @@ struct Halves : torch::autograd::Function<Halves> {
         context->saved_data["colours"] = s.colours;
         context->saved_data["bias"] = needs_gradient(bias);
         context->saved_data["a"] = needs_gradient(a), context->saved_data["b"] = needs_gradient(b);
+        context->set_materialize_grads(false);
         return {first, second};
     }
 
@@ -409,13 +441,17 @@ struct Halves : torch::autograd::Function<Halves> {
         static const auto op = find<Op>("infovae_fast::masked_conv_halves_backward");
         const variable_list saved = context->get_saved_variables();
         const auto flag = [&](const char* name) { return context->saved_data[name].toBool(); };
-        const bool need_x = context->needs_input_grad(0), need_weight = context->needs_input_grad(1), bias = flag("bias");
+        const bool need_x = context->needs_input_grad(0), need_weight = context->needs_input_grad(1);
+        const bool bias = flag("bias") && context->needs_input_grad(2), both = gradients[0].defined() && gradients[1].defined();
         variable_list out(6);
-        {
+        if (!gradients[0].defined() && !gradients[1].defined()) return out;
+        if (need_x || need_weight || bias) {
             const at::AutoDispatchBelowADInplaceOrView below;
+            const std::vector<int64_t> taps = context->saved_data["taps"].toIntVector();
+            const std::vector<int64_t> colours = context->saved_data["colours"].toIntVector();
             auto [to_x, to_weight, to_bias] =
-                op.call(gradients[0], gradients[1], saved[0], saved[1], context->saved_data["taps"].toIntVector(),
-                        context->saved_data["colours"].toIntVector(), need_x, need_weight, bias);
+                both ? op.call(gradients[0], gradients[1], saved[0], saved[1], taps, colours, need_x, need_weight, bias)
+                     : backward_of_one(gradients, saved[0], saved[1], taps, colours, need_x, need_weight, bias);
             if (need_x) out[0] = to_x;
             if (need_weight) out[1] = to_weight;
             if (bias) out[2] = to_bias;

@@ -322,12 +322,13 @@ def masked_conv2d_halves(
     group_order: str = "interleaved",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The halves of f apart, each with an image added, [N, Cout/2, H, W]:
+    """Two convolutions of one image, each with an image added, [N, Cout/2, H, W]: with f = (f_a, f_b) as before a gate,
 
         a = f_a + added[0],    b = f_b + added[1]
 
-    They are two convolutions of one image, as the residual and the skip of a gated layer are. `cuda` makes both at once
-    and in one product the gradient to x; the other backends are two of `masked_conv2d`. Each half is grouped alike.
+    such as the residual and the skip of a gated layer. `cuda` makes both at once and in one product the gradient to x; the
+    other backends are two of `masked_conv2d`. Channels are grouped within each half, as with a gate: where groups are
+    contiguous these are not the halves of a convolution without one.
 
     Args:
         weight, bias: [taps, Cin, Cout] and [Cout], of both.
@@ -338,6 +339,10 @@ def masked_conv2d_halves(
         TypeError, ValueError, RuntimeError: as `masked_conv2d`.
     """
     mask = Mask(window, kernel_size, data_channels, group_order)
+    if not (isinstance(added, tuple) and len(added) == 2):
+        raise TypeError(
+            f"added: got {type(added).__name__}; accepted: two images [N, Cout/2, H, W] in a tuple, or None"
+        )
     tensors = _checked_halves(mask, x, weight, bias, *added)
     run = choose("masked_conv", HALVES, backend, *tensors, mask)
     with _without_autocast(x):
@@ -415,7 +420,7 @@ class MaskedConv2d(nn.Module):
         return _run(self.mask, x, self.weight, self.bias, condition, self.backend, keep_f=True)
 
     def halves(self, x: Tensor, added: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """`masked_conv2d_halves` with these parameters; without a gate."""
+        """`masked_conv2d_halves` with these parameters, whatever the gate."""
         window, kernel_size, data_channels, group_order, _ = self.mask
         given: dict[str, Any] = {"group_order": group_order, "backend": self.backend}
         sizes: dict[str, Any] = {"window": window, "kernel_size": kernel_size, "data_channels": data_channels}

@@ -142,6 +142,31 @@ def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(case, dtype, 
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+# Which of x, weight, bias, condition, link and its weight are learnt.
+LEARNT = ["weight", "link_weight", "bias", "x link", "bias link_weight", "weight bias", "x weight bias condition"]
+
+
+@pytest.mark.parametrize("learnt", LEARNT)
+@pytest.mark.parametrize("cin", [1, 24], ids=["alone", "together"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_to_some_are_those_of_all(learnt, cin, dtype):
+    """Those to weight and to the link's come from one product where both are read in vectors, or neither is."""
+    case = (2, 9, 8, cin, 48, Mask("H0" if cin == 1 else "H", 3), 2, 16)
+    tensors, (upstream, _) = shared.problem(*case, dtype)
+    names = ("x", "weight", "bias", "condition", "link", "link_weight")
+    gradients = {}
+    for some in (names, learnt.split()):
+        given = [t.to(shared.DEVICE).requires_grad_(name in some) for name, t in zip(names, tensors, strict=True)]
+        out = shared.run(case[5], *given, "cuda")[0]
+        wanted = [t for t in given if t.requires_grad]
+        found = torch.autograd.grad(out, wanted, upstream.to(shared.DEVICE))
+        gradients[len(some)] = dict(zip([name for name in names if name in some], found, strict=True))
+    every, some = gradients.values()
+    for name, gradient in some.items():
+        size = every[name].abs().max()
+        assert (gradient - every[name]).abs().max() <= (1e-12 if dtype == torch.float64 else 8e-3) * size
+
+
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[3]], ids=str)
 def test_any_division_of_the_pixels_gives_the_same(case):
     (x, weight, *_), (upstream, _) = shared.problem(*case, torch.float64)

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from infovae_fast import masked_conv
+from infovae_fast.backends import native_missing
 from infovae_fast.masked_conv import Mask, MaskedConv2d, masked_conv2d, masked_conv2d_halves
 from tests.oracle import check, device_of, near, require
+from tests.simt import load
+from tests.simt.masked_conv import SOURCES
 
 # n, h, w, Cin, Cout, mask: at a pixel and with taps to all sides, colours, channels that are no vectors; in half
 # precision weights that fit shared memory, more tiles of pixels than blocks, columns that do not fill a tile.
@@ -116,6 +119,83 @@ def test_the_future_stays_unread(name):
         assert torch.equal(half.isnan().any(1).cpu(), seen)
 
 
+@pytest.fixture
+def on_the_cpu():
+    """The operators that autograd calls on a GPU, made of two convolutions: its derivatives without one."""
+    if reason := native_missing():
+        pytest.skip(reason)
+    ops = torch.ops.infovae_fast
+
+    def parts(tensor, dim):
+        return (None, None) if tensor is None else [t.contiguous() for t in tensor.chunk(2, dim)]
+
+    def forward(x, weight, bias, added, added_b, taps, colours):
+        each = zip(parts(weight, 2), parts(bias, 0), (added, added_b), strict=True)
+        return tuple(ops.masked_conv_forward(x, w, b, c, None, None, taps, colours, "", False)[0] for w, b, c in each)
+
+    def backward(gradient, gradient_b, x, weight, taps, colours, to_x, to_weight, to_bias):
+        wanted = (to_x, to_weight, False, False, False, to_bias, False)
+        each = [
+            ops.masked_conv_backward(g, None, x, w, None, None, x[:0], taps, colours, "", *wanted)
+            for g, w in zip((gradient, gradient_b), parts(weight, 2), strict=True)
+        ]
+        (x_a, weight_a, *_, bias_a, _), (x_b, weight_b, *_, bias_b, _) = each
+        return x_a + x_b, torch.cat([weight_a, weight_b], 2 if to_weight else 0), torch.cat([bias_a, bias_b])
+
+    library = torch.library.Library("infovae_fast", "IMPL", "CPU")
+    library.impl("masked_conv_halves_forward", forward)
+    library.impl("masked_conv_halves_backward", backward)
+    yield
+    library._destroy()
+
+
+def native(mask, *given):
+    return masked_conv._halves_native(*given, mask)
+
+
+def test_the_operators_derivatives(on_the_cpu):
+    mask = CASES[0][5]
+    given, upstream = problem(*CASES[0], torch.float64)
+    for found, truth in zip(results(native, mask, given, upstream), results(two, mask, given, upstream), strict=True):
+        near(found, truth)
+    settings = ([d for tap in mask.taps for d in tap], masked_conv._colours(mask))
+    leaves = [t.requires_grad_() for t in given]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.infovae_fast.masked_conv_halves.default, (*leaves, *settings), test_utils=tests)
+    a, _ = native(mask, *leaves)
+    (slope,) = torch.autograd.grad(a.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="use backend='reference' to differentiate twice"):
+        torch.autograd.grad(slope.sum(), leaves[1])
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_operators_other_half_has_no_part_in_a_gradient(on_the_cpu, half):
+    """Nor an infinite weight of it; what is added to it has none."""
+    mask = CASES[0][5]
+    given, upstream = problem(*CASES[0], torch.float64)
+    given[1][..., 6 * (1 - half)] = torch.inf
+    leaves = [t.requires_grad_() for t in given]
+    some = [leaves[k] for k in (0, 1, 2, 3 + half)]
+    found = torch.autograd.grad(native(mask, *leaves)[half], some, upstream[half])
+    for one, other in zip(found, torch.autograd.grad(two(mask, *leaves)[half], some, upstream[half]), strict=True):
+        near(one, other)
+    halves = native(mask, *leaves)
+    assert torch.autograd.grad(halves[half].sum(), leaves[4 - half], allow_unused=True) == (None,)
+    (bias,) = torch.autograd.grad(native(mask, *leaves)[half].sum(), leaves[2])
+    assert bias.count_nonzero() == 6 and bias[6 * half :][:6].ne(0).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/simt tells which kernel ran")
+def test_weights_that_fit_stay_in_shared_memory():
+    """Its tiles are twice as high: this is the kernel that the cases in half precision are for."""
+    for case in (CASES[3], CASES[4]):
+        n, h, w, *_, mask = case
+        for dtype, kept in ((torch.bfloat16, True), (torch.float32, False)):
+            run(mask, *problem(*case, dtype)[0], "cuda")
+            blocks = load(SOURCES).last_grid()
+            assert (blocks < n * h * w / 128) == kept
+
+
 def test_the_module_learns_both():
     conv = MaskedConv2d(4, 8, 1, window="H", dtype=torch.float64)
     x, added = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)
@@ -142,6 +222,8 @@ def test_empty_batch():
         ),
         ({"added": (None, torch.zeros(2, 8, 5, 5))}, ValueError, r"added\[1\]: got shape"),
         ({"added": (None, 1.0)}, TypeError, r"added\[1\]: got float; accepted: a torch.Tensor"),
+        ({"added": None}, TypeError, r"added: got NoneType; accepted: two images"),
+        ({"added": torch.zeros(2, 2, 4, 5, 5)}, TypeError, r"added: got Tensor; accepted: two images"),
         ({"added": (torch.zeros(2, 4, 5, 5).double(), None)}, TypeError, r"added\[0\]: got dtype torch.float64"),
         ({"x": torch.zeros(2, 3, 5, 5)}, ValueError, r"x: got shape \(2, 3, 5, 5\); accepted: \[N, 4, H, W\]"),
         ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown"),

@@ -486,7 +486,7 @@ struct Addition {
 };
 template <typename T>
 struct Additions {
-    Addition<T> each[4];  // to weight, link_weight, bias, condition
+    Addition<T> each[4];  // to weight, link_weight, bias (or its halves), condition
     int number = 0;
 
     void add(const Addition<T>& one) {
@@ -596,10 +596,10 @@ public:
     cudaError_t to_weights(const T* x, const Link<T>& link, const Halves<const T>& f_gradient, const Rows& rows,
                            const ConvGradients<T>& result, SumOf<T>* parts, int processors, Additions<T>& additions) const {
         Work<T> w = work_;
-        w.source = x, w.link = link.values, w.gradient = f_gradient.a, w.gradient_b = f_gradient.b, w.parts = parts;
+        w.source = x, w.link = rows.links > 0 ? link.values : nullptr, w.gradient = f_gradient.a, w.gradient_b = f_gradient.b, w.parts = parts;
         w.taps = rows.own > 0 ? w.taps : 0, w.links = int(rows.links), w.sums = rows.one > 0;
         w.in = w.source_channels = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
-        w.wide_source = whole(w.in) && whole(w.links) && aligned(x) && aligned(link.values);
+        w.wide_source = whole(w.in) && whole(w.links) && aligned(x) && aligned(w.link);
         w.wide_weight = whole(f_gradient.b != nullptr ? half_ : w.out_channels) && aligned(f_gradient);
         const int64_t count = segments(rows.all(), processors), stride = rows.all() * q.cout;
         w.segment = parts_of(parts_of(w.pixels, count), Product<T>::depth) * Product<T>::depth;
@@ -763,7 +763,8 @@ struct Backward {
     Conv<T> own, linked;
     ConvGradients<T> result;
     T* f_gradient;
-    SumOf<T> *sums, *weights, *link_weights;  // null: no sums over pixels are wanted, or they come with the weights
+    SumOf<T>* sums;  // over pixels; null: none are wanted, or they come with the weights
+    SumOf<T> *weights, *link_weights;
     int processors;
 
     Backward(const MaskedConv& conv, bool curved, bool exact, int64_t links, const ConvGradients<void>& to, void* workspace,

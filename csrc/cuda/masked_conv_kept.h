@@ -67,8 +67,10 @@ struct Kept {
         begin = first, reach = std::max(last - first, 0);
         weight_pitch = (mirrored ? depth : kKeptColumns) + 8, pitch = w.in + 8;
         images = (kKeptRows + w.h * w.w - 2) / (w.h * w.w) + 1;
-        const bool split = w.gate == Gate::halves;
-        const int64_t of_conditions = split ? kKeptRows * (kKeptColumns + 8) : 2 * images * kKeptColumns;
+        const bool added = w.condition != nullptr || w.condition_b != nullptr;
+        const int64_t of_conditions = w.gate != Gate::halves ? 2 * images * kKeptColumns
+                                      : added                ? kKeptRows * (kKeptColumns + 8)
+                                                             : 0;
         const int64_t of_weights = int64_t(mirrored ? kKeptColumns : depth) * weight_pitch;
         const int64_t of_source = int64_t(kKeptRows + reach) * pitch;
         const int64_t to_rows = of_weights + of_source + 8 + kKeptColumns + of_conditions;
