@@ -326,9 +326,9 @@ def masked_conv2d_halves(
 
         a = f_a + added[0],    b = f_b + added[1]
 
-    such as the residual and the skip of a gated layer. `cuda` makes both at once and in one product the gradient to x; the
-    other backends are two of `masked_conv2d`. Channels are grouped within each half, as with a gate: where groups are
-    contiguous these are not the halves of a convolution without one.
+    such as the residual and the skip of a gated layer. `cuda` makes both at once and in one product the gradient to x;
+    the other backends are two of `masked_conv2d`. Channels are grouped within each half, as with a gate: where groups
+    are contiguous these are not the halves of a convolution without one.
 
     Args:
         weight, bias: [taps, Cin, Cout] and [Cout], of both.
