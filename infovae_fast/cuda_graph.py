@@ -60,7 +60,7 @@ class CudaGraph(Generic[Out]):
             if self._graph is None:
                 self._graph = self._recorded(inputs)
             for kept, given in zip(self._inputs, inputs, strict=True):
-                kept.copy_(given)
+                kept.copy_(given.detach())
             self._graph.replay()
             return self._out
 

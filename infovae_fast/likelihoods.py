@@ -103,14 +103,15 @@ class Bernoulli(Likelihood):
         return float32_or_better(params=params)[0].sigmoid()
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
-        return torch.bernoulli(self.mean(params), generator=generator)
+        p = self.mean(params)
+        return torch.bernoulli(p.nan_to_num(), generator=generator) + (p - p)  # NaN stays
 
     def uniforms(self, data_channels: int) -> int:
         return data_channels
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         p = self.mean(params / temperature)
-        return (uniforms < p).to(p.dtype)
+        return (uniforms < p).to(p.dtype) + (p - p)  # NaN stays
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,16 @@ class Categorical(Likelihood):
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
         logits = _by_level(float32_or_better(params=params)[0], self.levels)
-        return _first_to_ring(logits, generator).squeeze(1).to(logits.dtype) / (self.levels - 1)
+        level = _first_to_ring(logits, generator).squeeze(1).to(logits.dtype)
+        return level / (self.levels - 1) + _none_or_nan(logits).squeeze(1)
 
     def uniforms(self, data_channels: int) -> int:
         return data_channels
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         logits = _by_level(float32_or_better(params=params)[0], self.levels)
-        level = _inverse_cdf(logits / temperature, uniforms.unsqueeze(1)).squeeze(1)
-        return level.to(logits.dtype) / (self.levels - 1)
+        level = _inverse_cdf(logits, uniforms.unsqueeze(1), temperature).squeeze(1)
+        return level.to(logits.dtype) / (self.levels - 1) + _none_or_nan(logits).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class DiscretizedLogisticMixture(Likelihood):
         logits, *others = split_params(params, mixtures=self.mixtures)
         k = _first_to_ring(logits, generator)
         uniforms = logits.new_empty(others[0][:, :, 0].shape).uniform_(generator=generator)  # [N, C, *S]
-        return self._levels(k, others, uniforms.logit())
+        return self._levels(k, others, uniforms.logit()) + _none_or_nan(logits)
 
     def uniforms(self, data_channels: int) -> int:
         return 1 + data_channels  # of the choice of k, then of each channel
@@ -247,8 +249,8 @@ class DiscretizedLogisticMixture(Likelihood):
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         logits, *others = split_params(params, mixtures=self.mixtures)
         uniforms = uniforms.to(logits.dtype)
-        k = _inverse_cdf(logits / temperature, uniforms[:, :1])
-        return self._levels(k, others, temperature * uniforms[:, 1:].logit())
+        k = _inverse_cdf(logits, uniforms[:, :1], temperature)
+        return self._levels(k, others, temperature * uniforms[:, 1:].logit()) + _none_or_nan(logits)
 
     def _levels(self, k: Tensor, others: Sequence[Tensor], noise: Tensor) -> Tensor:
         """Component k [N, 1, *S] at standard logistic noise [N, C, *S], rounded channel after channel."""
@@ -287,9 +289,15 @@ def _first_to_ring(logits: Tensor, generator: Generator | None) -> Tensor:
     return (logits - logits.new_empty(logits.shape).exponential_(generator=generator).log()).argmax(1, keepdim=True)
 
 
-def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The k at which the cumulated softmax(logits) [N, K, ...] passes the uniforms [N, 1, ...]."""
-    return (logits.softmax(1).cumsum(1)[:, :-1] <= uniforms).sum(1, keepdim=True)
+def _inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """The k at which the cumulated softmax(logits / temperature) [N, K, ...] passes the uniforms [N, 1, ...]."""
+    up_to = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1).cumsum(1)
+    return (up_to[:, :-1] <= uniforms * up_to[:, -1:]).sum(1, keepdim=True)  # of which the last is 1 but for rounding
+
+
+def _none_or_nan(logits: Tensor) -> Tensor:
+    """0 [N, 1, ...], or NaN where a logit is."""
+    return torch.where(logits.isnan().any(1, keepdim=True), logits.new_tensor(math.nan), 0)
 
 
 def _same_shape(**tensors: Tensor) -> list[Tensor]:

@@ -446,11 +446,41 @@ def test_a_low_temperature_draws_the_likeliest(likelihood, rng):
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
+def test_nan_params_draw_nan(likelihood, rng):
+    """Of the example that has it, and no other."""
+    params = random(3, likelihood.channels(1), 4, rng=rng)
+    params[1] = math.nan
+    u = torch.rand(3, likelihood.uniforms(1), 4, generator=rng, dtype=torch.float64)
+    for drawn in (likelihood.draw(params, u), likelihood.sample(params), likelihood.draw(params, u, 1e-6)):
+        assert torch.equal(drawn.isnan().all(-1).flatten(), torch.tensor([False, True, False]))
+        assert drawn[[0, 2]].isfinite().all()
+
+
+def test_one_nan_logit_is_enough():
+    for likelihood in (Categorical(4), DiscretizedLogisticMixture(mixtures=2)):
+        params = torch.zeros(1, likelihood.channels(1), 1)
+        params[:, 1] = math.nan
+        assert likelihood.draw(params, torch.full((1, likelihood.uniforms(1), 1), 0.5)).isnan().all()
+        assert likelihood.sample(params).isnan().all()
+
+
+def test_the_smallest_temperature_draws_the_likeliest_level():
+    logits = torch.tensor([0.0, 50.0, 0.0, 0.0]).view(1, 4, 1)
+    assert Categorical(4).draw(logits, torch.full((1, 1, 1), 0.9), 1e-37).item() == pytest.approx(1 / 3)
+
+
+def test_the_largest_uniform_draws_no_level_that_cannot_be():
+    torch.manual_seed(36)
+    logits = torch.randn(1, 256, 1)
+    logits[:, 200:] = -60
+    drawn = Categorical(256).draw(logits, torch.full((1, 1, 1), 1 - 2.0**-24))
+    assert (drawn * 255).round().item() <= 199
+
+
+@pytest.mark.parametrize("likelihood", [some for some in LIKELIHOODS if not some.joint_channels], ids=repr)
 def test_params_of_a_channel(likelihood, rng):
     """Unless the channels of a pixel are joint, params[:, c::C] are those of channel c alone."""
     params, x = random(2, likelihood.channels(3), 4, rng=rng), on_grid(2, 3, 4, levels=2, rng=rng)
-    if likelihood.joint_channels:
-        return
     alone = sum(likelihood.nll(params[:, c::3], x[:, c::3]) for c in range(3))
     torch.testing.assert_close(alone, likelihood.nll(params, x), rtol=1e-12, atol=0)
 

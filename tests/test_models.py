@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from infovae_fast import IMQ, Gaussian, InfoVAE, mmd
+from infovae_fast import IMQ, Bernoulli, Gaussian, InfoVAE, mmd
 from infovae_fast.models import GaussianMixture, Posterior, SamplerPrior, StandardNormal, Uniform
 from infovae_fast.models.networks import PAPER_FEW_SAMPLES, PAPER_PIXELCNN_ENCODER
 from infovae_fast.objective import PRESETS, unregularized
@@ -279,6 +279,95 @@ def test_own_modules(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"weights": [1.0]}, r"weights: got shape \(1,\); accepted: \[K\] = \[2\]"),
+        ({"weights": [0.0, 0.0]}, "weights >= 0 and one of them > 0"),
+        ({"weights": [math.nan, 1.0]}, "finite numbers"),
+        ({"weights": [[0.5], [0.5]]}, r"weights: got shape \(2, 1\)"),
+        ({"stds": math.nan}, "finite numbers"),
+        ({"stds": 0.0}, "stds > 0"),
+        ({"stds": [1.0, 2.0, 3.0]}, r"stds: got shape \(3,\); accepted: a number, \[2\] or \[2, 1\]"),
+        ({"means": [0.0, 1.0]}, r"means: got shape \(2,\); accepted: \[K, D\]"),
+    ],
+)
+def test_mixtures_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture(**({"means": [[0.0], [1.0]]} | changes))
+
+
+@pytest.mark.parametrize("prior", [StandardNormal(2), Uniform(2), GaussianMixture([[0.0, 1.0]])], ids=repr)
+def test_priors_in_other_dtypes(prior):
+    for dtype, wanted in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        z = prior.to(dtype).sample(3)
+        assert z.dtype == wanted and prior.sample(0).shape == (0, 2)
+        assert prior.log_prob(z).dtype == wanted and prior.log_prob(z).isfinite().all()
+    torch.set_default_dtype(torch.float64)
+    try:
+        exact = GaussianMixture([[0.1]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert exact.means.item() == 0.1 and exact.sample(2).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_densities_of_a_model_in_half_precision(dtype):
+    """As those of the same weights in float32: q is narrow, 1 / variance beyond float16."""
+    model = InfoVAE.from_config(SHAPE, 2, prior={"name": "gaussian_mixture", "means": [[0.0, 0.0]]}, objective="elbo")
+    nn.init.zeros_(model.encoder[-1].weight)
+    model.encoder[-1].bias.data = torch.tensor([0.5, -0.5, -12.0, -12.0])
+    for part in model.decoder.parameters():
+        nn.init.zeros_(part)
+    x, found = images(4).round(), []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)  # of the z
+        found.append(model.to(kind).log_likelihood(x.to(kind), 50).log_likelihood)
+    torch.testing.assert_close(*found, atol=1e-3, rtol=0)
+    assert model.loss(x.to(dtype)).loss.isfinite()
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "dcgan", {"name": "pixelcnn", "layers": 2, "maps": 4}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pictures_of_a_model_of_another_dtype(decoder, dtype):
+    model, x = InfoVAE.from_config(SHAPE, 2, decoder=decoder).to(dtype), images(2).round().to(dtype)
+    for pictures in (model.reconstruct(x), model.sample(2), model.interpolate(x, x, 2)[:, 0]):
+        assert pictures.shape == x.shape and pictures.isfinite().all()
+
+
+def test_a_saved_model_keeps_its_dtype(tmp_path):
+    model = InfoVAE.from_config(SHAPE, 2).double()
+    model.encoder[-1].bias.data[0] = 1 + 1e-12
+    model.save_pretrained(tmp_path)
+    assert InfoVAE.from_pretrained(tmp_path).encoder[-1].bias[0].item() == 1 + 1e-12
+
+
+def test_pictures_are_made_in_eval_mode():
+    """One image too, whose batch has no variance; buffers stay, and so does the mode."""
+    parts = {"encoder": {"name": "dcgan", "batch_norm": True}, "decoder": {"name": "dcgan", "batch_norm": True}}
+    model, x = InfoVAE.from_config((1, 8, 8), 2, **parts), images(3)
+    before = [buffer.clone() for buffer in model.buffers()]
+    some = model.reconstruct(x)
+    torch.testing.assert_close(model.reconstruct(x[:1]), some[:1])
+    model.sample(1), model.interpolate(x[:1], x[:1])
+    assert model.training and all(part.training for part in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("decoder", ["mlp", {"name": "pixelcnn", "layers": 2, "maps": 4}])
+def test_codes_of_the_same_images(decoder):
+    """Images are not repeated for a decoder that shares them among codes."""
+    model, x, z = InfoVAE.from_config(SHAPE, 2, decoder=decoder).eval(), images(2).round(), torch.randn(6, 2)
+    torch.testing.assert_close(model.decode(z, x), model.decode(z, x.repeat(3, 1, 1, 1)))
+    if model.autoregressive:
+        with pytest.raises(ValueError, match="z: got 5 codes for 2 images; accepted: S for every image"):
+            model.decode(z[:5], x)
+
+
+def test_one_sample_tells_no_error():
+    assert InfoVAE.from_config(SHAPE, 2).log_likelihood(images(2), 1).standard_error.isinf().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("network", ["mlp", "dcgan", "pixelcnn"])
 def test_a_model_of_another_dtype(network, dtype):
@@ -287,7 +376,7 @@ def test_a_model_of_another_dtype(network, dtype):
     x = torch.rand(3, 1, 16, 16).round().to(dtype)
     loss = model.loss(x).loss
     loss.backward()
-    assert loss.isfinite() and model.encode(x).mu.dtype == dtype
+    assert loss.isfinite() and model.encode(x).mu.dtype == torch.promote_types(dtype, torch.float32)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -315,10 +404,18 @@ def test_refusals():
         InfoVAE.from_config(SHAPE, prior="cauchy")
     with pytest.raises(ValueError, match="the prior has 2 dimensions, but latent_dim is 10"):
         InfoVAE.from_config(SHAPE, 10, prior={"name": "gaussian_mixture", "means": [[0.0, 1.0]]})
-    with pytest.raises(ValueError, match=r"accepted: K weights >= 0, stds > 0"):
-        GaussianMixture([[0.0], [1.0]], weights=[1.0])
-    with pytest.raises(ValueError, match="accepted: low < high"):
-        Uniform(2, 1.0, 1.0)
+    for low, high in ((1.0, 1.0), (-math.inf, 1.0), (0.0, math.nan)):
+        with pytest.raises(ValueError, match="accepted: finite numbers, low < high"):
+            Uniform(2, low, high)
+    for part, value in (("likelihood", Bernoulli()), ("encoder", nn.Flatten()), ("decoder", None)):
+        kind = type(value).__name__
+        with pytest.raises(ValueError, match=rf"{part}: got {kind}; accepted: a name.*InfoVAE\(encoder"):
+            InfoVAE.from_config(SHAPE, 2, **{part: value})
+    for latent_dim in (2.5, "3", True):
+        with pytest.raises(ValueError, match=f"latent_dim: got {latent_dim!r}; accepted: an integer"):
+            InfoVAE.from_config(SHAPE, latent_dim)
+    with pytest.raises(ValueError, match="shape: got 784; accepted"):
+        InfoVAE.from_config(784)
     model = InfoVAE.from_config(SHAPE, 2)
     with pytest.raises(ValueError, match="n_samples and chunk: got 0 and 10"):
         model.log_likelihood(images(), 0)

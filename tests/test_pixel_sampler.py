@@ -345,3 +345,58 @@ def test_empty_batches():
         sample = PixelSampler(GatedPixelCNN(2, (likelihood.channels(1), 3, 4), layers=2, maps=4), likelihood)
         for strategy in ("naive", "cached", "fixed_point"):
             assert sample.sample(torch.randn(0, 2), strategy=strategy).shape == (0, 1, 3, 4)
+
+
+def test_fixed_point_ends_with_all_rows():
+    """Where the last pass still changes a pixel, too."""
+    drawing, z, calls = sampler("grey", 1, 1), codes(1), []
+    for seed in range(20):
+        drawing.sample(z, seed=seed, strategy="fixed_point", callback=lambda *at: calls.append(at))
+        assert calls[-1] == (1, 1)
+    assert (0, 1) in calls  # the only pass changed the pixel
+
+
+def test_nan_params_draw_nan(backend):
+    drawing = sampler("grey", 3, 4, backend)
+    torch.nn.init.constant_(drawing.decoder.head[-1].bias, math.nan)
+    assert drawing.sample(codes(2), strategy="cached").isnan().all()
+    assert drawing.sample(codes(2), strategy="naive").isnan().all()
+
+
+def test_a_decoder_without_parameters():
+    class Half(torch.nn.Module):
+        autoregressive, image_shape = True, (1, 2, 2)
+
+        def forward(self, z, x):
+            return torch.zeros_like(x)
+
+    assert PixelSampler(Half(), Bernoulli()).sample(torch.zeros(3, 1)).shape == (3, 1, 2, 2)
+
+
+def test_numbers_of_images_that_are_none():
+    drawing = sampler("grey", 3, 4)
+    for n in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"n: got {n}; accepted: an integer, 0 or more"):
+            drawing.sample(codes(1), n=n)
+    with pytest.raises(ValueError, match=r"z: got shape .* for n=0"):
+        drawing.sample(codes(4), n=0)
+
+
+def test_a_backend_of_the_environment_that_draws_nothing_is_passed_over():
+    """It is meant for the operators that have it; one given by name is not."""
+    code = """
+import torch
+from infovae_fast import InfoVAE, PixelSampler
+decoder = {"name": "pixelcnn", "layers": 2, "maps": 4, "variant": "infovae2017"}
+model = InfoVAE.from_config((1, 4, 4), 2, decoder=decoder)
+assert model.sample(2).shape == (2, 1, 4, 4)
+try:
+    PixelSampler(model, backend="cpp").sample(torch.zeros(1, 2))
+except RuntimeError as error:
+    assert "cannot run pixel_sampler" in str(error), error
+else:
+    raise SystemExit("named, it ran")
+"""
+    environment = os.environ | {"INFOVAE_FAST_BACKEND": "cpp"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

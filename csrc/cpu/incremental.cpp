@@ -207,7 +207,7 @@ void draw_bits(const PixelRow<T>& q, const Bits<T>& bits) {
                     for (int64_t c = group; c < bits.channels; c += q.groups) {
                         const int64_t at = ((first + s) * bits.channels + c) * q.width + j;
                         const T logit = f[s * network.output.stride + c / q.groups] / bits.temperature;
-                        const T drawn = T(bits.uniforms[at]) < 1 / (1 + std::exp(-logit)) ? T(1) : T(0);
+                        const T p = 1 / (1 + std::exp(-logit)), drawn = T(bits.uniforms[at]) < p ? T(1) : p == p ? T(0) : p;
                         bits.x[at] = bits.mask[at] ? bits.known[at] : drawn;
                         y.state[(first + s) * y.stride + (y.reach + j) * y.channels + c] = 2 * bits.x[at] - 1;
                     }

@@ -403,7 +403,10 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                 if (image >= count) continue;
                 const int64_t at = place_of(image, c, w.channels);
                 if (known(image, c)) set(image, c, w.known[at]);
-                else set(image, c, T(w.uniforms[at]) < T(1) / (T(1) + exp(-drawn[e] / w.temperature)) ? T(1) : T(0));
+                else {
+                    const T p = T(1) / (T(1) + exp(-drawn[e] / w.temperature));
+                    set(image, c, T(w.uniforms[at]) < p ? T(1) : p == p ? T(0) : p);
+                }
             }
             // Levels: a warp for each image, and colour if they do not depend on each other.
             const int tasks = w.uniforms == nullptr || w.levels == 0 ? 0 : w.mixtures > 0 ? I : colours * I;

@@ -9,7 +9,8 @@ ones only. What then is drawn, is drawn pixel by pixel (`PixelSampler`).
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class LogLikelihood(NamedTuple):
     """An importance-sampling estimate of log p(x) for each example, [N] each."""
 
     log_likelihood: Tensor  # nats; its expectation is a lower bound that tightens with the number of samples
-    standard_error: Tensor  # of log_likelihood, by the delta method; too small where effective_samples is
+    standard_error: Tensor  # of log_likelihood, by the delta method; too small where effective_samples is; inf of one
     effective_samples: Tensor  # (sum w)^2 / sum w^2, between 1 and n_samples
 
 
@@ -105,11 +106,19 @@ class InfoVAE(nn.Module):
             ValueError: an unknown name or option (the message lists the accepted ones), sizes that do not fit, what a
                 config.json cannot hold.
         """
-        config = {key: value for key, value in locals().items() if key != "cls"} | {"shape": list(shape)}
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape: got {tuple(shape)}; accepted: (channels, height, width)")
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim: got {latent_dim}; accepted: 1 or more")
+        config = dict(locals())
+        del config["cls"]
+        for part in ("encoder", "decoder", "likelihood", "prior", "objective"):
+            if not isinstance(config[part], str | Mapping):
+                raise ValueError(
+                    f"{part}: got {type(config[part]).__name__}; accepted: a name, or a dict of its name and options; "
+                    "a model of modules of your own is InfoVAE(encoder, decoder, latent_dim, ...)"
+                )
+        if not hasattr(shape, "__len__") or len(shape) != 3 or not all(_is_count(size) for size in shape):
+            raise ValueError(f"shape: got {shape!r}; accepted: (channels, height, width)")
+        if not _is_count(latent_dim):
+            raise ValueError(f"latent_dim: got {latent_dim!r}; accepted: an integer, 1 or more")
+        config["shape"] = list(shape)
         p_x = likelihood_from_config({"name": likelihood} if isinstance(likelihood, str) else likelihood)
         name = decoder if isinstance(decoder, str) else decoder.get("name", "")
         image: tuple[int, ...] = ()
@@ -128,17 +137,17 @@ class InfoVAE(nn.Module):
         return model
 
     def encode(self, x: Tensor) -> Posterior:
-        """q(z|x) for images x [N, C, H, W]."""
+        """q(z|x) for images x [N, C, H, W], in float32 or better."""
         parameters = self.encoder(x)
         if parameters.shape != (len(x), 2 * self.latent_dim):
             raise ValueError(
                 f"the encoder returned shape {tuple(parameters.shape)}; accepted: {(len(x), 2 * self.latent_dim)}, "
                 "the mean and log-variance of q(z|x)"
             )
-        # Autocast would leave z with the few digits of half precision.
+        # Half precision, of the weights or by autocast, would leave z and the densities few digits, and overflow.
         weight = next(self.encoder.parameters(), parameters)
-        parameters = parameters.to(torch.promote_types(parameters.dtype, weight.dtype))
-        mu, logvar = parameters.chunk(2, dim=1)
+        digits = torch.promote_types(torch.promote_types(parameters.dtype, weight.dtype), torch.float32)
+        mu, logvar = parameters.to(digits).chunk(2, dim=1)
         return Posterior(mu, logvar.clamp(-30, 20))  # e^(logvar/2) and e^-logvar stay finite in float32
 
     @property
@@ -153,6 +162,7 @@ class InfoVAE(nn.Module):
             x: [N, C, H, W], for an autoregressive decoder; others ignore it. With z [S N, D] of S codes for every
                 image, code s of image n in row s N + n, the images need not be repeated.
         """
+        z = self._code(z)
         if not self.autoregressive:
             return self.decoder(z)
         if x is None:
@@ -160,9 +170,16 @@ class InfoVAE(nn.Module):
                 "decode: got no x; accepted: decode(z, x), as this decoder is autoregressive: parameters depend on "
                 "earlier pixels. To draw images use PixelSampler(model).sample(z), or model.sample(n)"
             )
-        if len(x) < len(z):
+        if len(z) % max(len(x), 1):
+            raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
+        if len(x) < len(z) and not getattr(self.decoder, "shares_images", False):
             x = x.repeat(len(z) // max(len(x), 1), 1, 1, 1)
         return self.decoder(z, x)
+
+    def _code(self, z: Tensor) -> Tensor:
+        """z for a decoder in half precision."""
+        weight = next(self.decoder.parameters(), z)
+        return z.to(weight.dtype) if weight.dtype.itemsize < 4 else z
 
     def forward(self, x: Tensor) -> Output:
         """Encode, draw z ~ q(z|x), decode."""
@@ -178,12 +195,13 @@ class InfoVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at z = mu(x), [N, C, H, W]; see `sample` for an autoregressive decoder's."""
-        return self._images(self.encode(x).mu)
+        """The mean of p(x|z) at z = mu(x), [N, C, H, W], in eval mode; see `sample` for an autoregressive decoder's."""
+        with evaluating(self):
+            return self._images(self.encode(x).mu)
 
     @torch.no_grad()
     def sample(self, n: int, *, mean: bool = True, callback: Callback | None = None) -> Tensor:
-        """n images from the model, [n, C, H, W]: z ~ p(z), then the mean of p(x|z), or a draw from it.
+        """n images from the model, [n, C, H, W], in eval mode: z ~ p(z), then the mean of p(x|z), or a draw from it.
 
         Args:
             mean: of an autoregressive decoder it is the mean of every pixel given the earlier ones of a draw from
@@ -191,21 +209,23 @@ class InfoVAE(nn.Module):
             callback: called as callback(done, H) with the number of rows drawn, by an autoregressive decoder only.
         """
         z = self.prior.sample(n)
-        if self.autoregressive:
-            return self._images(z, mean, seed=int(torch.randint(2**62, ())), callback=callback)
-        return self._images(z, mean)
+        with evaluating(self):
+            if self.autoregressive:
+                return self._images(z, mean, seed=int(torch.randint(2**62, ())), callback=callback)
+            return self._images(z, mean)
 
     def _images(self, z: Tensor, mean: bool = True, **drawing: Any) -> Tensor:
         if self.autoregressive:
-            x = PixelSampler(self).sample(z, **drawing)
+            x = PixelSampler(self).sample(self._code(z), **drawing)
             return self.likelihood.mean(self.decode(z, x)) if mean else x
         params = self.decode(z)
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, steps: int = 8) -> Tensor:
-        """Means of p(x|z) on the straight line from mu(a) to mu(b), [N, C, H, W] twice -> [N, steps, C, H, W].
+        """Means of p(x|z) on the straight line from mu(a) to mu(b), in eval mode.
 
+        [N, C, H, W] twice -> [N, steps, C, H, W].
         An autoregressive decoder draws all images of a line from the same uniforms; see `sample`.
         """
         if a.shape != b.shape or steps < 2:
@@ -213,12 +233,14 @@ class InfoVAE(nn.Module):
                 f"interpolate: got shapes {tuple(a.shape)}, {tuple(b.shape)}, steps={steps}; accepted: two batches of "
                 "the same shape, 2 steps or more"
             )
-        t = torch.linspace(0, 1, steps, device=a.device)[:, None]  # [steps, 1]
-        z = self.encode(a).mu[:, None] * (1 - t) + self.encode(b).mu[:, None] * t  # [N, steps, D]
-        drawing: dict[str, Any] = {}
-        if self.autoregressive:
-            drawing["uniforms"] = PixelSampler(self).uniforms(len(a)).repeat_interleave(steps, 0)
-        return self._images(z.flatten(0, 1), **drawing).unflatten(0, (len(a), steps))
+        with evaluating(self):
+            start, end = self.encode(a).mu[:, None], self.encode(b).mu[:, None]  # [N, 1, D]
+            t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None]  # [steps, 1]
+            z = start * (1 - t) + end * t  # [N, steps, D]
+            drawing: dict[str, Any] = {}
+            if self.autoregressive:
+                drawing["uniforms"] = PixelSampler(self).uniforms(len(a)).repeat_interleave(steps, 0)
+            return self._images(z.flatten(0, 1), **drawing).unflatten(0, (len(a), steps))
 
     @torch.no_grad()
     def log_likelihood(
@@ -258,7 +280,8 @@ class InfoVAE(nn.Module):
             top = new_top
         error = (s2 / s1.square() - 1 / n_samples).clamp_min(0).sqrt()
         effective = torch.where(s2 > 0, s1.square() / s2, 0)
-        return LogLikelihood(top + s1.log() - math.log(n_samples), torch.where(s2 > 0, error, math.inf), effective)
+        known = (s2 > 0) & (n_samples > 1)
+        return LogLikelihood(top + s1.log() - math.log(n_samples), torch.where(known, error, math.inf), effective)
 
     def _log_weights(self, x: Tensor, posterior: Posterior | None, s: int) -> Tensor:  # [s, N]
         if posterior is None:
@@ -289,7 +312,7 @@ class InfoVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "InfoVAE":
-        """The model that `save_pretrained` wrote; nothing in the files is executed.
+        """The model that `save_pretrained` wrote, in its dtype; nothing in the files is executed.
 
         Raises:
             FileNotFoundError: a file is missing. ValueError: a file is damaged or does not fit the configuration.
@@ -306,13 +329,21 @@ class InfoVAE(nn.Module):
             if not isinstance(config, dict) or "shape" not in config:
                 raise ValueError("no key 'shape'")
             model = cls.from_config(**config)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            weights = load_file(folder / WEIGHTS_FILE)
+            dtypes = {t.dtype for t in weights.values() if t.is_floating_point()}
+            if len(dtypes) == 1:
+                model.to(dtypes.pop())
+            model.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or of another model: {error}") from error
         return model.eval()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.backends import Backend, native_missing
+from infovae_fast.backends import AUTO, NAMES, Backend, explain, native_missing
 from infovae_fast.backends import choose as choose_backend
 from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
@@ -224,8 +224,10 @@ class PixelSampler:
             raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
 
     def _incremental(self, z: Tensor | None, n: int, likelihood: Likelihood | None) -> Pixelwise | Images:
-        inputs = (self._like, self.decoder, likelihood)
-        return choose_backend("pixel_sampler", BACKENDS, self.backend, *inputs)(self.decoder, z, n)
+        inputs, backend = (self._like, self.decoder, likelihood), self.backend
+        if backend == "auto" and AUTO in NAMES and explain("pixel_sampler", BACKENDS, *inputs)[AUTO] is not None:
+            backend = "reference"  # what INFOVAE_FAST_BACKEND names is meant for the operators that it has
+        return choose_backend("pixel_sampler", BACKENDS, backend, *inputs)(self.decoder, z, n)
 
     def _naive(self, z: Tensor | None, n: int, choose: Chooser, callback: Callback | None) -> Tensor:
         x = self._like.new_zeros(n, *self.image_shape)
@@ -253,23 +255,28 @@ class PixelSampler:
                 callback(final, height)
             x = new
             if final == height:
-                break
+                return x
+        if callback is not None:
+            callback(height, height)
         return x
 
     @property
     def _like(self) -> Tensor:
-        return next(self.decoder.parameters())
+        tensors = (*self.decoder.parameters(), *self.decoder.buffers())
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
     def _uniforms_shape(self, n: int) -> tuple[int, int, int, int]:
         channels, height, width = self.image_shape
         return n, self.likelihood.uniforms(channels), height, width
 
     def _codes(self, z: Tensor | None, n: int | None) -> tuple[Tensor | None, int]:
+        if n is not None and (not isinstance(n, int) or n < 0):
+            raise ValueError(f"n: got {n!r}; accepted: an integer, 0 or more")
         if z is None:
             if n is None:
                 raise ValueError("z and n: got neither; accepted: z [n, D], or n for a decoder without z")
             return None, n
-        if z.ndim != 2 or len(z) not in (1, n or len(z)):
+        if z.ndim != 2 or len(z) not in (1, len(z) if n is None else n):
             raise ValueError(f"z: got shape {tuple(z.shape)} for n={n}; accepted: [n, D], or [1, D] for all images")
         n = len(z) if n is None else n
         return z.expand(n, -1), n

@@ -76,6 +76,7 @@ class GatedPixelCNN(nn.Module):
     """
 
     autoregressive = True
+    shares_images = True  # among the codes of each
 
     def __init__(
         self,

@@ -83,6 +83,7 @@ class PixelCNNPlusPlus(nn.Module):
     """
 
     autoregressive = True
+    shares_images = True  # among the codes of each
 
     def __init__(
         self,

@@ -46,8 +46,12 @@ class Prior(nn.Module):
         self.dim = dim
         self.register_buffer("_like", torch.empty(0), persistent=False)  # follows .to(device, dtype)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self._like.dtype, torch.float32)
+
     def sample(self, n: int) -> Tensor:
-        """n points, [n, D], on the module's device."""
+        """n points, [n, D], on the module's device, in its dtype or float32 where that is better."""
         raise TypeError(f"{type(self).__name__} gives no samples")
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class StandardNormal(Prior):
     """N(0, I)."""
 
     def sample(self, n: int) -> Tensor:
-        return torch.randn(n, self.dim, device=self._like.device, dtype=self._like.dtype)
+        return torch.randn(n, self.dim, device=self._like.device, dtype=self._dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square() + LOG_2PI).sum(-1)
@@ -88,17 +92,17 @@ class Uniform(Prior):
 
     def __init__(self, dim: int, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__(dim)
-        if not low < high:
-            raise ValueError(f"low and high: got {low} and {high}; accepted: low < high")
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"low and high: got {low} and {high}; accepted: finite numbers, low < high")
         self.low, self.high = low, high
 
     def sample(self, n: int) -> Tensor:
-        unit = torch.rand(n, self.dim, device=self._like.device, dtype=self._like.dtype)
+        unit = torch.rand(n, self.dim, device=self._like.device, dtype=self._dtype)
         return self.low + (self.high - self.low) * unit
 
     def log_prob(self, z: Tensor) -> Tensor:
         inside = ((z >= self.low) & (z <= self.high)).all(-1)
-        return torch.where(inside, -self.dim * math.log(self.high - self.low), -math.inf)
+        return torch.where(inside, z.new_tensor(-self.dim * math.log(self.high - self.low)), -math.inf)
 
     def score(self, z: Tensor) -> Tensor:
         raise ValueError("a uniform prior has no score (its density has jumps): use MMD or an adversarial divergence")
@@ -116,22 +120,33 @@ class GaussianMixture(Prior):
     log_weights: Tensor
 
     def __init__(self, means: Any, stds: Any = 1.0, weights: Sequence[float] | None = None) -> None:
-        means = torch.as_tensor(means, dtype=torch.float32)
-        if means.ndim != 2:
+        dtype = torch.get_default_dtype()
+        means, stds = (torch.as_tensor(t, dtype=dtype) for t in (means, stds))
+        if means.ndim != 2 or len(means) == 0:
             raise ValueError(f"means: got shape {tuple(means.shape)}; accepted: [K, D]")
-        super().__init__(means.shape[1])
-        stds = torch.as_tensor(stds, dtype=torch.float32)
+        k, dim = means.shape
+        super().__init__(dim)
+        if stds.shape not in ((), (k,), (k, dim)):
+            raise ValueError(f"stds: got shape {tuple(stds.shape)}; accepted: a number, [{k}] or [{k}, {dim}]")
         stds = (stds[:, None] if stds.ndim == 1 else stds).expand_as(means).clone()
-        w = torch.ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-        if len(w) != len(means) or bool((w < 0).any()) or bool((stds <= 0).any()):
-            raise ValueError(f"got {len(means)} means, weights {w.tolist()}; accepted: K weights >= 0, stds > 0")
-        self.register_buffer("means", means)
+        w = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=dtype)
+        if w.shape != (k,):
+            raise ValueError(f"weights: got shape {tuple(w.shape)}; accepted: [K] = [{k}]")
+        finite = means.isfinite().all() and stds.isfinite().all() and w.isfinite().all()
+        if not finite or not (stds > 0).all() or not (w >= 0).all() or not w.sum() > 0:
+            raise ValueError(
+                f"got means {means.tolist()}, stds {stds.tolist()}, weights {w.tolist()}; accepted: finite numbers, "
+                "stds > 0, weights >= 0 and one of them > 0"
+            )
+        self.register_buffer("means", means.clone())
         self.register_buffer("stds", stds)
         self.register_buffer("log_weights", (w / w.sum()).log())
 
     def sample(self, n: int) -> Tensor:
-        k = torch.multinomial(self.log_weights.exp(), n, replacement=True)
-        return self.means[k] + self.stds[k] * torch.randn_like(self.means[k])
+        weights = self.log_weights.to(self._dtype).exp()
+        k = torch.multinomial(weights, n, replacement=True) if n else weights.new_empty(0, dtype=torch.long)
+        means, stds = self.means[k].to(self._dtype), self.stds[k].to(self._dtype)
+        return means + stds * torch.randn_like(means)
 
     def log_prob(self, z: Tensor) -> Tensor:
         standard = (z.unsqueeze(-2) - self.means) / self.stds  # [..., K, D]
@@ -153,7 +168,7 @@ class SamplerPrior(Prior):
         if not isinstance(z, Tensor) or z.shape != (n, self.dim):
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"the prior's sampler returned {got}; accepted: a tensor {(n, self.dim)}")
-        return z.to(self._like)
+        return z.to(self._like.device, self._dtype)
 
 
 PRIORS: dict[str, type[Prior]] = {"normal": StandardNormal, "uniform": Uniform, "gaussian_mixture": GaussianMixture}
