@@ -61,7 +61,7 @@ class Autocast(nn.Module):
 class InBfloat16(nn.Module):
     """A decoder in bfloat16 before a likelihood in float32."""
 
-    autoregressive = True
+    autoregressive = shares_images = True
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
