@@ -1,4 +1,4 @@
-"""What the likelihoods accept and return: tensors in float32 or better, numbers, a choice of reduction."""
+"""What the likelihoods and decoders accept: tensors in float32 or better, numbers, a choice of reduction, codes."""
 
 import math
 from typing import Any, Literal
@@ -33,3 +33,9 @@ def reduced(nll: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is unknown; accepted: 'none', 'mean', 'sum'")
     return per_example if reduction == "none" else getattr(per_example, reduction)()
+
+
+def codes_of_images(z: Tensor, x: Tensor) -> None:
+    """ValueError unless z [S N, D] has S codes for every image of x [N, ...]."""
+    if len(z) % len(x) if len(x) else len(z):
+        raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")

@@ -360,8 +360,10 @@ def test_codes_of_the_same_images(decoder):
     model, x, z = InfoVAE.from_config(SHAPE, 2, decoder=decoder).eval(), images(2).round(), torch.randn(6, 2)
     torch.testing.assert_close(model.decode(z, x), model.decode(z, x.repeat(3, 1, 1, 1)))
     if model.autoregressive:
-        with pytest.raises(ValueError, match="z: got 5 codes for 2 images; accepted: S for every image"):
-            model.decode(z[:5], x)
+        for some in (x, x[:0]):
+            with pytest.raises(ValueError, match=f"z: got 5 codes for {len(some)} images; accepted: S for every image"):
+                model.decode(z[:5], some)
+        assert model.decode(z[:0], x[:0]).shape == (0, 1, 8, 8)
 
 
 def test_one_sample_tells_no_error():

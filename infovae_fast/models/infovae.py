@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from infovae_fast.arguments import codes_of_images
 from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
 from infovae_fast.models.incremental import Callback
 from infovae_fast.models.networks import DECODERS, ENCODERS, build, evaluating
@@ -170,10 +171,9 @@ class InfoVAE(nn.Module):
                 "decode: got no x; accepted: decode(z, x), as this decoder is autoregressive: parameters depend on "
                 "earlier pixels. To draw images use PixelSampler(model).sample(z), or model.sample(n)"
             )
-        if len(z) % max(len(x), 1):
-            raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
+        codes_of_images(z, x)
         if len(x) < len(z) and not getattr(self.decoder, "shares_images", False):
-            x = x.repeat(len(z) // max(len(x), 1), 1, 1, 1)
+            x = x.repeat(len(z) // len(x), 1, 1, 1)
         return self.decoder(z, x)
 
     def _code(self, z: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infovae_fast.arguments import codes_of_images
 from infovae_fast.masked_conv import MaskedConv2d
 from infovae_fast.models import resident
 
@@ -129,8 +130,8 @@ class GatedPixelCNN(nn.Module):
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
             sizes = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {sizes}]")
-        if z is not None and len(z) % max(len(x), 1):
-            raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
+        if z is not None:
+            codes_of_images(z, x)
         self._check_code(z)
         if resident.reason(self, z, x) is None:
             return resident.params(self, z, x)

@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infovae_fast.arguments import codes_of_images
 from infovae_fast.backends import NAMES
 from infovae_fast.gated_residual import TRITON, Operators, operators, weights_reference
 from infovae_fast.models.pixelcnn import Offsets, _SpatialCode
@@ -213,8 +214,8 @@ class PixelCNNPlusPlus(nn.Module):
             size = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {size}]")
         self.check_code(z)
-        if z is not None and len(z) % max(len(x), 1):
-            raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")
+        if z is not None:
+            codes_of_images(z, x)
 
 
 class _Conv(nn.Module):
