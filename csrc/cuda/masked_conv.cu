@@ -596,7 +596,8 @@ public:
     cudaError_t to_weights(const T* x, const Link<T>& link, const Halves<const T>& f_gradient, const Rows& rows,
                            const ConvGradients<T>& result, SumOf<T>* parts, int processors, Additions<T>& additions) const {
         Work<T> w = work_;
-        w.source = x, w.link = rows.links > 0 ? link.values : nullptr, w.gradient = f_gradient.a, w.gradient_b = f_gradient.b, w.parts = parts;
+        w.source = x, w.link = rows.links > 0 ? link.values : nullptr;
+        w.gradient = f_gradient.a, w.gradient_b = f_gradient.b, w.parts = parts;
         w.taps = rows.own > 0 ? w.taps : 0, w.links = int(rows.links), w.sums = rows.one > 0;
         w.in = w.source_channels = int(q.cin), w.grouped = half_, w.out_channels = int(q.cout);
         w.wide_source = whole(w.in) && whole(w.links) && aligned(x) && aligned(w.link);
@@ -738,7 +739,6 @@ auto by_number(Number number, F run) {
         default: return run(double{});
     }
 }
-
 
 const char* too_large(const MaskedConv& conv) {
     if (conv.taps.size() > kMaxTaps || conv.h > 32767 || conv.w > 32767) return "at most 512 taps, and 32767 pixels a side";
