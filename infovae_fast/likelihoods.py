@@ -297,7 +297,7 @@ def _inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor
 
 def _none_or_nan(logits: Tensor) -> Tensor:
     """0 [N, 1, ...], or NaN where a logit is."""
-    return torch.where(logits.isnan().any(1, keepdim=True), logits.new_tensor(math.nan), 0)
+    return torch.where(logits.isnan().any(1, keepdim=True), logits.new_full((), math.nan), 0)
 
 
 def _same_shape(**tensors: Tensor) -> list[Tensor]:

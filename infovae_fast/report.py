@@ -28,6 +28,7 @@ from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
 from infovae_fast.likelihoods import Bernoulli
 from infovae_fast.models import InfoVAE, PixelSampler, StandardNormal
+from infovae_fast.models.networks import like
 from infovae_fast.pictures import (
     OBJECTIVES,
     image_grid,
@@ -255,7 +256,8 @@ def _test_images(run: Run) -> Tensor:
     """Up to ten images of the test set: one each of as many classes as there are, or the first."""
     images, labels = run.data.test_images, run.data.test_labels
     one_each = [] if labels is None else [int((labels == label).nonzero()[0]) for label in labels.unique()]
-    return to_unit(images[one_each[:10]] if len(one_each) > 1 else images[:10], run.data.levels)
+    some = images[one_each[:10]] if len(one_each) > 1 else images[:10]
+    return to_unit(some, run.data.levels).to(like(run.model.encoder))
 
 
 def _pixelwise(shown: dict[str, Run]) -> str:
@@ -304,7 +306,8 @@ def _latent_spaces(shown: dict[str, Run]) -> Section:
     for run in shown.values():
         dim, prior = run.model.latent_dim, run.model.prior
         images = run.data.test_images
-        z = encode_all(run.model, to_unit(images[_spread(len(images))], run.data.levels))[1]
+        x = to_unit(images[_spread(len(images))], run.data.levels).to(like(run.model.encoder))
+        z = encode_all(run.model, x)[1]
         axes = (
             torch.eye(dim) if dim <= 2 else torch.linalg.eigh(torch.cov(z.T, correction=0)).eigenvectors.flip(1)[:, :2]
         )

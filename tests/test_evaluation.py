@@ -104,6 +104,13 @@ def test_mutual_information_needs_a_draw_of_each():
         mutual_information(Posterior(mu, broken), mu)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_metrics_of_a_model_of_another_dtype(dtype):
+    data = load_data("digits", train_size=20)
+    metrics = summarize(InfoVAE.from_config(data.shape, 2).to(dtype), data, n_samples=2)
+    assert all(math.isfinite(value) for value in metrics["test"].values() if isinstance(value, float))
+
+
 def test_metrics_leave_the_model_as_it_was():
     data = load_data("digits", train_size=20)
     torch.manual_seed(0)

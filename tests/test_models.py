@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -288,6 +289,7 @@ def test_own_modules(tmp_path):
         ({"weights": [[0.5], [0.5]]}, r"weights: got shape \(2, 1\)"),
         ({"stds": math.nan}, "finite numbers"),
         ({"stds": 0.0}, "stds > 0"),
+        ({"stds": [[1.0, 2.0]] * 2}, r"stds: got shape \(2, 2\)"),
         ({"stds": [1.0, 2.0, 3.0]}, r"stds: got shape \(3,\); accepted: a number, \[2\] or \[2, 1\]"),
         ({"means": [0.0, 1.0]}, r"means: got shape \(2,\); accepted: \[K, D\]"),
     ],
@@ -297,12 +299,19 @@ def test_mixtures_that_are_none(changes, message):
         GaussianMixture(**({"means": [[0.0], [1.0]]} | changes))
 
 
-@pytest.mark.parametrize("prior", [StandardNormal(2), Uniform(2), GaussianMixture([[0.0, 1.0]])], ids=repr)
+MIXTURE = GaussianMixture([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]], stds=[[0.1], [0.2], [0.3]], weights=[0.2, 0.5, 0.3])
+
+
+@pytest.mark.parametrize("prior", [StandardNormal(2), Uniform(2), MIXTURE], ids=repr)
 def test_priors_in_other_dtypes(prior):
     for dtype, wanted in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
         z = prior.to(dtype).sample(3)
         assert z.dtype == wanted and prior.sample(0).shape == (0, 2)
         assert prior.log_prob(z).dtype == wanted and prior.log_prob(z).isfinite().all()
+    half = deepcopy(MIXTURE).half()
+    again = deepcopy(half).float()  # the same rounded numbers
+    z = torch.randn(50, 2)
+    torch.testing.assert_close(half.log_prob(z), again.log_prob(z), rtol=1e-5, atol=1e-5)
     torch.set_default_dtype(torch.float64)
     try:
         exact = GaussianMixture([[0.1]])
@@ -360,6 +369,10 @@ def test_codes_of_the_same_images(decoder):
     model, x, z = InfoVAE.from_config(SHAPE, 2, decoder=decoder).eval(), images(2).round(), torch.randn(6, 2)
     torch.testing.assert_close(model.decode(z, x), model.decode(z, x.repeat(3, 1, 1, 1)))
     if model.autoregressive:
+        seen = []
+        with model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[1]))):
+            model.decode(z, x), model.log_likelihood(x, 5)
+        assert seen == [2, 2]
         for some in (x, x[:0]):
             with pytest.raises(ValueError, match=f"z: got 5 codes for {len(some)} images; accepted: S for every image"):
                 model.decode(z[:5], some)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -356,11 +357,35 @@ def test_fixed_point_ends_with_all_rows():
     assert (0, 1) in calls  # the only pass changed the pixel
 
 
-def test_nan_params_draw_nan(backend):
-    drawing = sampler("grey", 3, 4, backend)
-    torch.nn.init.constant_(drawing.decoder.head[-1].bias, math.nan)
-    assert drawing.sample(codes(2), strategy="cached").isnan().all()
-    assert drawing.sample(codes(2), strategy="naive").isnan().all()
+@pytest.mark.parametrize("name", ["grey", "levels", "mixture"])
+def test_nan_params_draw_nan(name, backend):
+    """One NaN among the logits of a choice is enough; and it is drawn as often as it takes, not more."""
+    drawing, passes = sampler(name, 3, 4, backend), []
+    drawing.decoder.head[-1].bias.data[: 3 if name == "levels" else 1] = math.nan
+    for strategy in ("cached", "naive", "fixed_point"):
+        callback = None if strategy != "fixed_point" else lambda *at: passes.append(at)
+        assert drawing.sample(codes(2), strategy=strategy, callback=callback).isnan().all()
+    assert len(passes) < 12
+
+
+def test_the_smallest_temperature_draws_the_likeliest_level(backend):
+    drawing = sampler("levels", 2, 2, backend)
+    bias = drawing.decoder.head[-1].bias.data
+    bias.zero_(), drawing.decoder.head[-1].weight.data.zero_()
+    bias[3:6] = 50  # level 1 of each colour
+    assert (drawing.sample(codes(2), temperature=1e-37) == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"condition": "spatial"}, {"variant": "infovae2017"}], ids=str)
+def test_half_precision_models_draw_their_own_codes(options, dtype):
+    decoder = {"name": "pixelcnn", "layers": 2, "maps": 4} | options
+    model, x = InfoVAE.from_config((1, 4, 4), 2, decoder=decoder).to(dtype), torch.rand(2, 1, 4, 4).round().to(dtype)
+    z = model.encode(x).mu
+    assert z.dtype == torch.float32
+    for strategy in ("cached", "naive", "fixed_point"):
+        assert PixelSampler(model).sample(z, strategy=strategy).dtype == dtype
+    assert PixelSampler(model).params(z, x).isfinite().all()
 
 
 def test_a_decoder_without_parameters():
@@ -375,7 +400,8 @@ def test_a_decoder_without_parameters():
 
 def test_numbers_of_images_that_are_none():
     drawing = sampler("grey", 3, 4)
-    for n in (-1, 1.5):
+    assert len(drawing.sample(codes(1), n=np.int64(2))) == 2
+    for n in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"n: got {n}; accepted: an integer, 0 or more"):
             drawing.sample(codes(1), n=n)
     with pytest.raises(ValueError, match=r"z: got shape .* for n=0"):

@@ -57,9 +57,9 @@ __device__ __forceinline__ T gate(T a, T b) {
     return tanh(a) / (T(1) + exp(-b));
 }
 
-// The k at which the cumulated softmax of `count` logits passes u, found by a warp.
+// The k at which the cumulated softmax of `count` logits / temperature passes u, found by a warp; -1 where one is NaN.
 template <typename T, typename F>
-__device__ __forceinline__ int choose(int count, T u, F logit) {
+__device__ __forceinline__ int choose(int count, T u, T temperature, F logit) {
     const int lane = int(threadIdx.x) % 32, each = (count + 31) / 32;
     const int begin = min(lane * each, count), end = min(begin + each, count);
     constexpr unsigned all = 0xffffffffu;
@@ -67,7 +67,7 @@ __device__ __forceinline__ int choose(int count, T u, F logit) {
     for (int k = begin; k < end; ++k) most = max(most, logit(k));
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(all, most, offset));
-    for (int k = begin; k < end; ++k) own += exp(logit(k) - most);
+    for (int k = begin; k < end; ++k) own += exp((logit(k) - most) / temperature);
     T sum = own;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -78,12 +78,12 @@ __device__ __forceinline__ int choose(int count, T u, F logit) {
     sum = lane == 0 ? T(0) : before;
     int passed = 0;
     for (int k = begin; k < end; ++k) {
-        sum += exp(logit(k) - most);
+        sum += exp((logit(k) - most) / temperature);
         passed += k + 1 < count && sum <= u * total;
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) passed += __shfl_xor_sync(all, passed, offset);
-    return passed;
+    return total == total ? passed : -1;
 }
 
 // A horizontal product with so many columns: thread t has lanes of columns t % quads, rows t / quads + v slices.
@@ -422,10 +422,14 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
                 const T last = T(w.levels - 1);
                 const auto noise = [&](int k) { return T(w.uniforms[place_of(image, k, w.draws)]); };
                 const int choices = w.mixtures > 0 ? w.mixtures : w.levels, stride = w.mixtures > 0 ? 1 : colours;
-                const int chosen = choose(choices, noise(c), [&](int k) {
-                    return drawn[(k * stride + own_c) * I + image] / w.temperature;
+                const int chosen = choose(choices, noise(c), T(w.temperature), [&](int k) {
+                    return drawn[(k * stride + own_c) * I + image];
                 });
                 if (thread % 32 != 0) continue;
+                if (chosen < 0) {
+                    for (int k = c; k < (w.mixtures > 0 ? w.channels : c + 1); ++k) set(image, k, T(NAN));
+                    continue;
+                }
                 if (w.mixtures == 0) {
                     set(image, c, T(chosen) / last);
                     continue;

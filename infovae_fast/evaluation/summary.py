@@ -11,7 +11,7 @@ from infovae_fast.evaluation.covariance import log_det_covariance
 from infovae_fast.evaluation.full_mmd import full_set_mmd
 from infovae_fast.evaluation.mutual_information import mutual_information
 from infovae_fast.models import InfoVAE, Posterior
-from infovae_fast.models.networks import evaluating
+from infovae_fast.models.networks import evaluating, like
 
 BATCH = 500  # images at once
 DECODED = 50  # of them, for an autoregressive decoder, which keeps many maps a pixel
@@ -50,7 +50,7 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part, images in (("train", data.train_images), ("test", data.test_images)):
-            x = to_unit(images, data.levels).to(device)
+            x = to_unit(images, data.levels).to(like(model.encoder))
             posterior, z = encode_all(model, x)
             nll = torch.cat(
                 [

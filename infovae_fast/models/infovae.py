@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from infovae_fast.arguments import codes_of_images
 from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
 from infovae_fast.models.incremental import Callback
-from infovae_fast.models.networks import DECODERS, ENCODERS, build, evaluating
+from infovae_fast.models.networks import DECODERS, ENCODERS, build, evaluating, like
 from infovae_fast.models.pixel_sampler import PixelSampler
 from infovae_fast.models.priors import PRIORS, Posterior, Prior, StandardNormal
 from infovae_fast.objective import Objective, Terms, mmd_vae, objective_from_config
@@ -120,6 +120,9 @@ class InfoVAE(nn.Module):
         if not _is_count(latent_dim):
             raise ValueError(f"latent_dim: got {latent_dim!r}; accepted: an integer, 1 or more")
         config["shape"] = list(shape)
+        encoder, decoder, likelihood, prior, objective = (
+            part if isinstance(part, str) else dict(part) for part in (encoder, decoder, likelihood, prior, objective)
+        )
         p_x = likelihood_from_config({"name": likelihood} if isinstance(likelihood, str) else likelihood)
         name = decoder if isinstance(decoder, str) else decoder.get("name", "")
         image: tuple[int, ...] = ()
@@ -146,8 +149,7 @@ class InfoVAE(nn.Module):
                 "the mean and log-variance of q(z|x)"
             )
         # Half precision, of the weights or by autocast, would leave z and the densities few digits, and overflow.
-        weight = next(self.encoder.parameters(), parameters)
-        digits = torch.promote_types(torch.promote_types(parameters.dtype, weight.dtype), torch.float32)
+        digits = torch.promote_types(torch.promote_types(parameters.dtype, like(self.encoder).dtype), torch.float32)
         mu, logvar = parameters.to(digits).chunk(2, dim=1)
         return Posterior(mu, logvar.clamp(-30, 20))  # e^(logvar/2) and e^-logvar stay finite in float32
 
@@ -171,15 +173,16 @@ class InfoVAE(nn.Module):
                 "decode: got no x; accepted: decode(z, x), as this decoder is autoregressive: parameters depend on "
                 "earlier pixels. To draw images use PixelSampler(model).sample(z), or model.sample(n)"
             )
-        codes_of_images(z, x)
-        if len(x) < len(z) and not getattr(self.decoder, "shares_images", False):
-            x = x.repeat(len(z) // len(x), 1, 1, 1)
+        if len(x) < len(z):
+            codes_of_images(z, x)
+            if not getattr(self.decoder, "shares_images", False):
+                x = x.repeat(len(z) // len(x), 1, 1, 1)
         return self.decoder(z, x)
 
     def _code(self, z: Tensor) -> Tensor:
         """z for a decoder in half precision."""
-        weight = next(self.decoder.parameters(), z)
-        return z.to(weight.dtype) if weight.dtype.itemsize < 4 else z
+        dtype = like(self.decoder).dtype
+        return z.to(dtype) if dtype.itemsize < 4 else z
 
     def forward(self, x: Tensor) -> Output:
         """Encode, draw z ~ q(z|x), decode."""
@@ -216,7 +219,7 @@ class InfoVAE(nn.Module):
 
     def _images(self, z: Tensor, mean: bool = True, **drawing: Any) -> Tensor:
         if self.autoregressive:
-            x = PixelSampler(self).sample(self._code(z), **drawing)
+            x = PixelSampler(self).sample(z, **drawing)
             return self.likelihood.mean(self.decode(z, x)) if mean else x
         params = self.decode(z)
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)

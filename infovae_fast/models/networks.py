@@ -8,7 +8,7 @@ ReLU in decoders, as in the authors' code.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import prod
 from typing import Any
 
@@ -22,6 +22,12 @@ Shape = Sequence[int]  # (C, H, W)
 
 PAPER_FEW_SAMPLES = {"name": "dcgan", "channels": [64, 128], "hidden": 1024, "batch_norm": False}  # section 5.1
 PAPER_PIXELCNN_ENCODER = {"name": "dcgan", "channels": [64, 128], "hidden": 512, "batch_norm": True}  # section 5.2
+
+
+def like(network: nn.Module) -> Tensor:
+    """A tensor of the network's device and floating-point dtype: a parameter or buffer of it, if it has one."""
+    tensors = chain(network.parameters(), network.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
 
 @contextmanager

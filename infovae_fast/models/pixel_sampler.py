@@ -16,6 +16,7 @@ sample i does not depend on how many are drawn with it.
 
 from collections.abc import Callable
 from functools import partial, wraps
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogistic
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
 from infovae_fast.models.incremental_2017 import Incremental2017
 from infovae_fast.models.incremental_pp import IncrementalPlusPlus
-from infovae_fast.models.networks import evaluating
+from infovae_fast.models.networks import evaluating, like
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
@@ -249,7 +250,8 @@ class PixelSampler:
         for _ in range(height * width * self.groups):
             drawn = self.likelihood.draw(self.decoder(z, x), u, temperature).to(x.dtype)
             new = torch.where(mask, known, drawn)
-            same = (new == x).all(dim=3).all(dim=1).all(dim=0)  # [H]
+            equal = (new == x) | (new.isnan() & x.isnan())
+            same = equal.all(dim=3).all(dim=1).all(dim=0)  # [H]
             final = int(same.cumprod(0).sum())  # rows of which none before has changed
             if callback is not None:
                 callback(final, height)
@@ -262,24 +264,24 @@ class PixelSampler:
 
     @property
     def _like(self) -> Tensor:
-        tensors = (*self.decoder.parameters(), *self.decoder.buffers())
-        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        return like(self.decoder)
 
     def _uniforms_shape(self, n: int) -> tuple[int, int, int, int]:
         channels, height, width = self.image_shape
         return n, self.likelihood.uniforms(channels), height, width
 
     def _codes(self, z: Tensor | None, n: int | None) -> tuple[Tensor | None, int]:
-        if n is not None and (not isinstance(n, int) or n < 0):
+        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 0):
             raise ValueError(f"n: got {n!r}; accepted: an integer, 0 or more")
         if z is None:
             if n is None:
                 raise ValueError("z and n: got neither; accepted: z [n, D], or n for a decoder without z")
-            return None, n
+            return None, int(n)
         if z.ndim != 2 or len(z) not in (1, len(z) if n is None else n):
             raise ValueError(f"z: got shape {tuple(z.shape)} for n={n}; accepted: [n, D], or [1, D] for all images")
-        n = len(z) if n is None else n
-        return z.expand(n, -1), n
+        n = len(z) if n is None else int(n)
+        dtype = self._like.dtype
+        return (z.to(dtype) if dtype.itemsize < 4 else z).expand(n, -1), n
 
     def _known(self, n: int, known: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """known and known_mask, [n, C, H, W] both."""

@@ -102,7 +102,7 @@ class Uniform(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         inside = ((z >= self.low) & (z <= self.high)).all(-1)
-        return torch.where(inside, z.new_tensor(-self.dim * math.log(self.high - self.low)), -math.inf)
+        return torch.where(inside, z.new_full((), -self.dim * math.log(self.high - self.low)), -math.inf)
 
     def score(self, z: Tensor) -> Tensor:
         raise ValueError("a uniform prior has no score (its density has jumps): use MMD or an adversarial divergence")
@@ -120,15 +120,17 @@ class GaussianMixture(Prior):
     log_weights: Tensor
 
     def __init__(self, means: Any, stds: Any = 1.0, weights: Sequence[float] | None = None) -> None:
-        dtype = torch.get_default_dtype()
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         means, stds = (torch.as_tensor(t, dtype=dtype) for t in (means, stds))
         if means.ndim != 2 or len(means) == 0:
             raise ValueError(f"means: got shape {tuple(means.shape)}; accepted: [K, D]")
         k, dim = means.shape
         super().__init__(dim)
-        if stds.shape not in ((), (k,), (k, dim)):
-            raise ValueError(f"stds: got shape {tuple(stds.shape)}; accepted: a number, [{k}] or [{k}, {dim}]")
-        stds = (stds[:, None] if stds.ndim == 1 else stds).expand_as(means).clone()
+        try:
+            stds = (stds[:, None] if stds.ndim == 1 else stds).expand_as(means).clone()
+        except RuntimeError:
+            got = tuple(stds.shape)
+            raise ValueError(f"stds: got shape {got}; accepted: a number, [{k}] or [{k}, {dim}]") from None
         w = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=dtype)
         if w.shape != (k,):
             raise ValueError(f"weights: got shape {tuple(w.shape)}; accepted: [K] = [{k}]")
@@ -138,7 +140,7 @@ class GaussianMixture(Prior):
                 f"got means {means.tolist()}, stds {stds.tolist()}, weights {w.tolist()}; accepted: finite numbers, "
                 "stds > 0, weights >= 0 and one of them > 0"
             )
-        self.register_buffer("means", means.clone())
+        self.register_buffer("means", means)
         self.register_buffer("stds", stds)
         self.register_buffer("log_weights", (w / w.sum()).log())
 
@@ -149,9 +151,10 @@ class GaussianMixture(Prior):
         return means + stds * torch.randn_like(means)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        standard = (z.unsqueeze(-2) - self.means) / self.stds  # [..., K, D]
-        log_normal = -0.5 * (standard.square() + LOG_2PI).sum(-1) - self.stds.log().sum(-1)  # [..., K]
-        return (self.log_weights + log_normal).logsumexp(-1)
+        means, stds, log_weights = (t.to(self._dtype) for t in (self.means, self.stds, self.log_weights))
+        standard = (z.unsqueeze(-2) - means) / stds  # [..., K, D]
+        log_normal = -0.5 * (standard.square() + LOG_2PI).sum(-1) - stds.log().sum(-1)  # [..., K]
+        return (log_weights + log_normal).logsumexp(-1)
 
 
 class SamplerPrior(Prior):
