@@ -340,9 +340,8 @@ def masked_conv2d_halves(
     """
     mask = Mask(window, kernel_size, data_channels, group_order)
     if not (isinstance(added, tuple) and len(added) == 2):
-        raise TypeError(
-            f"added: got {type(added).__name__}; accepted: two images [N, Cout/2, H, W] in a tuple, or None"
-        )
+        got = type(added).__name__
+        raise TypeError(f"added: got {got}; accepted: a tuple of two, each an image [N, Cout/2, H, W] or None")
     tensors = _checked_halves(mask, x, weight, bias, *added)
     run = choose("masked_conv", HALVES, backend, *tensors, mask)
     with _without_autocast(x):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import UserDict
 from copy import deepcopy
 
 import numpy as np
@@ -158,6 +159,7 @@ def test_a_configuration_is_a_copy_that_can_be_written(tmp_path):
     encoder = {"name": "mlp", "hidden": [16]}
     model = InfoVAE.from_config(SHAPE, 2, encoder=encoder)
     encoder["hidden"] = [32]
+    assert InfoVAE.from_config(SHAPE, 2, encoder=UserDict(encoder)).config["encoder"] == encoder
     model.save_pretrained(tmp_path)
     assert InfoVAE.from_pretrained(tmp_path).config["encoder"]["hidden"] == [16]
     means = torch.zeros(3, 2)
@@ -332,7 +334,7 @@ def test_densities_of_a_model_in_half_precision(dtype):
     for kind in (torch.float32, dtype):
         torch.manual_seed(0)  # of the z
         found.append(model.to(kind).log_likelihood(x.to(kind), 50).log_likelihood)
-    torch.testing.assert_close(*found, atol=1e-3, rtol=0)
+    assert torch.equal(*found)  # all weights and images are numbers of 16 bits
     assert model.loss(x.to(dtype)).loss.isfinite()
 
 

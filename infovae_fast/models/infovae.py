@@ -109,20 +109,20 @@ class InfoVAE(nn.Module):
         """
         config = dict(locals())
         del config["cls"]
-        for part in ("encoder", "decoder", "likelihood", "prior", "objective"):
-            if not isinstance(config[part], str | Mapping):
+        parts = ("encoder", "decoder", "likelihood", "prior", "objective")
+        for part in parts:
+            if not isinstance(value := config[part], str | Mapping):
                 raise ValueError(
-                    f"{part}: got {type(config[part]).__name__}; accepted: a name, or a dict of its name and options; "
+                    f"{part}: got {type(value).__name__}; accepted: a name, or a dict of its name and options; "
                     "a model of modules of your own is InfoVAE(encoder, decoder, latent_dim, ...)"
                 )
+            config[part] = value if isinstance(value, str) else dict(value)
+        encoder, decoder, likelihood, prior, objective = (config[part] for part in parts)
         if not hasattr(shape, "__len__") or len(shape) != 3 or not all(_is_count(size) for size in shape):
             raise ValueError(f"shape: got {shape!r}; accepted: (channels, height, width)")
         if not _is_count(latent_dim):
             raise ValueError(f"latent_dim: got {latent_dim!r}; accepted: an integer, 1 or more")
         config["shape"] = list(shape)
-        encoder, decoder, likelihood, prior, objective = (
-            part if isinstance(part, str) else dict(part) for part in (encoder, decoder, likelihood, prior, objective)
-        )
         p_x = likelihood_from_config({"name": likelihood} if isinstance(likelihood, str) else likelihood)
         name = decoder if isinstance(decoder, str) else decoder.get("name", "")
         image: tuple[int, ...] = ()
