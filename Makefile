@@ -1,5 +1,6 @@
 # make demo     set up, then train on real digits: demo/report.html
-# make test     set up, then every check and every test
+# make test     set up, then every check and every test but the slow ones, which are compilations for more GPUs
+# make test-all all of them
 # make bench    set up, then measure against the competitors that are installed: benchmarks/results/here.jsonl, the table
 #               and picture of README.md (an hour; after a kill it goes on where it was)
 # make gpu-check  on a machine with a GPU: build for it, test on it, compute-sanitizer, ceilings, benchmarks (build/gpu_check)
@@ -17,16 +18,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test bench gpu-check clean
+.PHONY: demo test test-all bench gpu-check clean
 
 demo: .venv/.built
 	$(BIN)/python -m infovae_fast.reproduce.small_data --out demo
 
-test: .venv/.built
+test: SELECTED = -m "not slow"
+test test-all: .venv/.built
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(SELECTED)
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks.run --grid --resume --out build/bench.jsonl

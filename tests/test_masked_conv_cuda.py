@@ -15,7 +15,7 @@ from infovae_fast.masked_conv import Mask, masked_conv2d
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from tests import test_masked_conv_triton as shared
 from tests.oracle import check, near
-from tests.simt import load, ptxas
+from tests.simt import ARCHITECTURES, load, ptxas
 from tests.simt.masked_conv import SOURCES
 from tests.simt.masked_conv import run as simt
 
@@ -262,7 +262,7 @@ def test_what_has_no_room_is_said():
             simt(x, torch.zeros(33 * 16, 1, 2), None, None, None, Mask("V0", 33))
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_compiles_without_spilling(architecture, tmp_path):
     said = ptxas(SOURCES[0], architecture, tmp_path)
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)

@@ -10,7 +10,7 @@ from infovae_fast import IMQ, RBF, RationalQuadratic, mmd, wae_imq
 from infovae_fast.backends import native_missing
 from infovae_fast.pairwise import cuda_limits, force, leaf_scales, pairwise_reference
 from tests.oracle import check, near, pairwise_scales
-from tests.simt import ptxas
+from tests.simt import ARCHITECTURES, ptxas
 from tests.simt.pairwise import SOURCES, leaf
 
 KERNELS = [
@@ -268,7 +268,7 @@ def test_what_has_no_room_is_said():
             run(torch.randn(4, 3), kernel=RBF([1.0 + k for k in range(400)]))
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("source", "count"), [(SOURCES[0], 28), (SOURCES[1], 38)])
 def test_what_it_takes_of_a_gpu(source, count, architecture, tmp_path):
     """No kernel spills, but those on tensor cores: up to 32 registers that their loop over sources does not need."""

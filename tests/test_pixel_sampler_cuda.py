@@ -14,8 +14,8 @@ from infovae_fast.backends import Backend, native_missing
 from infovae_fast.models import incremental, pixel_sampler
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from tests.oracle import check, near
+from tests.simt import ARCHITECTURES, ptxas
 from tests.simt import incremental as simt
-from tests.simt import ptxas
 from tests.test_pixelcnn import Launches, network
 
 ON_GPU = torch.cuda.is_available() and native_missing("cuda") is None
@@ -301,7 +301,7 @@ def test_the_kernel_refuses_what_does_not_fit():
         simt.leaf(images.memory, images.conditions * 20, *given[2:])
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_compiles_without_spilling(architecture, tmp_path):
     said = ptxas(simt.SOURCES[0], architecture, tmp_path)
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)

@@ -11,7 +11,7 @@ from infovae_fast.backends import native_missing
 from infovae_fast.models import resident
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from tests.oracle import check
-from tests.simt import ptxas
+from tests.simt import ARCHITECTURES, ptxas
 from tests.simt import resident as simt
 
 ON_GPU = torch.cuda.is_available() and native_missing("cuda") is None
@@ -197,7 +197,7 @@ def test_a_decoder_takes_it_where_no_gradient_is_wanted(monkeypatch):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_compiles_almost_without_spilling(architecture, tmp_path):
     said = ptxas(simt.SOURCES[0], architecture, tmp_path)
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]

@@ -19,6 +19,8 @@ ROOT = HERE.parent.parent
 # Without -fno-gnu-unique, all libraries of the process would share the static variables of templates.
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", f"-I{HERE}", f"-I{ROOT / 'csrc'}")
 
+ARCHITECTURES = ["80", "90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("100", "120"))]  # for `ptxas`
+
 FOLDER = ROOT / "build" / "simt"  # of libraries, for all processes of a test run and for later ones
 _errors: dict[Path, str] = {}  # of what has been compiled; none: ""
 
