@@ -29,7 +29,14 @@ struct PairwiseProblem {
 
 // On the CPU. Computes in float or double with the best vector unit at hand. The results do not depend on the number of threads.
 template <typename T>
-void pairwise(const PairwiseProblem<T>& problem);
+void pairwise_by_pairs(const PairwiseProblem<T>& problem);
+// By the Fourier series of an RBF, where that is cheaper: for many points of few coordinates. Whether it was.
+template <typename T>
+bool pairwise_by_fourier(const PairwiseProblem<T>& problem);
+template <typename T>
+void pairwise(const PairwiseProblem<T>& problem) {
+    if (!pairwise_by_fourier(problem)) pairwise_by_pairs(problem);
+}
 
 // On a GPU, for `clouds` problems at once whose arrays follow one another; everything is queued on the stream, nothing
 // waits. `lengths`: the bandwidths in the memory of the GPU, or null: those of the problem. `processors`: of the GPU,

@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "sanitizers"
-STEMS = ("pairwise", "masked_conv", "incremental", "logistic_mixture")
+SOURCES = {
+    "pairwise": ("pairwise", "pairwise_fourier"),
+    "masked_conv": ("masked_conv",),
+    "incremental": ("incremental",),
+    "logistic_mixture": ("logistic_mixture",),
+}
 UNITS = ("zen4", "avx512", "avx2", "baseline")
 ADDRESS = (
     f"-include{HERE / 'apart.h'}",
@@ -50,12 +55,16 @@ def launcher(folder: Path, sanitizer: str) -> list[str]:
 def holds(folder: Path, stem: str, sanitizer: str, flags: tuple[str, ...], threads: list[int]) -> None:
     """Every vector unit in a process of its own; a machine without one runs the best that it has below that."""
     start = launcher(folder, sanitizer)
-    program, library, main = folder / "program", folder / "library.o", folder / "main.o"
-    steps: tuple[tuple[str | Path, ...], ...] = (
-        ("-O1", "-g1", "-fira-region=one", *flags, "-c", ROOT / f"csrc/cpu/{stem}.cpp", "-o", library),
+    program, main = folder / "program", folder / "main.o"
+    libraries = [folder / f"{source}.library.o" for source in SOURCES[stem]]
+    steps: list[tuple[str | Path, ...]] = [
+        ("-O1", "-g1", "-fira-region=one", *flags, "-c", ROOT / f"csrc/cpu/{source}.cpp", "-o", library)
+        for source, library in zip(SOURCES[stem], libraries, strict=True)
+    ]
+    steps += [
         ("-O2", "-c", HERE / f"{stem}.cpp", "-o", main),  # the formulas need no checks
-        (f"-fsanitize={sanitizer}", library, main, "-o", program),
-    )
+        (f"-fsanitize={sanitizer}", *libraries, main, "-o", program),
+    ]
     for step in steps:
         done = run("g++", "-std=c++17", "-pthread", f"-I{HERE}", f"-I{ROOT / 'csrc'}", *step)
         assert done.returncode == 0, done.stderr
@@ -70,11 +79,11 @@ def holds(folder: Path, stem: str, sanitizer: str, flags: tuple[str, ...], threa
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}; what it has passed")
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SOURCES)
 def test_no_memory_errors_or_undefined_behaviour(stem, tmp_path):
     holds(tmp_path, stem, "address,undefined", ADDRESS, [1, 3])
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SOURCES)
 def test_no_data_races(stem, tmp_path):
     holds(tmp_path, stem, "thread", ("-fsanitize=thread",), [3])

@@ -582,7 +582,7 @@ void in_double(const PairwiseProblem<float>& q) {
     const PairwiseProblem<double> exact{in(q.x, n * d), in(q.y, m * d), in(q.v, n * d), in(q.a, n), in(q.b, m), n, m, d,
                                         q.radial, q.w_xx, q.w_xy, q.w_yy, q.energy, out(q.x_force, n * d),
                                         out(q.y_force, m * d), out(q.x_potential, n), out(q.y_potential, m)};
-    pairwise(exact);
+    pairwise_by_pairs(exact);
     round(exact.x_force, n * d, q.x_force), round(exact.y_force, m * d, q.y_force);
     round(exact.x_potential, n, q.x_potential), round(exact.y_potential, m, q.y_potential);
 }
@@ -590,12 +590,12 @@ void in_double(const PairwiseProblem<float>& q) {
 }  // namespace
 
 template <typename T>
-void pairwise(const PairwiseProblem<T>& q) {
+void pairwise_by_pairs(const PairwiseProblem<T>& q) {
     if (Call<T>(q).run()) return;
     if constexpr (sizeof(T) == 4) in_double(q);
 }
 
-template void pairwise<float>(const PairwiseProblem<float>&);
-template void pairwise<double>(const PairwiseProblem<double>&);
+template void pairwise_by_pairs<float>(const PairwiseProblem<float>&);
+template void pairwise_by_pairs<double>(const PairwiseProblem<double>&);
 
 }  // namespace infovae_fast

@@ -55,10 +55,10 @@ inline const char* vector_unit() {
 
 // The function of that name for the best unit.
 #ifdef HAVE_AVX
-#define BEST(function) \
-    (kUnit >= Unit::avx512 ? &avx512::function : kUnit == Unit::avx2 ? &avx2::function : &baseline::function)
+#define BEST(...) \
+    (kUnit >= Unit::avx512 ? &avx512::__VA_ARGS__ : kUnit == Unit::avx2 ? &avx2::__VA_ARGS__ : &baseline::__VA_ARGS__)
 #else
-#define BEST(function) (&baseline::function)
+#define BEST(...) (&baseline::__VA_ARGS__)
 #endif
 
 template <typename T>
