@@ -59,6 +59,8 @@ README = [  # the rows of its table
     Case("rbf", 256, 10),
     Case("rbf", 4096, 10),
     Case("rbf", 1024, 2),
+    Case("rbf", 65536, 2),
+    Case("rbf", 16384, 3),
     Case("rbf", 4096, 80),
     *(Case(what, 4096, 10) for what in ("imq", "imq7", "stein")),
     Case("rbf", 16384, 10),
