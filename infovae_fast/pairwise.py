@@ -13,9 +13,9 @@ E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient and the Stein d
 * The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin.
 * phi is evaluated in the dtype of the samples (half precision in float32, under autocast too). Distances and sums are
   float64: an MMD is a small difference of large sums, and so is its gradient.
-* backend="cpp" takes an RBF in one, two or three dimensions for a Fourier series where that is cheaper, from some hundred
-  points on (some thousand in three dimensions; not where a bandwidth is below about a hundredth of the cloud's extent).
-  Then the work grows with N + M, and errors are 1e-12 of phi(0) in float32, 2^-53 in float64: csrc/cpu/pairwise_fourier.cpp.
+* backend="cpp" takes an RBF in one to three dimensions by its Fourier series where that is cheaper: from some hundred
+  points on (in three dimensions some thousand), but not where a bandwidth is below about a hundredth of the extent of
+  the cloud. Then the work grows with N + M, and errors are about 1e-12 phi(0) in float32, 2^-53 phi(0) in float64.
 * Memory: tiles of at most 2^24 pairs, recomputed in the backward pass when there are several (not under torch.func
   transforms, which do not recompute).
 
