@@ -2,6 +2,7 @@
 // by pair in double. Arrays have the exact size, so that AddressSanitizer sees a step past their ends.
 //
 //     main threads        prints the vector unit and how many problems ran; 1 if a result is wrong or few were series
+#include "cpu/steps.h"
 #include "cpu/vector.h"
 #include "pairwise.h"
 
@@ -13,6 +14,8 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -192,11 +195,33 @@ void run(const Points& points, unsigned choice, unsigned ways = kPairs) {
     run<double>(points, choice, ways, w, truths);
 }
 
+// Whether steps of which an item throws end, with its exception, all threads at the end, and no item of later ones done.
+bool steps_end() {
+    infovae_fast::Steps<3> steps;
+    std::atomic<int> later{0}, through{0};
+    at::parallel_for(0, at::threads, 1, [&](int64_t, int64_t) {
+        infovae_fast::Steps<3>::Walk walk(steps);
+        walk.each(50, [](int64_t k) {
+            if (k % 20 == 7) throw std::runtime_error("item");
+        });
+        walk.once([&] { ++later; });
+        walk.each(9, [&](int64_t) { ++later; });
+        ++through;
+    });
+    try {
+        steps.rethrow();
+    } catch (const std::runtime_error& error) {
+        return error.what() == std::string("item") && later == 0 && through == at::threads;
+    }
+    return false;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
     at::threads = std::atoi(arguments[1]);
     const bool serial = at::threads == 1;
+    if (!steps_end()) return std::puts("steps do not end as they should"), 1;
     const std::vector<int64_t> sizes{1, 2, 3, 17, 63, 64, 65, 70, 193, 257, 300, 0};
     const std::vector<int64_t> dims{1, 2, 3, 5, 7, 10, 11, 13, 16, 17, 33, 40, 80, 130};
     Random random(1);
