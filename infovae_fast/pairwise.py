@@ -14,8 +14,9 @@ E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient and the Stein d
 * phi is evaluated in the dtype of the samples (half precision in float32, under autocast too). Distances and sums are
   float64: an MMD is a small difference of large sums, and so is its gradient.
 * backend="cpp" takes an RBF in one to three dimensions by its Fourier series where that is cheaper: from some hundred
-  points on (in three dimensions some thousand), but not where a bandwidth is below about a hundredth of the extent of
-  the cloud. Then the work grows with N + M, and errors are about 1e-12 phi(0) in float32, 2^-53 phi(0) in float64.
+  points on (in three dimensions some thousand), later the narrower the bandwidth beside the extent of the cloud. Then
+  the work grows with N + M, and what a pair gives is off by about 1e-12 phi(0) in float32, 1e-15 phi(0) in float64. Not
+  where weights are negative, nor where the pairs that are asked for are so far apart that this would count.
 * Memory: tiles of at most 2^24 pairs, recomputed in the backward pass when there are several (not under torch.func
   transforms, which do not recompute).
 
