@@ -438,7 +438,9 @@ class AdversarialLoss(nn.Module):
 
     def critic_optimizer(self) -> torch.optim.Optimizer:
         """Adam over the critic's parameters."""
-        return torch.optim.Adam(self.critic.parameters(), lr=self.critic_lr, betas=self.critic_betas)
+        parameters = list(self.critic.parameters())
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        return torch.optim.Adam(parameters, lr=self.critic_lr, betas=self.critic_betas, fused=fused)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"

@@ -96,7 +96,8 @@ class InfoVAETraining(pl.LightningModule):
         adversary = self._adversary
         critic = set(adversary.critic.parameters()) if adversary is not None else set()
         parameters = [p for p in self.model.parameters() if p not in critic]
-        adam = torch.optim.Adam(parameters, lr=self.lr, fused=parameters[0].is_cuda)
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # many times as fast where weights are many
+        adam = torch.optim.Adam(parameters, lr=self.lr, fused=fused)
         return adam if adversary is None else [adam, adversary.critic_optimizer()]
 
     def on_train_start(self) -> None:
