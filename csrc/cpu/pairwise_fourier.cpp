@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -31,14 +30,14 @@ namespace infovae_fast {
 namespace {
 
 constexpr int kMostAxes = 3;
-constexpr int kLines = 4;            // lines of a bundle
-constexpr int64_t kBlock = 256;      // points of a block
-constexpr int kLine = 16;            // points whose range is taken as one
+constexpr int kLines = 4;                // lines of a bundle
+constexpr int kRow = 16;                 // points whose range is taken as one
+constexpr int64_t kBlock = 256;          // points of a block
 constexpr int64_t kStride = kBlock + 8;  // of rows: not a power of two, or they would share a few lines of the cache
-constexpr int64_t kFewest = 256;     // points that are worth a look
-constexpr int kMostWaves = 512;      // of an axis
+constexpr int64_t kFewest = 256;         // points that are worth a look
+constexpr int kMostWaves = 512;          // of an axis
 constexpr int64_t kMostModes = 1 << 17;
-constexpr int64_t kMostSums = 1 << 20;  // moments of all parts
+constexpr int64_t kMostSums = 1 << 20;   // moments of all parts
 template <typename T>
 constexpr bool kDouble = sizeof(T) == 8;
 template <typename T>
@@ -193,16 +192,17 @@ private:
 
     // Whether the points are numbers that a series can take.
     bool take_axes(double narrowest, double widest) {
-        T low[kLine * d], high[kLine * d], zero[kLine * d] = {};
-        for (int e = 0; e < kLine * d; ++e) low[e] = high[e] = q.x[e % d];
+        T low[kRow * d], high[kRow * d], zero[kRow * d] = {};
+        for (int e = 0; e < kRow * d; ++e) low[e] = high[e] = q.x[e % d];
         for (const Cloud<T, d>& cloud : clouds) BEST(take_range<T>)(cloud.z, cloud.n, d, low, high, zero);
         for (int c = 0; c < d; ++c) {
-            for (int e = c + d; e < kLine * d; e += d) {
+            for (int e = c + d; e < kRow * d; e += d) {
                 low[c] = std::min(low[c], low[e]), high[c] = std::max(high[c], high[e]), zero[c] += zero[e];
             }
             const double from = double(low[c]), to = double(high[c]), period = to - from + kTail<T> * widest;
             const double most_waves = kTail<T> / kTurn * (period / narrowest);
-            if (!(zero[c] == 0 && std::isnormal(period) && std::isnormal(1 / period) && most_waves < kMostWaves)) return false;
+            const bool usual = zero[c] == 0 && std::isnormal(period) && std::isnormal(1 / period);
+            if (!usual || !(most_waves < kMostWaves)) return false;
             axes.push_back({from + (to - from) / 2, 1 / period, most_waves, int(most_waves), {}});
             extent = std::max(extent, to - from);
         }
@@ -438,9 +438,9 @@ private:
             const auto add = sloped ? BEST(add_field<d, true>) : BEST(add_field<d, false>);
             add(factors, last, padded(count), rows, cloud.field + 2 * bundle.at, mine.potential, mine.slopes);
             for (int k = 1; k < cloud.charges(); ++k) {
-                BEST(add_field<d, false>)(factors, last, padded(count), rows,
-                                       cloud.carried + 2 * ((k - 1) * modes + bundle.at), mine.potential + k * kStride,
-                                       nullptr);
+                const double* const carried = cloud.carried + 2 * ((k - 1) * modes + bundle.at);
+                BEST(add_field<d, false>)
+                (factors, last, padded(count), rows, carried, mine.potential + k * kStride, nullptr);
             }
         }
         for (int64_t p = 0; p < count; ++p) {
