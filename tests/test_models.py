@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from infovae_fast import IMQ, Bernoulli, Gaussian, InfoVAE, mmd
-from infovae_fast.models import GaussianMixture, Posterior, SamplerPrior, StandardNormal, Uniform
+from infovae_fast.models import GaussianMixture, Posterior, Prior, SamplerPrior, StandardNormal, Uniform
 from infovae_fast.models.networks import PAPER_FEW_SAMPLES, PAPER_PIXELCNN_ENCODER
 from infovae_fast.objective import PRESETS, unregularized
 
@@ -205,7 +205,17 @@ def test_priors_sample_their_density(prior):
     assert abs(mmd(z, again)) < 2e-3
 
 
-@pytest.mark.parametrize("prior", [StandardNormal(2), GaussianMixture([[1.0, 0.0], [-2.0, 1.0]], 0.5)])
+class Laplace(Prior):
+    """Without a score of its own."""
+
+    def log_prob(self, z):
+        return -(z.abs() + math.log(2)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [StandardNormal(2), GaussianMixture([[1.0, 0.0], [-2.0, 1.0]], [[0.5, 1.0], [2.0, 0.7]], [1, 3]), Laplace(2)],
+)
 def test_the_score_is_the_gradient_of_the_density(prior):
     prior = prior.double()
     z = torch.randn(4, 2, dtype=torch.float64)
@@ -214,6 +224,9 @@ def test_the_score_is_the_gradient_of_the_density(prior):
         step[d] = 1e-6
         difference = (prior.log_prob(z + step) - prior.log_prob(z - step)) / 2e-6
         assert torch.allclose(prior.score(z)[:, d], difference, atol=1e-7)
+    with torch.inference_mode():
+        assert torch.equal(prior.score(z.clone()), prior.score(z))
+    assert prior.score(z.half()).dtype == torch.half
 
 
 @pytest.mark.parametrize("objective", PRESETS)

@@ -60,8 +60,8 @@ class Prior(nn.Module):
 
     def score(self, z: Tensor) -> Tensor:
         """grad log p(z), [N, D] -> [N, D]."""
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.detach().clone().requires_grad_()  # a clone: of a tensor of inference mode there is no gradient
             return torch.autograd.grad(self.log_prob(z).sum(), z)[0]
 
     def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
@@ -151,10 +151,18 @@ class GaussianMixture(Prior):
         return means + stds * torch.randn_like(means)
 
     def log_prob(self, z: Tensor) -> Tensor:
+        return self._of_components(z)[0].logsumexp(-1)
+
+    def score(self, z: Tensor) -> Tensor:
+        log_joint, towards = self._of_components(z)
+        return (log_joint.softmax(-1).unsqueeze(-1) * towards).sum(-2).to(z.dtype)
+
+    def _of_components(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log of w_k N(z; m_k, diag s_k^2), [..., D] -> [..., K], and its gradient to z, [..., K, D]."""
         means, stds, log_weights = (t.to(self._dtype) for t in (self.means, self.stds, self.log_weights))
-        standard = (z.unsqueeze(-2) - means) / stds  # [..., K, D]
-        log_normal = -0.5 * (standard.square() + LOG_2PI).sum(-1) - stds.log().sum(-1)  # [..., K]
-        return (log_weights + log_normal).logsumexp(-1)
+        standard = (z.unsqueeze(-2) - means) / stds
+        log_normal = -0.5 * (standard.square() + LOG_2PI).sum(-1) - stds.log().sum(-1)
+        return log_weights + log_normal, -standard / stds
 
 
 class SamplerPrior(Prior):
