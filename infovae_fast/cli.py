@@ -23,8 +23,8 @@ def evaluate(run: str, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]
     from infovae_fast.training import read_run, run_data, without_inf, write_json
 
     metrics = without_inf(summarize(load_model(run), run_data(read_run(run)), n_samples=n_samples, seed=seed))
-    write_json(Path(run) / "metrics.json", metrics)
     print(json.dumps(metrics, indent=1))
+    write_json(Path(run) / "metrics.json", metrics)
     return metrics
 
 
@@ -110,6 +110,14 @@ def load_model(run: str) -> Any:
     return InfoVAE.from_pretrained(folder).to(best_device())
 
 
+def _refuse_beside_resume(args: Sequence[str]) -> None:
+    """Options that a resumed run would not take, although they may be given as they are by default."""
+    names = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    others = [name for name in names if name not in ("--resume", "--epochs", "--progress", "--config", "--help")]
+    if args[:1] == ["train"] and "--resume" in names and others:
+        raise ValueError(f"--resume: only --epochs and --progress may be given with it, got {', '.join(others)}")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point: errors a user can mend end with one line and exit code 2 (bad options) or 1."""
     try:
@@ -119,6 +127,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ImportError as error:
         sys.exit(MISSING.format(error.name))
     try:
+        _refuse_beside_resume(sys.argv[1:] if args is None else args)
         auto_cli(
             [train, evaluate, sample, report],
             args=None if args is None else list(args),

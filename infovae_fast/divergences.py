@@ -438,9 +438,7 @@ class AdversarialLoss(nn.Module):
 
     def critic_optimizer(self) -> torch.optim.Optimizer:
         """Adam over the critic's parameters."""
-        parameters = list(self.critic.parameters())
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        return torch.optim.Adam(parameters, lr=self.critic_lr, betas=self.critic_betas, fused=fused)
+        return torch.optim.Adam(self.critic.parameters(), lr=self.critic_lr, betas=self.critic_betas)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"

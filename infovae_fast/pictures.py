@@ -3,13 +3,14 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from infovae_fast.files import write_bytes
 
 # One colour an objective, in every picture: Okabe and Ito's, told apart with any kind of colour vision.
 OBJECTIVES = {
@@ -79,14 +80,6 @@ def image_png(image: Tensor) -> bytes:
 def save_png(path: str | Path, image: Tensor) -> None:
     """Writes `image_png(image)`, whole or not at all."""
     write_bytes(Path(path), image_png(image))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def figure_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:

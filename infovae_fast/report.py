@@ -26,6 +26,7 @@ from infovae_fast import __version__
 from infovae_fast.backends import best_device
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
+from infovae_fast.files import write_bytes
 from infovae_fast.likelihoods import Bernoulli
 from infovae_fast.models import InfoVAE, PixelSampler, StandardNormal
 from infovae_fast.models.networks import like
@@ -37,7 +38,6 @@ from infovae_fast.pictures import (
     loss_curves,
     losses_png,
     save_png,
-    write_bytes,
 )
 from infovae_fast.training import read_run, run_data, without_inf, write_json
 

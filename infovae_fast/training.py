@@ -6,8 +6,8 @@
     out/model/                config.json and model.safetensors for `InfoVAE.from_pretrained`, once training is done
 
 The randomness of an epoch (order of the examples, noise) depends on the seed and the epoch alone. A run that was killed
-and resumed therefore gives the same weights as one that was not: on a CPU bit for bit, on a GPU but for the order of
-sums.
+and resumed therefore gives the same weights as one that was not: on a CPU, by as many threads, bit for bit, on a GPU
+but for the order of sums.
 """
 
 import json
@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -26,12 +27,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import ImageData, binarize, load_data, to_unit
 from infovae_fast.divergences import AdversarialLoss
+from infovae_fast.files import whole, write_bytes
 from infovae_fast.models import InfoVAE
 from infovae_fast.objective import PRESETS, Terms
 
@@ -45,6 +48,13 @@ class SettingsError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """The loss is not a finite number any more; the message names the step and the last good checkpoint."""
+
+
+def can_fuse(parameters: Sequence[Tensor]) -> bool:
+    """Whether an optimizer may take them by one kernel, many times as fast. It pairs numbers by their place in memory,
+    where a part of a larger tensor does not match its gradient."""
+    dense = all(torch.empty_like(p).stride() == p.stride() for p in parameters)
+    return dense and all(p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
@@ -96,8 +106,7 @@ class InfoVAETraining(pl.LightningModule):
         adversary = self._adversary
         critic = set(adversary.critic.parameters()) if adversary is not None else set()
         parameters = [p for p in self.model.parameters() if p not in critic]
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # many times as fast where weights are many
-        adam = torch.optim.Adam(parameters, lr=self.lr, fused=fused)
+        adam = torch.optim.Adam(parameters, lr=self.lr, fused=can_fuse(parameters))
         return adam if adversary is None else [adam, adversary.critic_optimizer()]
 
     def on_train_start(self) -> None:
@@ -238,12 +247,19 @@ class EpochCheckpoint(Checkpoint):
         if not self.last.exists():
             return 0
         try:
+            with zipfile.ZipFile(self.last) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"wrong checksum of {damaged}")
             return int(torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)["epoch"]) + 1
         except Exception as error:  # of a file cut short or overwritten, whatever torch meets in it
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"{self.last} is damaged ({reason}): delete it to start the run again from its beginning"
             ) from error
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for unfinished in self.last.parent.glob(f".{self.last.name}.*"):  # of a run that was killed
+            unfinished.unlink(missing_ok=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.old is not None:
@@ -253,15 +269,23 @@ class EpochCheckpoint(Checkpoint):
         done = trainer.current_epoch + 1
         if done % self.every and done != trainer.max_epochs:
             return
-        temporary = self.last.with_name(f".last.{os.getpid()}.ckpt")
         try:
-            trainer.save_checkpoint(temporary)
-            os.replace(temporary, self.last)
+            with whole(self.last) as temporary:
+                trainer.save_checkpoint(temporary)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(
                 error.errno, f"{error.strerror} ({error.filename}): the last checkpoint stays as it was", str(self.last)
             ) from error
+
+
+class _Checkpoints(TorchCheckpointIO):
+    """Writes to the path itself: Lightning's would first write to the folder of temporary files of the system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -351,15 +375,15 @@ def train(
     Args:
         data: "digits", "mnist", "cifar10", or the path of a folder of images, an .npy or an .npz file.
         preset: "elbo", "beta_vae", "mmd_vae", "stein_vae", "aae", "wae" or "unregularized".
-        alpha: overrides the preset's; the KL term weighs 1 - alpha.
-        lambda_: overrides the preset's; the divergence weighs alpha + lambda - 1.
+        alpha: overrides the preset's, where it has one; the KL term weighs 1 - alpha.
+        lambda_: overrides the preset's, where it has one; the divergence weighs alpha + lambda - 1.
         objective: more arguments of the preset, e.g. {"kernel": {"name": "imq", "bandwidth": 1.0}}.
         latent_dim: dimension of z.
         encoder: "mlp" or "dcgan", or {"name": "mlp", "hidden": [256, 256]} and the like; with a PixelCNN, which could
             do without z, "batch_norm" is true unless it is given.
         decoder: likewise, or "pixelcnn", e.g. {"name": "pixelcnn", "layers": 12, "maps": 32}, or "pixelcnn_pp".
         likelihood: "bernoulli", "gaussian", "categorical", "discretized_logistic_mixture", with options likewise. The
-            levels of "categorical" are those of the data, unless they are given.
+            levels of the latter two are those of the data.
         prior: "normal", "uniform", {"name": "gaussian_mixture", "means": [[...]]}.
         root: folder of the data set's files, where it is not built in.
         train_size: keep that many training images, balanced over the classes.
@@ -391,6 +415,9 @@ def train(
         config["epochs"] = 100 if epochs is None else epochs
         folder = Path(out or f"runs/{Path(data).stem}-{preset}-{seed}")
         config["out"] = str(folder)
+        given = {"name", *(key for key in ("alpha", "lambda_") if config[key] is not None)}
+        if twice := sorted(given & set(objective or {})):
+            raise ValueError(f"objective: got {', '.join(twice)}, which other options give; accepted: once")
         if any((folder / part).exists() for part in ("config.json", "checkpoints/last.ckpt", "model/config.json")):
             raise ValueError(
                 f"{folder} already holds a run: continue it with --resume {folder}, or choose another folder with --out"
@@ -440,7 +467,9 @@ def train(
         trainer.fit(module, batches, ckpt_path=checkpoint.last if done else None)
     except SystemExit:  # how Lightning ends after Ctrl-C and SIGTERM
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}") from None
-    except SettingsError:
+    except TrainingDiverged:
+        raise
+    except Exception:
         if resume is None and not checkpoint.last.exists():
             (folder / "config.json").unlink()  # nothing to continue
         raise
@@ -471,8 +500,11 @@ def _fitted(config: dict[str, Any], images: ImageData) -> dict[str, Any]:
         if likelihood.get("name") == "bernoulli" and images.levels > 2 and config["binarize"] != "dynamic":
             print("binarize: dynamic, as this decoder draws bits; for grey values choose likelihood categorical")
             fitted["binarize"] = "dynamic"
-    if likelihood.get("name") == "categorical":
-        fitted["likelihood"] = {"levels": images.levels} | likelihood
+    if likelihood.get("name") in ("categorical", "discretized_logistic_mixture"):
+        levels = images.levels if config["binarize"] is None else 2
+        if (given := likelihood.get("levels", levels)) != levels:
+            raise ValueError(f"likelihood: got levels {given!r}; accepted: {levels}, as the images have, or none")
+        fitted["likelihood"] = likelihood | {"levels": levels}
     return fitted
 
 
@@ -522,9 +554,7 @@ def without_inf(content: Any) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -556,6 +586,7 @@ def _trainer(
         devices=1,
         precision=precision,
         logger=[csv, tensorboard],
+        plugins=[_Checkpoints()],
         callbacks=[checkpoint, *([TQDMProgressBar()] if progress else [])],
         enable_progress_bar=progress,
         enable_model_summary=False,

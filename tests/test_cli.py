@@ -82,6 +82,10 @@ def test_errors_are_one_line(run, tmp_path):
     assert "accepted: 'elbo', 'beta_vae'" in fails(*TRAIN, "--preset=mmd", f"--out={tmp_path / 'x'}")
     assert "config.json is missing; expected the folder of a run" in fails("evaluate", tmp_path)
     assert "n: got 0" in fails("sample", run, "--n=0")
+    for option in ("--lr=0.001", "--latent_dim=10"):  # what they are by default, and not in this run
+        assert f"only --epochs and --progress may be given with it, got {option[:4]}" in fails(
+            "train", f"--resume={run}", option
+        )
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.json").write_text((run / "config.json").read_text())

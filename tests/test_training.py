@@ -19,7 +19,16 @@ from infovae_fast import RBF, InfoVAE, load_data
 from infovae_fast.cli import load_model
 from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import to_unit
-from infovae_fast.training import ImageDataModule, InfoVAETraining, ShuffledBatches, TrainingDiverged, lay_out, train
+from infovae_fast.files import whole, write_bytes
+from infovae_fast.training import (
+    ImageDataModule,
+    InfoVAETraining,
+    ShuffledBatches,
+    TrainingDiverged,
+    can_fuse,
+    lay_out,
+    train,
+)
 
 SMALL = {
     "train_size": 60,
@@ -277,6 +286,23 @@ def test_validation_leaves_the_noise_of_training_alone():
     assert torch.equal(torch.rand(3), wanted)
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", "discretized_logistic_mixture"])
+def test_levels_are_those_of_the_images(tmp_path, likelihood):
+    for binarize, levels in ((None, 17), ("static", 2), ("dynamic", 2)):
+        folder = tmp_path / str(binarize)
+        train(out=str(folder), epochs=1, likelihood=likelihood, binarize=binarize, **SMALL)
+        assert json.loads((folder / "config.json").read_text())["likelihood"] == {"name": likelihood, "levels": levels}
+    with pytest.raises(ValueError, match="likelihood: got levels 256; accepted: 17, as the images have, or none"):
+        train(out=str(tmp_path / "x"), likelihood={"name": likelihood, "levels": 256}, **SMALL)
+
+
+def test_settings_that_never_run_do_not_block_the_folder(tmp_path):
+    folder = str(tmp_path / "run")
+    with pytest.raises(ValueError, match="learning rate"):
+        train(preset="aae", objective={"critic_lr": -1.0}, out=folder, epochs=1, **SMALL)
+    train(out=folder, epochs=1, **SMALL)
+
+
 def test_refusals(tmp_path):
     folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
     with pytest.raises(ValueError, match=r"already holds a run: continue it with --resume"):
@@ -295,6 +321,8 @@ def test_refusals(tmp_path):
         assert not (tmp_path / "other").exists()
     for options, reason in (
         ({"preset": "vae"}, "objective: got 'vae'; accepted: 'elbo'"),
+        ({"objective": {"name": "elbo"}}, "objective: got name, which other options give; accepted: once"),
+        ({"objective": {"alpha": 0.5}, "alpha": 0.3}, "objective: got alpha, which other options give"),
         ({"data": "minst"}, "mnist"),
         ({"binarize": "often"}, "often"),
         ({"train_size": 10**6}, "train_size"),
@@ -372,9 +400,12 @@ def test_a_new_run_does_not_begin_where_another_was(tmp_path):
         train(out=str(folder), epochs=1, seed=7, **SMALL)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no checkpoint at all" * 99])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no checkpoint at all" * 99, None])
 def test_a_damaged_checkpoint_is_named(tmp_path, content):
     folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    if content is None:  # numbers in the middle are others
+        content = bytearray((folder / "checkpoints" / "last.ckpt").read_bytes())
+        content[len(content) // 2] ^= 255
     (folder / "checkpoints" / "last.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged .*: delete it to start the run again"):
         train(resume=str(folder), epochs=2, progress=False)
@@ -397,6 +428,44 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatc
         train(resume=str(folder), epochs=2, progress=False)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_what_a_killed_run_left_unfinished_goes_and_checkpoints_pass_no_other_folder(tmp_path, monkeypatch):
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    (folder / "checkpoints" / ".last.ckpt.12345").write_bytes(b"half of it")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    train(resume=str(folder), epochs=2, progress=False)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_file_is_whole_or_as_before(tmp_path):
+    path = tmp_path / "deep" / "file"
+    write_bytes(path, b"before")
+    with pytest.raises(RuntimeError), whole(path) as temporary:
+        temporary.write_bytes(b"half of it")
+        raise RuntimeError
+    assert [p.name for p in path.parent.iterdir()] == ["file"] and path.read_bytes() == b"before"
+
+
+def test_weights_that_are_part_of_a_larger_tensor_are_trained_as_others():
+    large = torch.randn(16, 3, 8, 8)
+    results = []
+    for first in (large[:, :1], large[:, :1].clone()):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(1, 16, 8)
+        layer.weight = torch.nn.Parameter(first)
+        encoder = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(16, 4))
+        decoder = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Unflatten(1, (1, 8, 8)))
+        module = InfoVAETraining(InfoVAE(encoder, decoder, 2))
+        optimizer = module.configure_optimizers()
+        assert can_fuse(list(module.parameters())) == first.is_contiguous() == optimizer.defaults["fused"]
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.manual_seed(1)
+            module.model.loss(torch.full((5, 1, 8, 8), 0.5)).loss.backward()
+            optimizer.step()
+        results.append(layer.weight.detach().clone())
+    assert torch.allclose(*results, atol=1e-6) and torch.equal(large[:, 1:], large.clone()[:, 1:])
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -8,7 +8,6 @@ ones only. What then is drawn, is drawn pixel by pixel (`PixelSampler`).
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from infovae_fast.arguments import codes_of_images
+from infovae_fast.files import write_bytes
 from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
 from infovae_fast.models.incremental import Callback
 from infovae_fast.models.networks import DECODERS, ENCODERS, build, evaluating, like
@@ -310,8 +310,8 @@ class InfoVAE(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: t.contiguous().cpu() for name, t in self.state_dict().items()}
-        _write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        _write(folder / CONFIG_FILE, json.dumps(self.config, indent=1).encode())
+        write_bytes(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        write_bytes(folder / CONFIG_FILE, json.dumps(self.config, indent=1).encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "InfoVAE":
@@ -359,9 +359,3 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
             accepted = 'plain values, as {"name": "imq", "bandwidth": 1.0} for a kernel; or build the model of modules'
             raise ValueError(f"{name}: got {value!r}, which config.json cannot hold; accepted: {accepted}") from error
     return plain
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
