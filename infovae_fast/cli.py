@@ -112,9 +112,10 @@ def load_model(run: str) -> Any:
 
 def _refuse_beside_resume(args: Sequence[str]) -> None:
     """Options that a resumed run would not take, although they may be given as they are by default."""
-    names = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-    others = [name for name in names if name not in ("--resume", "--epochs", "--progress", "--config", "--help")]
-    if args[:1] == ["train"] and "--resume" in names and others:
+    names = [arg.partition("=")[0] for arg in args if arg.startswith("--")]  # perhaps only how they begin
+    allowed = ("--resume", "--epochs", "--progress", "--config", "--print_config", "--help")
+    others = [name for name in names if not any(option.startswith(name) for option in allowed)]
+    if args[:1] == ["train"] and others and any("--resume".startswith(name) for name in names):
         raise ValueError(f"--resume: only --epochs and --progress may be given with it, got {', '.join(others)}")
 
 

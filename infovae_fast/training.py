@@ -10,6 +10,7 @@ and resumed therefore gives the same weights as one that was not: on a CPU, by a
 but for the order of sums.
 """
 
+import io
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ def can_fuse(parameters: Sequence[Tensor]) -> bool:
     """Whether an optimizer may take them by one kernel, many times as fast. It pairs numbers by their place in memory,
     where a part of a larger tensor does not match its gradient."""
     dense = all(torch.empty_like(p).stride() == p.stride() for p in parameters)
-    return dense and all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return dense and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
@@ -258,7 +259,7 @@ class EpochCheckpoint(Checkpoint):
             ) from error
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for unfinished in self.last.parent.glob(f".{self.last.name}.*"):  # of a run that was killed
+        for unfinished in self.last.parent.glob(".last.*"):  # of a run that was killed
             unfinished.unlink(missing_ok=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -282,8 +283,10 @@ class _Checkpoints(TorchCheckpointIO):
     """Writes to the path itself: Lightning's would first write to the folder of temporary files of the system."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # of a file, torch.save would hide that the disk is full
+        torch.save(checkpoint, content)
         with open(path, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
 
@@ -471,7 +474,7 @@ def train(
         raise
     except Exception:
         if resume is None and not checkpoint.last.exists():
-            (folder / "config.json").unlink()  # nothing to continue
+            (folder / "config.json").unlink(missing_ok=True)  # nothing to continue
         raise
     if trainer.state.status != "finished":
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}")
@@ -502,8 +505,9 @@ def _fitted(config: dict[str, Any], images: ImageData) -> dict[str, Any]:
             fitted["binarize"] = "dynamic"
     if likelihood.get("name") in ("categorical", "discretized_logistic_mixture"):
         levels = images.levels if config["binarize"] is None else 2
-        if (given := likelihood.get("levels", levels)) != levels:
-            raise ValueError(f"likelihood: got levels {given!r}; accepted: {levels}, as the images have, or none")
+        default = levels if likelihood["name"] == "categorical" else 256
+        if (given := likelihood.get("levels", default)) != levels:
+            print(f"likelihood: of {levels} levels, as the images have, not {given}")
         fitted["likelihood"] = likelihood | {"levels": levels}
     return fitted
 

@@ -84,7 +84,7 @@ def test_errors_are_one_line(run, tmp_path):
     assert "n: got 0" in fails("sample", run, "--n=0")
     for option in ("--lr=0.001", "--latent_dim=10"):  # what they are by default, and not in this run
         assert f"only --epochs and --progress may be given with it, got {option[:4]}" in fails(
-            "train", f"--resume={run}", option
+            "train", f"--res={run}", option
         )
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
