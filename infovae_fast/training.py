@@ -43,10 +43,6 @@ Binarize = Literal["threshold", "static", "dynamic"] | None
 Precision = Literal["32-true", "bf16-mixed"]
 
 
-class SettingsError(ValueError):
-    """The first batch shows that settings do not fit each other."""
-
-
 class TrainingDiverged(RuntimeError):
     """The loss is not a finite number any more; the message names the step and the last good checkpoint."""
 
@@ -201,7 +197,7 @@ class InfoVAETraining(pl.LightningModule):
     def _explain(self, error: ValueError, first: bool, x: Tensor) -> NoReturn:
         """Of a first batch whose codes are numbers: settings that do not fit; else a divergence has met NaN."""
         if first and all(t.isfinite().all() for t in self.model.encode(x)):
-            raise SettingsError(str(error)) from error
+            raise error
         raise TrainingDiverged(self._diverged(str(error))) from error
 
     def _diverged(self, what: str) -> str:
@@ -505,10 +501,9 @@ def _fitted(config: dict[str, Any], images: ImageData) -> dict[str, Any]:
             fitted["binarize"] = "dynamic"
     if likelihood.get("name") in ("categorical", "discretized_logistic_mixture"):
         levels = images.levels if config["binarize"] is None else 2
-        default = levels if likelihood["name"] == "categorical" else 256
-        if (given := likelihood.get("levels", default)) != levels:
-            print(f"likelihood: of {levels} levels, as the images have, not {given}")
-        fitted["likelihood"] = likelihood | {"levels": levels}
+        if likelihood.get("levels") != levels:
+            print(f"likelihood: of {levels} levels, as the images have")
+            fitted["likelihood"] = likelihood | {"levels": levels}
     return fitted
 
 
