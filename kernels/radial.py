@@ -31,14 +31,16 @@ def radial(d2, bandwidth, weight, SCALES: tl.constexpr, KIND: tl.constexpr, ALPH
             p = w * tl.exp(-rate * d2)
             slope = rate * p
         else:
-            base = 1.0 + (rate / ALPHA) * d2
+            u = (rate / ALPHA) * d2
+            base = 1.0 + u
             if ALPHA == 1.0:
                 # In float32 "/" is off by 2^-23, to one side: the sums of an MMD would show it.
                 p = tl.div_rn(w + tl.zeros_like(base), base) if d2.dtype == tl.float32 else w / base
             elif ALPHA == 0.5:
                 p = w * tl.rsqrt(base)
             else:
-                p = w * tl.exp(-ALPHA * tl.log(base))
+                lost = u - (base - 1.0)
+                p = w * tl.exp(-ALPHA * (tl.log(base) + lost / base))
             slope = rate * p / base
         phi += p
         dphi -= slope

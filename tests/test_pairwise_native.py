@@ -21,6 +21,7 @@ KERNELS = [
     wae_imq(4),
     RationalQuadratic(1.5, 0.5),
     RationalQuadratic(1.5, 3.3),
+    RationalQuadratic([1.5, 3.0], 1e6),
 ]
 WEIGHTS = (0.7, -0.4, 0.3)
 

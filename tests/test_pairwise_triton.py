@@ -22,7 +22,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = [RBF(), RBF([0.5, 3.0]), IMQ(), RationalQuadratic(alpha=2.5)]
+KERNELS = [RBF(), RBF([0.5, 3.0]), IMQ(), RationalQuadratic(alpha=2.5), RationalQuadratic(alpha=1e6)]
 WEIGHTS = (0.7, -0.4, 0.3)
 BAR = 3e-6  # of float32, as in tests/test_mmd.py: the largest error by the largest component
 
