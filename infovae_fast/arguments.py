@@ -1,12 +1,19 @@
-"""What the likelihoods and decoders accept: tensors in float32 or better, numbers, a choice of reduction, codes."""
+"""What functions accept: tensors in float32 or better, numbers, a choice of reduction, codes."""
 
 import math
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Reduction = Literal["none", "mean", "sum"]
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Half precision as float32; others as they are."""
+    return t.float() if t.dtype.itemsize < 4 else t
 
 
 def float32_or_better(**tensors: Tensor) -> list[Tensor]:
@@ -20,18 +27,29 @@ def float32_or_better(**tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) for t in tensors.values()]
 
 
-def number(name: str, value: Any, kind: Any, above: int) -> Any:
+def is_integer(value: Any) -> bool:
+    """NumPy's too, but no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def number(name: str, value: Any, kind: type[int] | type[float], above: float) -> Any:
     """The value, if it is a finite number of that kind."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not above < value < math.inf:
+    known = is_integer(value) if kind is int else isinstance(value, Real) and not isinstance(value, bool)
+    if not known or not above < value < math.inf:
         raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} > {above}, got {value!r}")
     return value
+
+
+def one_of(name: str, value: Any, accepted: Sequence[str]) -> None:
+    """ValueError unless the value is one of those."""
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}; accepted: " + ", ".join(map(repr, accepted)))
 
 
 def reduced(nll: Tensor, reduction: Reduction) -> Tensor:
     """[N, ...] summed to [N], and that as asked for."""
     per_example = nll if nll.ndim == 1 else nll.flatten(1).sum(1)  # [N, ...] -> [N]
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} is unknown; accepted: 'none', 'mean', 'sum'")
+    one_of("reduction", reduction, ("none", "mean", "sum"))
     return per_example if reduction == "none" else getattr(per_example, reduction)()
 
 

@@ -60,11 +60,6 @@ def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:
     return tuple(given.get(name) for name in clouds)
 
 
-def at_least_float32(t: Tensor) -> Tensor:
-    """Half precision as float32; others as they are."""
-    return t.float() if t.dtype.itemsize < 4 else t
-
-
 def point_weights(name: str, weights: Tensor | None, z: Tensor) -> Tensor | None:
     """The weights of z's points in its dtype, but in float32 for half precision, which would not hold 1/N."""
     if weights is None:

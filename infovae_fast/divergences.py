@@ -21,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from infovae_fast.arguments import Reduction, at_least_float32, is_integer, number, one_of
 from infovae_fast.backends import check_name, on_host, shortcut
 from infovae_fast.clouds import (
     KernelLike,
     KernelModule,
-    at_least_float32,
     check_kernel,
     check_result,
     kernel_of,
+    point_weights,
     refuse_non_finite,
     samples,
 )
@@ -58,14 +59,14 @@ def mmd(
 
         unbiased   sum_{i != i'} k(x_i, x_i') / (N (N-1)) + sum_{j != j'} k(y_j, y_j') / (M (M-1))
                    - 2 sum_ij k(x_i, y_j) / (N M)
-        biased     the same with i = i' and j = j' kept and 1/N^2, 1/M^2: never negative, MMD^2(x, x) = 0
+        biased     the same with i = i' and j = j' kept, 1/N^2 and 1/M^2: up to rounding not negative, and 0 for x = y
         linear     mean over t of k(x_2t, x_2t+1) + k(y_2t, y_2t+1) - k(x_2t, y_2t+1) - k(x_2t+1, y_2t): O(N), unbiased
         block      mean of the unbiased estimate over consecutive blocks of `block_size` points (Zaremba et al., 2013)
 
     With weights, a_i = x_weights_i / sum x_weights in place of 1/N and b_j in place of 1/M (importance sampling):
 
         biased     sum_{ii'} a_i a_i' k(x_i, x_i') + sum_{jj'} b_j b_j' k(y_j, y_j') - 2 sum_ij a_i b_j k(x_i, y_j)
-        unbiased   the first sum without i = i' and divided by 1 - sum_i a_i^2, likewise the second
+        unbiased   the first sum without i = i' and divided by 1 - sum_i a_i^2 > 0, likewise the second
 
     Args:
         x: [N, D], floating point. y: [M, D], same dtype and device.
@@ -73,7 +74,8 @@ def mmd(
             bandwidth is sqrt(D).
         estimator: see above. "linear" and "block" need N = M and leave out the points of an incomplete pair or block.
         block_size: points a block, default floor(sqrt(N)), at least 2.
-        x_weights, y_weights: [N] and [M], only their ratios count; for "biased" and "unbiased". None: all the same.
+        x_weights, y_weights: [N] and [M], only their ratios count; for "biased" and "unbiased". Some may be negative,
+            not their sum. None: all the same.
         progress: called as progress(done, all) along the way, for clouds that take minutes: "biased" and "unbiased",
             without weights. Memory stays O((N + M) D) where no gradient is wanted.
         backend: "auto" or one of `infovae_fast.backends.NAMES`. "linear" has no pairs: any will do.
@@ -92,11 +94,10 @@ def mmd(
         if value is not None:
             return value
     x, y = samples(x=x, y=y)
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
+    one_of("estimator", estimator, ESTIMATORS)
     if block_size is not None and estimator != "block":
         raise ValueError(f"block_size is for estimator='block', not {estimator!r}")
-    if estimator == "linear" or not isinstance(kernel, Kernel | None):  # where the result might hide it
+    if estimator in ("linear", "block") or not isinstance(kernel, Kernel | None):  # where the result might hide it
         refuse_non_finite(x=x, y=y)
     kernel = kernel_of(kernel, x, y)
     n, m = len(x), len(y)
@@ -157,23 +158,30 @@ def _weighted_mmd(
     def e(x: Tensor, y: Tensor | None, a: Tensor, b: Tensor | None, weights: tuple[float, float, float]) -> Tensor:
         return energy(x, y, kernel=kernel, weights=weights, x_weights=a, y_weights=b, backend=backend)
 
-    a2, b2 = a.square().sum(), b.square().sum()
     if estimator == "biased":
-        return e(x, y, a, b, (1.0, -1.0, 1.0)) + kernel.phi0 * (a2 + b2)
-    for name, squares in (("x_weights", a2), ("y_weights", b2)):
-        if on_host(squares) and squares >= 1:
-            one = "needs two points of positive weight: the sum of squares of the weights, of sum 1, is"
-            raise ValueError(f"{name}: estimator='unbiased' {one} {squares.item():g}, not below 1; or use 'biased'")
+        return e(x, y, a, b, (1.0, -1.0, 1.0)) + kernel.phi0 * (a.square().sum() + b.square().sum())
+    pairs_x, pairs_y = _of_pairs("x_weights", a), _of_pairs("y_weights", b)
     within_x, within_y = (e(z, None, c, None, (1.0, 0.0, 0.0)) for z, c in ((x, a), (y, b)))
-    return within_x / (1 - a2) + within_y / (1 - b2) + e(x, y, a, b, (0.0, -1.0, 0.0))
+    return within_x / pairs_x + within_y / pairs_y + e(x, y, a, b, (0.0, -1.0, 0.0))
+
+
+def _of_pairs(name: str, a: Tensor) -> Tensor:
+    """sum_{i != j} a_i a_j = 1 - sum_i a_i^2 of weights of sum 1, to all digits where one of them is nearly 1."""
+    index = torch.arange(len(a), device=a.device)
+    rest = a.where(index != a.detach().abs().argmax(), 0)  # a without its largest, which is 1 - r
+    r = rest.sum()
+    pairs = r * (2 - r) - rest.square().sum()
+    if on_host(pairs) and not pairs > 0:
+        ours = f"1 - the sum of squares of the weights, of sum 1, is {pairs.item():g}"
+        accepted = "accepted: above 0, as with two points of positive weight and none of negative; or use 'biased'"
+        raise ValueError(f"{name}: for estimator='unbiased' {ours}; {accepted}")
+    return pairs
 
 
 def _normalised(name: str, weights: Tensor | None, z: Tensor) -> Tensor:  # [N] -> [N] in float64, with the sum 1
     if weights is None:
         return torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
-    if not isinstance(weights, Tensor) or weights.shape != z.shape[:1] or weights.device != z.device:
-        got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else repr(weights)
-        raise ValueError(f"{name}: got {got}; accepted: a tensor ({len(z)},) on {z.device}, one weight a point")
+    point_weights(name, weights, z)
     total = weights.detach().double().sum()
     if on_host(total) and not 0 < total < math.inf:
         raise ValueError(f"{name}: their sum is {total.item()}; accepted: finite weights with a positive sum")
@@ -194,7 +202,7 @@ def _mean_phi(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:  # [T, D], [T, D]
 def _block_mmd(x: Tensor, y: Tensor, kernel: Kernel, block_size: int | None, backend: str) -> Tensor:
     n = len(x)
     size = max(2, int(n**0.5)) if block_size is None else block_size
-    if not isinstance(size, int) or not 2 <= size <= n:
+    if not is_integer(size) or not 2 <= size <= n:
         raise ValueError(f"block_size: got {size!r}; accepted: an integer from 2 to N={n}")
     blocks = n // size
     x, y = (s[: blocks * size].unflatten(0, (blocks, size)) for s in (x, y))  # [blocks, size, D]
@@ -264,14 +272,13 @@ def stein_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `stein_direction`, and for an unknown reduction.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum'")
+    one_of("reduction", reduction, ("mean", "sum"))
     direction = stein_direction(z, score, kernel, backend=backend)
     total = -(z.to(direction.dtype) * direction).sum()
     return total / len(z) if reduction == "mean" else total
 
 
-def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
+def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Reduction = "mean") -> Tensor:
     """KL(N(mu, diag e^logvar) || N(0, I)) = 1/2 sum_d (mu_d^2 + e^logvar_d - 1 - logvar_d), in nats.
 
     Args:
@@ -287,8 +294,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: Literal["mean", "sum", "n
     mu, logvar = samples(mu=mu, logvar=logvar)
     if mu.shape != logvar.shape:
         raise ValueError(f"mu and logvar: got shapes {tuple(mu.shape)} and {tuple(logvar.shape)}; accepted: the same")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum', 'none'")
+    one_of("reduction", reduction, ("mean", "sum", "none"))
     mu, logvar = at_least_float32(mu), at_least_float32(logvar)
     kl = 0.5 * (mu.square() + (logvar.expm1() - logvar)).sum(-1)  # [N]
     return kl.mean() if reduction == "mean" else kl.sum() if reduction == "sum" else kl
@@ -308,8 +314,7 @@ class MMDLoss(KernelModule):
         backend: str = "auto",
     ) -> None:
         super().__init__(kernel)
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator: got {estimator!r}; accepted: " + ", ".join(map(repr, ESTIMATORS)))
+        one_of("estimator", estimator, ESTIMATORS)
         self.estimator, self.block_size, self.backend = estimator, block_size, backend
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -329,8 +334,7 @@ class SteinLoss(nn.Module):
         self, kernel: KernelLike = None, *, reduction: Literal["mean", "sum"] = "mean", backend: str = "auto"
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}; accepted: 'mean', 'sum'")
+        one_of("reduction", reduction, ("mean", "sum"))
         self.kernel, self.reduction, self.backend = check_kernel(kernel), reduction, backend
 
     def forward(self, z: Tensor, score: Score = None) -> Tensor:
@@ -383,8 +387,7 @@ class AdversarialLoss(nn.Module):
         critic_steps: int = 1,
     ) -> None:
         super().__init__()
-        if kind not in ("js", "wgan-gp"):
-            raise ValueError(f"kind: got {kind!r}; accepted: 'js', 'wgan-gp'")
+        one_of("kind", kind, ("js", "wgan-gp"))
         if critic is None:
             if dim is None:
                 raise ValueError("AdversarialLoss needs dim (the dimension of the samples) or a critic of your own")
@@ -395,8 +398,9 @@ class AdversarialLoss(nn.Module):
                 nn.LeakyReLU(0.1),
                 nn.Linear(512, 1),
             )
-        if critic_steps < 1:
-            raise ValueError(f"critic_steps: got {critic_steps}; accepted: 1 or more")
+        if not is_integer(critic_steps) or critic_steps < 1:
+            raise ValueError(f"critic_steps: got {critic_steps!r}; accepted: an integer, 1 or more")
+        number("penalty", penalty, float, above=0)
         self.dim, self.kind, self.critic, self.penalty = dim, kind, critic, penalty
         self.critic_lr, self.critic_betas, self.critic_steps = critic_lr, critic_betas, critic_steps
 
@@ -408,18 +412,24 @@ class AdversarialLoss(nn.Module):
         """The encoder's loss: a scalar, with a gradient to x but none to the critic."""
         x, y = self._samples(x, y)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        on_x = at_least_float32(functional_call(self.critic, frozen, (x,)))
+        on_x = self._scores(functional_call(self.critic, frozen, (x,)), x)
         if self.kind == "js":
             return F.softplus(-on_x).mean()
-        return at_least_float32(functional_call(self.critic, frozen, (y,))).mean() - on_x.mean()
+        return self._scores(functional_call(self.critic, frozen, (y,)), y).mean() - on_x.mean()
 
     def critic_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The critic's loss: a scalar, with a gradient to the critic but none to x and y."""
         x, y = (sample.detach() for sample in self._samples(x, y))
-        on_x, on_y = at_least_float32(self.critic(x)), at_least_float32(self.critic(y))
+        on_x, on_y = self._scores(self.critic(x), x), self._scores(self.critic(y), y)
         if self.kind == "js":
             return F.softplus(-on_y).mean() + F.softplus(on_x).mean()
         return on_x.mean() - on_y.mean() + self.penalty * self._gradient_penalty(x, y)
+
+    @staticmethod
+    def _scores(output: Tensor, x: Tensor) -> Tensor:  # [N] or [N, 1]
+        if tuple(output.shape) not in ((len(x),), (len(x), 1)):
+            raise ValueError(f"critic: got {tuple(output.shape)} for {len(x)} points; accepted: one number each, [N]")
+        return at_least_float32(output)
 
     def _gradient_penalty(self, x: Tensor, y: Tensor) -> Tensor:
         n = min(len(x), len(y))

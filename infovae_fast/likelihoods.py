@@ -51,7 +51,7 @@ def gaussian_nll(mean: Tensor, std: float | Tensor, x: Tensor, reduction: Reduct
     if isinstance(std, Tensor):
         mean, x, std = _same_shape(mean=mean, x=x, std=std)
     else:
-        (mean, x), std = _same_shape(mean=mean, x=x), number("std", std, int | float, above=0)
+        (mean, x), std = _same_shape(mean=mean, x=x), number("std", std, float, above=0)
     log_std = std.log() if isinstance(std, Tensor) else math.log(std)
     return reduced(((x - mean) / std).square() / 2 + log_std + math.log(2 * math.pi) / 2, reduction)
 
@@ -131,8 +131,8 @@ class Gaussian(Likelihood):
     squash: bool = True
 
     def __post_init__(self) -> None:
-        number("min_std", self.min_std, int | float, above=0)
-        number("std", 1.0 if self.std is None else self.std, int | float, above=0)
+        number("min_std", self.min_std, float, above=0)
+        number("std", 1.0 if self.std is None else self.std, float, above=0)
 
     def channels(self, data_channels: int) -> int:
         return data_channels if self.std is not None else 2 * data_channels

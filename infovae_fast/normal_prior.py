@@ -9,8 +9,7 @@ RationalQuadratic, and with it IMQ, is a mixture of RBFs over the precision,
 
     (1 + d2 / (2 alpha b^2))^(-alpha) = E exp(-t d2 / (2 b^2)),    t ~ Gamma(alpha, rate alpha), of mean 1
 
-so that its expectations are integrals over t alone, which 30 to 170 nodes give to 13 digits (alpha > 1000: to 10 at
-least): see `_gamma_nodes`.
+so that its expectations are integrals over t alone, which 30 to 170 nodes give to 13 digits: see `_gamma_nodes`.
 
 Everything is float64, the kernel values of the sample too. In float32 their mean would be off by up to eps/4, which
 cancels between the three terms of `mmd`, but not against exact expectations.
@@ -25,12 +24,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from infovae_fast.arguments import number, one_of
 from infovae_fast.backends import on_host
 from infovae_fast.clouds import KernelLike, KernelModule, check_result, kernel_of, refuse_non_finite, samples
 from infovae_fast.pairwise import energy
 from infovae_fast.radial import RBF, Kernel, RationalQuadratic
 
 Estimator = Literal["unbiased", "biased"]
+
+ESTIMATORS = ("unbiased", "biased")
 
 
 def mmd_to_normal(
@@ -45,10 +47,11 @@ def mmd_to_normal(
     """Squared maximum mean discrepancy between z and N(mean, covariance), a scalar:
 
         unbiased   sum_{i != j} k(z_i, z_j) / (N (N-1)) - 2/N sum_i E k(z_i, y) + E k(y, y')
-        biased     the same with i = j kept and 1/N^2: never negative
+        biased     the same with i = j kept and 1/N^2: not negative, up to rounding
 
-    What `mmd(z, y, kernel, estimator)` tends to with more and more points y of the prior: the same expectation, a
-    smaller variance, and a quarter of the pairs of points that M = N takes.
+    What `mmd(z, y, kernel, estimator)` tends to with more and more points y of the prior: the same expectation (where
+    biased, without the (phi(0) - E k(y, y')) / M of those points), a smaller variance, and a quarter of the pairs that
+    M = N takes.
 
     Args:
         z: [N, D], floating point.
@@ -69,7 +72,7 @@ def mmd_to_normal(
         RuntimeError: the named backend cannot run these inputs.
     """
     (z,) = samples(z=z)
-    _check_estimator(estimator)
+    one_of("estimator", estimator, ESTIMATORS)
     refuse_non_finite(z=z)
     n, dim = z.shape
     if estimator == "unbiased" and n < 2:
@@ -124,16 +127,21 @@ class NormalMMDLoss(KernelModule):
         backend: str = "auto",
     ) -> None:
         super().__init__(kernel)
-        _check_estimator(estimator)
+        one_of("estimator", estimator, ESTIMATORS)
+        if isinstance(covariance, Real):
+            number("covariance", covariance, float, above=0)
         self.estimator, self.backend = estimator, backend
         for name, value in (("mean", mean), ("covariance", covariance)):
+            if not isinstance(value, Tensor | Real | None) or (name == "mean" and isinstance(value, Real)):
+                accepted = "a tensor" if name == "mean" else "a number or a tensor"
+                raise TypeError(f"{name}: got {type(value).__name__}; accepted: {accepted}, or None")
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
 
     def forward(self, z: Tensor, prior_sample: Tensor | None = None) -> Tensor:
-        """MMD^2 of z [N, D] to the Gaussian: a scalar. The prior sample, which `Objective` passes, is not looked at."""
+        """MMD^2 of z [N, D] to the Gaussian: a scalar. A prior sample, as `MMDLoss` takes it, is not looked at."""
         return mmd_to_normal(
             z, self.kernel, self.estimator, mean=self.mean, covariance=self.covariance, backend=self.backend
         )
@@ -180,12 +188,21 @@ def _gamma_nodes(alpha: float, like: Tensor) -> tuple[Tensor, Tensor]:
     linear = math.exp((math.log(1e-14) + math.lgamma(alpha + 1)) / (alpha + 2))
     bottom = max(linear, alpha - math.sqrt(80 * alpha)) / reach
     steps = math.ceil(math.log(top / bottom) / h)
-    log_t = math.log(top) - h * torch.arange(steps + 1, dtype=like.dtype, device=like.device)
-    t = log_t.exp()
-    p = (alpha * log_t - t - math.lgamma(alpha)).exp()
+    log_t = math.log1p((top - alpha) / alpha) - h * torch.arange(steps + 1, dtype=like.dtype, device=like.device)
+    t = log_t.exp()  # of mean 1 from here on
+    log_p = alpha * _log_less_expm1(log_t)
+    p = (log_p - log_p.max()).exp()
     p[-1] /= -math.expm1(-alpha * h)  # the last and all below it: two geometric series
     t[-1] *= math.expm1(-alpha * h) / math.expm1(-(alpha + 1) * h)
-    return t / alpha, p / p.sum()
+    return t, p / p.sum()
+
+
+def _log_less_expm1(v: Tensor) -> Tensor:
+    """v - (e^v - 1): near 0, where it would cancel, by its series -v^2 (1/2! + v/3! + v^2/4! + ...)."""
+    small, series = v.clamp(-1, 1), torch.zeros_like(v)
+    for k in range(20, 1, -1):
+        series = series * small + 1 / math.factorial(k)
+    return torch.where(v.abs() < 1, -v.square() * series, v - v.expm1())
 
 
 def _principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,8 +233,3 @@ def _parameter(name: str, value: Tensor | float, shapes: Sequence[tuple[int, ...
     if on_host(value) and not value.isfinite().all():
         raise ValueError(f"{name}: got NaN or infinity; accepted: finite numbers")
     return value.to(z.dtype)
-
-
-def _check_estimator(estimator: str) -> None:
-    if estimator not in ("unbiased", "biased"):
-        raise ValueError(f"estimator: got {estimator!r}; accepted: 'unbiased', 'biased'")

@@ -20,12 +20,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from infovae_fast.arguments import is_integer
 from infovae_fast.divergences import AdversarialLoss, MMDLoss, SteinLoss
+from infovae_fast.normal_prior import NormalMMDLoss
 from infovae_fast.radial import kernel_from_config
 
 
@@ -56,12 +59,13 @@ class Objective(nn.Module):
         alpha: the weight of the KL term is 1 - alpha. Above 1 it rewards distance from the prior: a warning.
         lambda_: the weight of the divergence is alpha + lambda - 1.
         divergence: a module of (z, prior sample), such as `MMDLoss()` or `AdversarialLoss(dim)`; a `SteinLoss`, which
-            is given the prior's score instead; or None where the weight is 0. Evaluated for the report, without a
-            gradient, where the weight is 0.
+            is given the prior's score instead; a `NormalMMDLoss`, which knows the prior; or None where the weight is 0.
+            Evaluated for the report, without a gradient, where the weight is 0.
         prior_samples: how many points of the prior to compare with; default as many as the batch has.
         allow_negative: accept a negative weight of the divergence, which rewards mismatch with the prior.
 
     Raises:
+        TypeError: not a number, not a module.
         ValueError: not finite; a negative weight of the divergence; a weight without a divergence.
     """
 
@@ -75,10 +79,13 @@ class Objective(nn.Module):
         allow_negative: bool = False,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(alpha) and math.isfinite(lambda_)):
-            raise ValueError(f"alpha and lambda_: got {alpha} and {lambda_}; accepted: finite numbers")
-        if prior_samples is not None and prior_samples < 1:
-            raise ValueError(f"prior_samples: got {prior_samples}; accepted: 1 or more, or None for the batch size")
+        _finite(alpha=alpha, lambda_=lambda_)
+        if not isinstance(divergence, nn.Module | None):
+            accepted = "accepted: a module of (z, prior sample), such as MMDLoss(), or None"
+            raise TypeError(f"divergence: got {divergence!r}; {accepted}")
+        if prior_samples is not None and not (is_integer(prior_samples) and prior_samples >= 1):
+            accepted = "accepted: an integer, 1 or more, or None for the batch size"
+            raise ValueError(f"prior_samples: got {prior_samples!r}; {accepted}")
         self.alpha, self.lambda_, self.divergence, self.prior_samples = alpha, lambda_, divergence, prior_samples
         if self.divergence_weight < 0 and not allow_negative:
             raise ValueError(
@@ -116,8 +123,15 @@ class Objective(nn.Module):
             reconstruction: -log p(x|z) in nats, [N].
             kl: KL(q(z|x) || p(z)) in nats, [N]; None where it is not defined, which needs alpha=1.
             z: [N, D], drawn from q(z|x).
-            prior: has `sample(n)` -> [n, D]; for Stein also `score(z)`.
+            prior: has `sample(n)` -> [n, D]; for Stein `score(z)` instead.
+
+        Raises:
+            ValueError: another shape; no kl where it counts; a `NormalMMDLoss` whose Gaussian is not the prior.
         """
+        for name, t in (("reconstruction", reconstruction), ("kl", kl)):
+            if t is not None and t.shape != z.shape[:1]:
+                accepted = f"accepted: {tuple(z.shape[:1])}, the sum over pixels or dimensions of each example"
+                raise ValueError(f"{name}: got shape {tuple(t.shape)}; {accepted}")
         if kl is None and self.kl_weight != 0:
             raise ValueError(f"alpha={self.alpha:g} weighs the KL term, but it is not defined here; use alpha=1")
         loss = reconstruction.mean()
@@ -140,6 +154,11 @@ class Objective(nn.Module):
     def _divergence(self, z: Tensor, prior: Any) -> Tensor:
         if isinstance(self.divergence, SteinLoss):
             return self.divergence(z, prior.score)
+        if isinstance(self.divergence, NormalMMDLoss):
+            if self.divergence.mean is self.divergence.covariance is None and not getattr(prior, "is_normal", True):
+                known = "knows N(0, I) or the mean and covariance that it is given"
+                raise ValueError(f"prior: got {type(prior).__name__}, but NormalMMDLoss {known}; use MMDLoss")
+            return self.divergence(z)
         return self.divergence(z, prior.sample(self.prior_samples or len(z)))  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -153,6 +172,7 @@ def elbo() -> Objective:
 
 def beta_vae(beta: float = 4.0) -> Objective:
     """alpha = 1 - beta, lambda = beta: the KL term weighs beta, the divergence nothing."""
+    _finite(beta=beta)
     if beta < 0:
         raise ValueError(f"beta: got {beta}; accepted: 0 or more")
     return Objective(1 - beta, beta)
@@ -219,6 +239,14 @@ def objective_from_config(config: dict[str, Any] | str, dim: int) -> Objective:
     if "dim" in accepted:
         options.setdefault("dim", dim)
     return PRESETS[name](**options)
+
+
+def _finite(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}; accepted: a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}; accepted: finite numbers")
 
 
 def _kernel(kernel: Any) -> Any:

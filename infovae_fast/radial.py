@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infovae_fast.arguments import at_least_float32, is_integer
 from infovae_fast.backends import on_host
 
 Scale = float | Tensor
@@ -56,7 +57,7 @@ class Kernel:
                     f"bandwidth: got a {b.dtype} tensor of shape {tuple(b.shape)}; accepted: "
                     "a floating-point tensor of shape [] (one scale) or [S] (a mixture)"
                 )
-            if on_host(b) and not ((b > 0) & _is_length(_at_least_float32(b).square())).all():
+            if on_host(b) and not ((b > 0) & _is_length(at_least_float32(b).square())).all():
                 raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}")
         elif self.bandwidth is not None:
             object.__setattr__(self, "bandwidth", _lengths("bandwidth", self.bandwidth))
@@ -80,7 +81,7 @@ class Kernel:
         if self.bandwidth is None:
             raise ValueError("bandwidth=None depends on the dimension: use kernel.at(dim)")
         if isinstance(self.bandwidth, Tensor):
-            lengths: Sequence[Scale] = _at_least_float32(self.bandwidth).reshape(-1).unbind()
+            lengths: Sequence[Scale] = at_least_float32(self.bandwidth).reshape(-1).unbind()
         else:
             lengths = self.bandwidth  # type: ignore[assignment]
         weights = self.weights or (1 / len(lengths),) * len(lengths)
@@ -181,7 +182,7 @@ _NAMES: dict[type[Kernel], str] = {RBF: "rbf", IMQ: "imq", RationalQuadratic: "r
 
 def paper_pixelcnn(dim: int) -> RBF:
     """RBF with 2 b^2 = 2 D: the kernel of the InfoVAE authors' code for section 5.2 of the paper. The default here."""
-    return RBF(math.sqrt(dim))
+    return RBF(math.sqrt(_dimension(dim)))
 
 
 def paper_few_samples(dim: int) -> RBF:
@@ -189,7 +190,7 @@ def paper_few_samples(dim: int) -> RBF:
 
     It is flat for large D (1 - 2/D between two points of N(0, I)), where its gradient vanishes.
     """
-    return RBF(dim / math.sqrt(2))
+    return RBF(_dimension(dim) / math.sqrt(2))
 
 
 def wae_imq(dim: int, prior_std: float = 1.0) -> IMQ:
@@ -197,7 +198,8 @@ def wae_imq(dim: int, prior_std: float = 1.0) -> IMQ:
 
     A sum, as published: phi(0) = 7.
     """
-    scales = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    (prior_std,) = _lengths("prior_std", prior_std)[:1]
+    dim, scales = _dimension(dim), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     return IMQ([prior_std * math.sqrt(dim * s) for s in scales], weights=[1.0] * len(scales))
 
 
@@ -218,10 +220,13 @@ def median_rbf(x: Tensor, y: Tensor | None = None, *, most: int = 1000) -> RBF:
     n = min(len(z), most)
     z = z[torch.arange(n, device=z.device) * len(z) // n]  # [n, D]
     rows, columns = torch.triu_indices(n, n, 1, device=z.device)
-    d2 = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")[rows, columns]  # [n (n-1) / 2]
-    median = d2.sort().values[(len(d2) - 1) // 2]
-    if on_host(median) and median == 0:
-        raise ValueError("median_rbf: most points coincide, so that the median distance is 0; give a length: RBF(1.0)")
+    distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")[rows, columns]  # [n (n-1) / 2]
+    median = distances.sort().values[(len(distances) - 1) // 2]
+    if on_host(median) and not 0 < median.square() < math.inf:
+        raise ValueError(
+            f"median_rbf: the median distance of the points is {median.item():g}; accepted: a positive one "
+            "whose square is neither 0 nor infinite: rescale the points, or give a length: RBF(1.0)"
+        )
     return RBF(median)
 
 
@@ -268,18 +273,28 @@ def kernel_from_config(config: dict[str, Any]) -> Kernel:
 
 
 def _joint(x: Tensor, y: Tensor | None) -> Tensor:
-    z = (x if y is None else torch.cat([x, y])).detach()  # [n, D]
-    if z.ndim != 2 or len(z) < 2:
-        raise ValueError(f"a data-dependent bandwidth needs at least two points [n, D]; got shape {tuple(z.shape)}")
-    return _at_least_float32(z)
+    given = [x] if y is None else [x, y]
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in given):
+        got = " and ".join(str(t.dtype) if isinstance(t, Tensor) else type(t).__name__ for t in given)
+        raise TypeError(f"a data-dependent bandwidth needs floating-point tensors [n, D]; got {got}")
+    shapes = [tuple(t.shape) for t in given]
+    if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes) or sum(map(len, given)) < 2:
+        got = " and ".join(map(str, shapes))
+        raise ValueError(f"a data-dependent bandwidth needs at least two points [n, D]; got shape {got}")
+    z = at_least_float32(torch.cat(given).detach())  # [n, D]
+    if on_host(z) and not z.isfinite().all():
+        raise ValueError("a data-dependent bandwidth needs finite points; got NaN or infinity")
+    return z
+
+
+def _dimension(dim: int) -> int:
+    if not is_integer(dim) or dim < 1:
+        raise ValueError(f"dim: got {dim!r}; accepted: an integer, 1 or more")
+    return dim
 
 
 def _is_length(square: Tensor) -> Tensor:
     return (square > 0) & square.isfinite()
-
-
-def _at_least_float32(t: Tensor) -> Tensor:
-    return t.float() if t.dtype.itemsize < 4 else t
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:

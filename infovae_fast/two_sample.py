@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infovae_fast.clouds import KernelLike, at_least_float32, check_result, kernel_of, refuse_non_finite, samples
+from infovae_fast.arguments import at_least_float32, is_integer
+from infovae_fast.clouds import KernelLike, check_result, kernel_of, refuse_non_finite, samples
 from infovae_fast.pairwise import squared_distances
 from infovae_fast.radial import Kernel
 
@@ -57,8 +58,8 @@ def mmd_test(
     Exact for independent points and every sample size: where the distributions are equal, p <= a happens with
     probability at most a. That needs a kernel that does not know the labels: one chosen to tell this x from this y
     apart would favour the observed labelling over all others. Hence a function of (x, y), and a preset such as
-    "median_rbf", gets the joint sample in random order, split into N and M points. A kernel that was fitted to data
-    needs other data than these.
+    "median_rbf", gets the joint sample, sorted and then in random order, split into N and M points. A kernel that was
+    fitted to data needs other data than these.
 
     Args:
         x: [N, D], floating point, N >= 2. y: [M, D], same dtype and device, M >= 2.
@@ -74,16 +75,19 @@ def mmd_test(
         TypeError, ValueError: as `mmd`; fewer than one permutation; fewer than two points.
     """
     x, y = samples(x=x, y=y)
-    if not isinstance(permutations, int) or isinstance(permutations, bool) or permutations < 1:
-        raise ValueError(f"permutations: got {permutations!r}; accepted: an integer, 1 or more")
+    for name, value, least in (("permutations", permutations, 1), ("seed", seed, -(2**63))):
+        if not is_integer(value) or value < least:
+            raise ValueError(f"{name}: got {value!r}; accepted: an integer" + ", 1 or more" * (least == 1))
     if min(len(x), len(y)) < 2:
         raise ValueError(f"the unbiased MMD^2 needs two points of each sample: got N={len(x)}, M={len(y)}")
     refuse_non_finite(x=x, y=y)
     x, y = at_least_float32(x), at_least_float32(y)
     z = torch.cat([x, y])  # [L, D]
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = z[torch.randperm(len(z), generator=generator).to(z.device)]
-    kernel = kernel_of(kernel, *shuffled.split([len(x), len(y)]))
+    generator = torch.Generator().manual_seed(int(seed))
+    shuffled = torch.randperm(len(z), generator=generator).to(z.device)
+    if not isinstance(kernel, Kernel | None):  # in an order that does not know the labels either
+        shuffled = torch.unique(z, dim=0, return_inverse=True)[1].argsort(stable=True)[shuffled]
+    kernel = kernel_of(kernel, *z[shuffled].split([len(x), len(y)]))
     if len(x) > len(y):  # the statistic is symmetric, and sum_yy, a difference, is accurate where it is the larger one
         x, y = y, x
         z = torch.cat([x, y])
@@ -110,7 +114,7 @@ def _statistics(
 
     Relabellings that tie, such as a repetition of the observed one, are summed in different orders.
     """
-    dtype, wide = z.dtype, torch.float32 if z.device.type == "mps" else torch.float64
+    wide = torch.float32 if z.device.type == "mps" else torch.float64
     z = z.to(wide)
     z = z - z.mean(0)
     L, m = len(z), len(z) - n
@@ -119,7 +123,7 @@ def _statistics(
     tiles = list(combinations_with_replacement(slices, 2))
     q, row_sums = z.new_zeros(len(labels)), z.new_zeros(L)  # a^T K a of each row of labels, K 1
     for done, (i, j) in enumerate(tiles, 1):
-        K = kernel.phi(squared_distances(z[i], z[j], dtype)).to(wide)
+        K = kernel.phi(squared_distances(z[i], z[j], wide)).to(wide)
         if i == j:
             K = K.triu(1)  # each pair once, so that K is symmetric to the last bit
         row_sums[i] += K.sum(1)

@@ -478,7 +478,12 @@ def test_the_critic_s_optimiser():
     [
         (lambda: AdversarialLoss(2, kind="gan"), ValueError, "kind: got 'gan'; accepted: 'js', 'wgan-gp'"),
         (lambda: AdversarialLoss(), ValueError, r"needs dim \(the dimension of the samples\) or a critic of your own"),
-        (lambda: AdversarialLoss(2, critic_steps=0), ValueError, "critic_steps: got 0; accepted: 1 or more"),
+        (
+            lambda: AdversarialLoss(2, critic_steps=0),
+            ValueError,
+            "critic_steps: got 0; accepted: an integer, 1 or more",
+        ),
+        (lambda: AdversarialLoss(2, penalty=-1.0), ValueError, "penalty must be a number > 0, got -1.0"),
     ],
 )
 def test_adversarial_construction_errors(call, error, message):

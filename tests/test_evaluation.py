@@ -9,7 +9,7 @@ import torch
 
 from infovae_fast import InfoVAE, load_data, mmd
 from infovae_fast.evaluation import encode_all, full_set_mmd, log_det_covariance, mutual_information, summarize
-from infovae_fast.models import Posterior, StandardNormal
+from infovae_fast.models import Posterior, SamplerPrior, StandardNormal
 
 
 def test_log_det_covariance():
@@ -23,6 +23,25 @@ def test_log_det_covariance():
     assert log_det_covariance(z[:, :1]) == pytest.approx(math.log(z[:, 0].var().item()), rel=1e-12)
     with pytest.raises(ValueError, match=r"z: got shape \(3, 3\); accepted: \[N, D\] with N > D"):
         log_det_covariance(z[:3])
+
+
+def test_log_det_covariance_of_a_plane_and_of_axes_in_other_units():
+    z = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for flat in (torch.cat([z, z[:, :1] + z[:, 1:2]], 1), torch.cat([z, z[:, :1] * 0 + 7], 1)):
+        assert log_det_covariance(flat) == log_det_covariance(flat.float()) == -math.inf
+    units = torch.tensor([1e-12, 1.0, 1e9])
+    moved = log_det_covariance(z * units) - log_det_covariance(z)
+    assert moved == pytest.approx(2 * math.log(1e-3), rel=1e-6)
+    with pytest.raises(ValueError, match="z: 1 of 500 points hold NaN"):
+        log_det_covariance(torch.where(torch.arange(500)[:, None] == 3, math.nan, z))
+    with pytest.raises(TypeError, match="z: got list"):
+        log_det_covariance([[0.0], [1.0]])
+
+
+def test_mutual_information_where_the_precision_overflows():
+    mu, logvar = torch.zeros(3, 1), torch.full((3, 1), -750.0)
+    posterior = Posterior(mu + torch.arange(3).view(3, 1), logvar)
+    assert mutual_information(posterior, posterior.mu) == pytest.approx(math.log(3))
 
 
 def test_mutual_information_of_a_gaussian_channel():
@@ -154,7 +173,11 @@ def test_summary_of_too_few_draws_or_images():
     )
 
 
-def test_summary_where_the_prior_has_no_density():
+def test_summary_where_the_kl_is_infinite_or_the_prior_has_no_density():
     data = load_data("digits", train_size=20)
-    metrics = summarize(InfoVAE.from_config(data.shape, 2, prior="uniform"), data)
+    model = InfoVAE.from_config(data.shape, 2, prior="uniform")
+    metrics = summarize(model, data)
+    assert metrics["train"]["kl"] is None and math.isfinite(metrics["test"]["log_likelihood"])
+    model.prior = SamplerPrior(2, lambda n: torch.randn(n, 2))
+    metrics = summarize(model, data, n_samples=5)
     assert metrics["train"]["kl"] is None is metrics["test"]["log_likelihood"]

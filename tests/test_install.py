@@ -21,8 +21,9 @@ PACKAGE = ROOT / "infovae_fast"
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 # Each may import its own layer and those before it. "" stands for the public names of infovae_fast itself.
 LAYERS = (
-    {"backends", "radial", "kernels", "cuda_graph", "files"},
-    {"clouds", "arguments"},
+    {"arguments", "backends", "kernels", "cuda_graph", "files"},
+    {"radial"},
+    {"clouds"},
     {"pairwise", "masked_conv", "logistic_mixture", "gated_residual"},
     {"divergences", "likelihoods"},
     {"normal_prior", "two_sample"},

@@ -373,6 +373,20 @@ def test_the_linear_estimator_knows_the_names_of_the_backends():
         mmd(x, y, None, "linear", backend="fast")
 
 
+@pytest.mark.parametrize("least", [-30, -36, -45, -300])
+def test_weights_of_which_one_is_nearly_all(least):
+    """Importance weights that have degenerated: 1 - sum a^2, taken so, would be 0 or lose its digits."""
+    x, y = samples(4, 5)
+    log_w = torch.tensor([least + 1.0, 0.0, least + 2.0, least], dtype=torch.float64)
+    w = [math.exp(v) for v in log_w]
+    phi = RBF(1.0).phi(torch.cdist(x, torch.cat([x, y]), compute_mode="donot_use_mm_for_euclid_dist") ** 2)
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    within = math.fsum(w[i] * w[j] * phi[i, j] for i, j in pairs) / math.fsum(w[i] * w[j] for i, j in pairs)
+    between = math.fsum(w[i] * phi[i, 4:].mean() for i in range(4)) / math.fsum(w)
+    within_y = energy(y, kernel=RBF(1.0)) / 20
+    near(mmd(x, y, RBF(1.0), x_weights=log_w.exp()), within - 2 * between + within_y)
+
+
 def test_weights_that_cannot_be():
     x, y = samples(4, 4)
     with pytest.raises(ValueError, match="estimator='linear' takes no weights of the points"):
@@ -382,10 +396,10 @@ def test_weights_that_cannot_be():
     for bad in (torch.zeros(4), torch.tensor([1.0, math.nan, 1.0, 1.0]), torch.tensor([1.0, math.inf, 1.0, 1.0])):
         with pytest.raises(ValueError, match=r"x_weights: their sum is .*; accepted: finite weights with a positive"):
             mmd(x, y, x_weights=bad)
-    with pytest.raises(ValueError, match="x_weights: estimator='unbiased' needs two points of positive weight"):
-        mmd(x, y, x_weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    with pytest.raises(ValueError, match=r"the sum of squares of the weights, of sum 1, is 4\.5, not below 1"):
-        mmd(x, y, x_weights=torch.tensor([2.0, -0.5, -0.5, 0.0]))
+    two = "accepted: above 0, as with two points of positive weight and none of negative"
+    for bad, pairs in (([0.0, 1.0, 0.0, 0.0], "0"), ([2.0, -0.5, -0.5, 0.0], r"-3\.5")):
+        with pytest.raises(ValueError, match=f"x_weights: for estimator='unbiased' 1 - .* of sum 1, is {pairs}; {two}"):
+            mmd(x, y, x_weights=torch.tensor(bad))
     with pytest.raises(ValueError, match="y_weights: got weights, but no y"):
         energy(x, kernel=RBF(), y_weights=torch.ones(4))
     with pytest.raises(TypeError, match=r"kernel: got 'wae_imq'; accepted: a Kernel such as RBF\(1.0\)"):

@@ -394,6 +394,15 @@ def test_codes_of_the_same_images(decoder):
         assert model.decode(z[:0], x[:0]).shape == (0, 1, 8, 8)
 
 
+def test_the_standard_error_is_that_of_few_samples_too():
+    """Over many estimates from three weights that differ little, its mean square is their variance."""
+    truth = LinearGaussian(latent_dim=1)
+    model, x = truth.model(Approximate(truth, spread=1.05)), truth.x[:1].expand(4000, -1)
+    torch.manual_seed(0)
+    estimate = model.log_likelihood(x, 3)
+    assert estimate.standard_error.square().mean() == pytest.approx(estimate.log_likelihood.var().item(), rel=0.15)
+
+
 def test_one_sample_tells_no_error():
     assert InfoVAE.from_config(SHAPE, 2).log_likelihood(images(2), 1).standard_error.isinf().all()
 

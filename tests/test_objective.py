@@ -9,7 +9,9 @@ import torch
 from infovae_fast import AdversarialLoss, MMDLoss, SteinLoss, objective
 from infovae_fast.divergences import mmd, stein_direction
 from infovae_fast.models import GaussianMixture, Posterior, SamplerPrior, StandardNormal, Uniform
+from infovae_fast.normal_prior import NormalMMDLoss, mmd_to_normal
 from infovae_fast.objective import PRESETS, Objective, objective_from_config
+from tests.oracle import near
 
 D = 3
 W = torch.tensor([[0.7, -0.2, 0.4], [0.1, 0.5, -0.6]], dtype=torch.float64)  # x = z W^T + noise, [2, 3]
@@ -229,6 +231,38 @@ def test_refusals():
         objective_from_config("mmdvae", dim=D)
     with pytest.raises(ValueError, match=r"objective 'elbo': unknown arguments \['lambda'\]; accepted: \[\]"):
         objective_from_config({"name": "elbo", "lambda": 3}, dim=D)
+
+
+def test_refusals_of_wrong_types_and_shapes(batch):
+    _, _posterior, z, nll = batch
+    for options, what in (
+        ({"alpha": "1"}, "alpha: got '1'; accepted: a number"),
+        ({"lambda_": True}, "lambda_: got True; accepted: a number"),
+        ({"divergence": MMDLoss}, "divergence: got .*MMDLoss.*accepted: a module"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            Objective(**options)
+    with pytest.raises(ValueError, match=r"prior_samples: got 2\.5; accepted: an integer, 1 or more"):
+        Objective(1.0, 10.0, MMDLoss(), prior_samples=2.5)
+    with pytest.raises(TypeError, match="beta: got '4'; accepted: a number"):
+        objective.beta_vae("4")
+    with pytest.raises(
+        ValueError, match=r"reconstruction: got shape \(64, 2\); accepted: \(64,\), the sum over pixels"
+    ):
+        objective.elbo()(nll[:, None].expand(64, 2), nll, z, StandardNormal(D))
+    with pytest.raises(ValueError, match=r"kl: got shape \(64, 3\); accepted: \(64,\), the sum over pixels or dimen"):
+        objective.elbo()(nll, nll[:, None].expand(64, 3), z, StandardNormal(D))
+
+
+def test_the_mmd_to_a_gaussian_is_for_a_gaussian_prior(batch):
+    _, _posterior, z, nll = batch
+    exact = Objective(1.0, 10.0, NormalMMDLoss())
+    near(exact(nll, None, z, StandardNormal(D)).divergence, mmd_to_normal(z))
+    with pytest.raises(ValueError, match=r"prior: got Uniform, but NormalMMDLoss knows N.0, I.*; use MMDLoss"):
+        exact(nll, None, z, Uniform(D, -2, 2))
+    mixture = GaussianMixture([[1.0] * D], 2.0).double()  # one Gaussian, which is told
+    told = NormalMMDLoss(mean=mixture.means[0], covariance=4.0)
+    near(Objective(1.0, 10.0, told)(nll, None, z, mixture).divergence, mmd_to_normal(z - 1, covariance=4.0))
 
 
 def test_priors_without_density_or_score(batch):

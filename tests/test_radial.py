@@ -209,10 +209,27 @@ def test_data_dependent_bandwidths_of_half_precision_samples_are_float32():
 def test_data_dependent_bandwidths_need_two_different_points(name):
     with pytest.raises(ValueError, match="at least two points"):
         PRESETS[name](torch.zeros(1, 2), torch.zeros(0, 2))
-    with pytest.raises(ValueError, match=f"{name}: .* points coincide"):
+    same = "the median distance of the points is 0; accepted: a positive" if name == "median_rbf" else "points coincide"
+    with pytest.raises(ValueError, match=f"{name}: .*{same}"):
         PRESETS[name](torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="needs finite points; got NaN"):
+        PRESETS[name](torch.tensor([[0.0], [1.0], [math.nan]]), torch.zeros(3, 1))
+    for bad in ([[0.0], [1.0]], torch.arange(4).view(4, 1)):
+        with pytest.raises(TypeError, match="needs floating-point tensors"):
+            PRESETS[name](bad, torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"got shape \(3, 2\) and \(3, 1\)"):
+        PRESETS[name](torch.zeros(3, 2), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="most: got 1; accepted: 2 points or more"):
         radial.median_rbf(torch.zeros(3, 2), most=1)
+
+
+def test_conventions_refuse_what_is_no_dimension_or_length():
+    for bad in (0, -2, 1.5, True, "3"):
+        for convention in (radial.paper_pixelcnn, radial.paper_few_samples, radial.wae_imq):
+            with pytest.raises(ValueError, match=f"dim: got {bad!r}; accepted: an integer, 1 or more"):
+                convention(bad)
+    with pytest.raises(ValueError, match=r"prior_std: got -1\.0; accepted: positive"):
+        radial.wae_imq(3, -1.0)
 
 
 # Configurations

@@ -168,6 +168,26 @@ def test_a_kernel_that_is_fitted_to_its_arguments_keeps_the_level():
     assert np.mean(level["blind"]) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws) < np.mean(level["fitted"])
 
 
+def test_a_kernel_that_is_fitted_to_its_arguments_keeps_the_level_for_a_seed_by_which_they_are_nearly_the_samples():
+    """Seed 0 would put four of the five points of x together again, were they not sorted first."""
+    generator, draws, rejected = torch.Generator().manual_seed(4), 600, 0
+    kernels = [RBF(b) for b in np.geomspace(0.02, 5, 12)]
+
+    def best(x, y):
+        return max(kernels, key=lambda kernel: mmd(x, y, kernel).item())
+
+    for _ in range(draws):
+        x, y = torch.randn(13, 1, generator=generator).split([5, 8])
+        rejected += mmd_test(x, y, best, permutations=39, seed=0).p_value <= 0.05
+    assert rejected / draws < 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
+
+
+def test_fine_data_keep_their_digits():
+    x, y = (1e-5 * s.float() for s in samples(60, 60))
+    found, wide = (mmd_test(x.to(dtype), y.to(dtype), RBF(1.0), permutations=99) for dtype in (x.dtype, torch.float64))
+    assert found.statistic == wide.statistic > 0 and found.p_value == wide.p_value < 0.05
+
+
 def test_a_kernel_function_sees_the_joint_sample_without_its_labels():
     x, y = samples(20, 10)
     seen = []

@@ -38,7 +38,8 @@ def mutual_information(posterior: Posterior, z: Tensor) -> float:
     own = posterior.log_prob(z)  # [N]
     precision, mean = (-logvar).exp(), mu.mean(0)
     m, c = mu - mean, z - mean
-    exact = (precision * (m.square().amax(0) + c.square().amax(0))).sum(1).max() * torch.finfo(z.dtype).eps > LOST
+    size = (precision * (m.square().amax(0) + c.square().amax(0))).sum(1).max()
+    exact = not size * torch.finfo(z.dtype).eps <= LOST  # of an overflow too
     # log q(z_i|x_j) = [c_i^2, c_i, 1] . of_j
     of_square, of_c, of_one = -0.5 * precision, m * precision, Posterior(m, logvar).log_prob(torch.zeros_like(m))
     total = 0.0

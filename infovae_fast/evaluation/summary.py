@@ -36,8 +36,9 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
         for "train" and "test": images (their number), reconstruction (-log p(x|z)), kl, log_det_covariance,
         full_set_mmd, mutual_information; for "test" also log_likelihood, log_likelihood_standard_error (of the mean
         over the images, both sources of noise), effective_samples (the median) and importance_samples. None where not
-        defined: kl and those of the log-likelihood where the prior has no density, the others of too few images. Of
-        grey values under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what is made of it no log-likelihood.
+        defined: kl where it is infinite (a uniform prior), kl and the log-likelihood's where the prior has no density,
+        the others of too few images. Of grey values under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what
+        is made of it no log-likelihood.
 
     Raises:
         ValueError: n_samples below 1.
@@ -71,7 +72,7 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
 
 
 def _log_likelihood(model: InfoVAE, batches: Sequence[Tensor], n_samples: int) -> dict[str, float | None]:
-    if not model.prior.has_kl:
+    if not model.prior.has_density:
         names = "log_likelihood", "log_likelihood_standard_error", "effective_samples", "importance_samples"
         return dict.fromkeys(names)
     parts = [model.log_likelihood(x, n_samples) for x in batches]

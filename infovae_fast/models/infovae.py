@@ -281,7 +281,8 @@ class InfoVAE(nn.Module):
             s1 = s1 * (top - unit).exp() + (log_w - unit).exp().sum(0)
             s2 = s2 * (2 * (top - unit)).exp() + (2 * (log_w - unit)).exp().sum(0)
             top = new_top
-        error = (s2 / s1.square() - 1 / n_samples).clamp_min(0).sqrt()
+        variance = (s2 / s1.square() - 1 / n_samples).clamp_min(0)
+        error = (variance * n_samples / max(1, n_samples - 1)).sqrt()
         effective = torch.where(s2 > 0, s1.square() / s2, 0)
         known = (s2 > 0) & (n_samples > 1)
         return LogLikelihood(top + s1.log() - math.log(n_samples), torch.where(known, error, math.inf), effective)

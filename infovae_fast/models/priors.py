@@ -30,13 +30,16 @@ class Posterior(NamedTuple):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z|x) in nats, [..., N, D] -> [..., N]."""
-        return -0.5 * ((z - self.mu).square() * (-self.logvar).exp() + self.logvar + LOG_2PI).sum(-1)
+        standard = (z - self.mu) * (-0.5 * self.logvar).exp()
+        return -0.5 * (standard.square() + self.logvar + LOG_2PI).sum(-1)
 
 
 class Prior(nn.Module):
     """A distribution of z in D dimensions: subclasses give `sample` and, where there is a density, `log_prob`."""
 
+    has_density = True
     has_kl = True  # KL(q(z|x) || p(z)) is defined and finite
+    is_normal = False  # N(0, I)
     _like: Tensor
 
     def __init__(self, dim: int) -> None:
@@ -71,6 +74,8 @@ class Prior(nn.Module):
 
 class StandardNormal(Prior):
     """N(0, I)."""
+
+    is_normal = True
 
     def sample(self, n: int) -> Tensor:
         return torch.randn(n, self.dim, device=self._like.device, dtype=self._dtype)
@@ -168,7 +173,7 @@ class GaussianMixture(Prior):
 class SamplerPrior(Prior):
     """A prior known by its samples alone: `sampler(n)` returns [n, D]. For alpha=1 and divergences of samples."""
 
-    has_kl = False
+    has_density = has_kl = False
 
     def __init__(self, dim: int, sampler: Callable[[int], Tensor]) -> None:
         super().__init__(dim)
