@@ -55,5 +55,5 @@ def reduced(nll: Tensor, reduction: Reduction) -> Tensor:
 
 def codes_of_images(z: Tensor, x: Tensor) -> None:
     """ValueError unless z [S N, D] has S codes for every image of x [N, ...]."""
-    if len(z) % len(x) if len(x) else len(z):
+    if len(z) % len(x) or not len(z) if len(x) else len(z):
         raise ValueError(f"z: got {len(z)} codes for {len(x)} images; accepted: S for every image, [S N, D]")

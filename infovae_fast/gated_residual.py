@@ -55,7 +55,7 @@ def gated_residual_reference(s: Tensor, f: Tensor, bias: Tensor | None, conditio
     for added in (None if bias is None else bias[None], condition):
         f = f if added is None else f + added.to(f.dtype)[:, :, None, None]
     a, b = f.chunk(2, 1)
-    return s + a * b.sigmoid()
+    return s + (a * b.sigmoid()).to(s.dtype)
 
 
 def weights_reference(v: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:

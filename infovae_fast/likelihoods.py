@@ -33,6 +33,8 @@ from torch import Generator, Tensor
 from infovae_fast.arguments import Reduction, float32_or_better, number, reduced
 from infovae_fast.logistic_mixture import conditional_mean, discretized_logistic_mixture_nll, split_params
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def bernoulli_nll(logits: Tensor, x: Tensor, reduction: Reduction = "none") -> Tensor:
     """-log p(x|z) of bits with p(x_e = 1) = sigmoid(logits_e); logits and x [N, ...] have the same shape.
@@ -110,7 +112,8 @@ class Bernoulli(Likelihood):
         return data_channels
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        p = self.mean(params / temperature)
+        (logits,) = float32_or_better(params=params)
+        p = (logits / _temperature(temperature)).sigmoid()
         return (uniforms < p).to(p.dtype) + (p - p)  # NaN stays
 
 
@@ -152,7 +155,7 @@ class Gaussian(Likelihood):
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         mean, std = self._mean_std(params)
-        return mean + temperature * std * torch.special.ndtri(uniforms.to(mean.dtype))
+        return mean + _temperature(temperature) * std * torch.special.ndtri(inside(uniforms, mean.dtype))
 
     def _mean_std(self, params: Tensor) -> tuple[Tensor, float | Tensor]:
         (raw,) = float32_or_better(params=params)
@@ -205,8 +208,8 @@ class DiscretizedLogisticMixture(Likelihood):
     """K logistics rounded to `levels` values in [0, 1]; see `discretized_logistic_mixture_nll`. 1 or 3 channels.
 
     `sample` follows that probability: k per pixel, then R, G given the drawn R, B given both, each rounded.
-    `mean` is of logistics clipped but not rounded (log-scales above 5 count as 5): for 1 channel within half a level
-    of the exact mean. For 3, G and B see the earlier channels' means for their values: the same where nothing clips.
+    `mean` is of logistics clipped but not rounded: for 1 channel within half a level of the exact mean. For 3, G and B
+    see the earlier channels' means for their values: the same where nothing clips.
     """
 
     name = "discretized_logistic_mixture"
@@ -224,6 +227,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return (3 if data_channels == 1 else 10) * self.mixtures
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        params, x = float32_or_better(params=params, x=x)
         split_params(params, x.shape[1] if x.ndim > 1 else None, self.mixtures)  # refuses any other K
         return discretized_logistic_mixture_nll(params, x, levels=self.levels)
 
@@ -232,9 +236,14 @@ class DiscretizedLogisticMixture(Likelihood):
         means: list[Tensor] = []  # per channel [N, K, *S]
         for c in range(mu.shape[1]):
             # E clip(Y, -1, 1) = clip(m) + s [g((m + 1)/s) - g((m - 1)/s)] for logistic Y, g(u) = log(1 + exp(-|u|))
-            m, s = conditional_mean(mu, coefficients, means), log_s[:, c].clamp(-20.0, 5.0).exp()
+            m, s = conditional_mean(mu, coefficients, means), log_s[:, c].clamp(-20.0, 2.0).exp()
             low, high = torch.exp(-(m + 1).abs() / s).log1p(), torch.exp(-(m - 1).abs() / s).log1p()
-            means.append(m.clamp(-1.0, 1.0) + s * (low - high))
+            narrow = m.clamp(-1.0, 1.0) + s * (low - high)
+            # Where that cancels: -1 + integral of P(Y > y) over (-1, 1), by Gauss's rule of three points.
+            s = log_s[:, c].clamp(2.0, 80.0).exp()
+            above = [((m - y) / s).sigmoid() for y in (-math.sqrt(0.6), 0.0, math.sqrt(0.6))]
+            wide = (5 * above[0] + 8 * above[1] + 5 * above[2]) / 9 - 1
+            means.append(torch.where(log_s[:, c] > 2.0, wide, narrow))
         return ((logits.softmax(1).unsqueeze(1) * torch.stack(means, 1)).sum(2) + 1) / 2
 
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
@@ -248,7 +257,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         logits, *others = split_params(params, mixtures=self.mixtures)
-        uniforms = uniforms.to(logits.dtype)
+        uniforms = inside(uniforms, logits.dtype)
         k = _inverse_cdf(logits, uniforms[:, :1], temperature)
         return self._levels(k, others, temperature * uniforms[:, 1:].logit()) + _none_or_nan(logits)
 
@@ -291,8 +300,18 @@ def _first_to_ring(logits: Tensor, generator: Generator | None) -> Tensor:
 
 def _inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """The k at which the cumulated softmax(logits / temperature) [N, K, ...] passes the uniforms [N, 1, ...]."""
-    up_to = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1).cumsum(1)
+    up_to = ((logits - logits.amax(1, keepdim=True)) / _temperature(temperature)).softmax(1).cumsum(1)
     return (up_to[:, :-1] <= uniforms * up_to[:, -1:]).sum(1, keepdim=True)  # of which the last is 1 but for rounding
+
+
+def _temperature(temperature: float) -> float:
+    return max(number("temperature", temperature, float, above=0), TINY)  # a float32 of less would be 0
+
+
+def inside(uniforms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uniforms in a dtype, still above 0 and below 1."""
+    numbers = torch.finfo(dtype)
+    return uniforms.to(dtype).clamp(numbers.tiny, 1 - numbers.eps / 2)
 
 
 def _none_or_nan(logits: Tensor) -> Tensor:

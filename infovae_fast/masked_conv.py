@@ -56,7 +56,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infovae_fast.backends import Backend, choose, native_missing, transforms, triton_missing
+from infovae_fast.arguments import number
+from infovae_fast.backends import Backend, check_name, choose, native_missing, transforms, triton_missing
 
 AUTOCAST = ("cuda",)  # devices whose autocast counts
 Link = tuple[Tensor, Tensor]  # values [N, Clink, H, W], weight [Clink, Cout]
@@ -393,6 +394,9 @@ class MaskedConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_name(backend)
+        number("in_channels", in_channels, int, above=0)
+        number("out_channels", out_channels, int, above=0)
         self.mask = Mask(window, kernel_size, data_channels, group_order, gate)
         self.backend = backend
         cout = self.mask.halves * out_channels
@@ -435,6 +439,8 @@ def from_dense(
     dense: Tensor, *, window: str, data_channels: int = 1, group_order: str = "interleaved", gate: str | None = None
 ) -> Tensor:
     """The compact weight of a dense one, [Cout, Cin, k, k] -> [taps, Cin, Cout]; what the mask hides is left out."""
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"dense: got {type(dense).__name__}; accepted: a tensor [Cout, Cin, k, k]")
     if dense.ndim != 4 or dense.shape[2] != dense.shape[3]:
         raise ValueError(
             f"dense: got shape {tuple(dense.shape)}; accepted: [Cout, Cin, k, k]; "
@@ -512,6 +518,8 @@ def _check_channels(mask: Mask, cin: int, cout: int) -> None:
 
 def _check_weight(mask: Mask, weight: Tensor) -> None:
     count = len(mask.taps)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}; accepted: a tensor [taps, Cin, Cout]")
     if weight.ndim != 3 or weight.shape[0] != count:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}; accepted: [taps, Cin, Cout] with the {count} taps of "

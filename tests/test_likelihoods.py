@@ -349,7 +349,9 @@ def test_grey_mixture_mean_is_within_half_a_level(levels, rng):
         params = random(9, rng=rng) * spread
         exact = (probability_table(params, 1, levels) * values).sum()
         assert abs(likelihood.mean(params[None]).item() - exact) <= 0.5 / (levels - 1)
-    for mu, log_s in itertools.product((-1000.0, -1.0, 0.0, 0.3, 1000.0), (-60.0, -5.0, 0.0, 5.0)):
+    for mu, log_s in itertools.product(
+        (-1000.0, -1.0, 0.0, 0.3, 1000.0), (-60.0, -5.0, 0.0, 1.99, 2.01, 5.0, 8.0, 15.0)
+    ):
         table = probability_table(torch.tensor([0.0, mu, log_s], dtype=torch.float64), 1, levels)
         mean = DiscretizedLogisticMixture(1, levels).mean(torch.tensor([[0.0, mu, log_s]])).item()
         assert abs(mean - float((table * values).sum())) <= 0.5 / (levels - 1) + 1e-5
@@ -467,6 +469,34 @@ def test_one_nan_logit_is_enough():
 def test_the_smallest_temperature_draws_the_likeliest_level():
     logits = torch.tensor([0.0, 50.0, 0.0, 0.0]).view(1, 4, 1)
     assert Categorical(4).draw(logits, torch.full((1, 1, 1), 0.9), 1e-37).item() == pytest.approx(1 / 3)
+
+
+def test_a_temperature_that_float32_does_not_know():
+    logits, u = torch.tensor([0.0, 50.0, 0.0, 0.0]).view(1, 4, 1), torch.full((1, 1, 1), 0.9)
+    assert Categorical(4).draw(logits, u, 1e-46).item() == pytest.approx(1 / 3)
+    assert Bernoulli().draw(torch.tensor([[-1e-6, 1e-6, 0.0]]), torch.full((1, 3), 0.4), 1e-46).tolist() == [[0, 1, 1]]
+    for likelihood in LIKELIHOODS:
+        for bad in (0, -1.0, math.nan, "1"):
+            with pytest.raises(ValueError, match="temperature must be a number > 0, got "):
+                likelihood.draw(*_params_and_uniforms(likelihood), bad)
+
+
+def test_a_temperature_divides_logits_in_float32():
+    """3 / 0.7 in bfloat16 would be off by 1 in 200, and turn this bit."""
+    logits, u = torch.tensor([[3.0]], dtype=torch.bfloat16), torch.tensor([[0.9864]])
+    assert u < torch.tensor(3 / 0.7).sigmoid() and Bernoulli().draw(logits, u, 0.7) == 1
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), Gaussian(std=0.1), DiscretizedLogisticMixture(2)], ids=repr)
+def test_uniforms_of_float64_stay_below_1(likelihood):
+    params, _ = _params_and_uniforms(likelihood)
+    for u in (1 - 1e-12, 1e-300):
+        uniforms = torch.full((2, likelihood.uniforms(1), 3), u, dtype=torch.float64)
+        assert likelihood.draw(params, uniforms).isfinite().all()
+
+
+def _params_and_uniforms(likelihood):
+    return torch.zeros(2, likelihood.channels(1), 3), torch.full((2, likelihood.uniforms(1), 3), 0.5)
 
 
 def test_the_largest_uniform_draws_no_level_that_cannot_be():

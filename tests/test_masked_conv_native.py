@@ -1,5 +1,6 @@
 """The C++ backend of `masked_conv`: every vector unit, any number of threads, its operators, saturated gates."""
 
+import math
 import os
 import subprocess
 import sys
@@ -217,3 +218,11 @@ def test_a_huge_gate_does_not_overflow():
     out = masked_conv2d(x, torch.eye(2)[None], window="B", kernel_size=1, gate="glu", backend="cpp")
     exact = x[:, 0].double() * torch.sigmoid(x[:, 1].double())
     torch.testing.assert_close(out[:, 0].double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("b", [-100.0, -1e4, -math.inf])
+def test_a_gate_that_is_shut_passes_nothing(b):
+    x, bias = torch.tensor([[1e38, 0.0]])[:, :, None, None].requires_grad_(), torch.tensor([0.0, b])
+    out = masked_conv2d(x, torch.eye(2)[None], bias, window="B", kernel_size=1, gate="glu", backend="cpp")
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert out.item() == 0 and (gradient == 0).all()

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from infovae_fast import Bernoulli, Categorical, DiscretizedLogisticMixture, GatedPixelCNN, InfoVAE, PixelSampler
+from infovae_fast import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogisticMixture,
+    GatedPixelCNN,
+    Gaussian,
+    InfoVAE,
+    PixelSampler,
+)
 from infovae_fast.models.incremental import Incremental
 from infovae_fast.models.pixel_sampler import BACKENDS, pixel_uniforms
+from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 from tests import oracle
 from tests.test_likelihoods import chi_square
 from tests.test_pixelcnn import MODELS, Own, each_model, images, network
@@ -238,6 +247,34 @@ def test_a_sample_does_not_depend_on_the_others(strategy):
     assert not torch.equal(together, sample.sample(z, seed=6, strategy=strategy))
 
 
+@pytest.mark.parametrize("model", ["gated", "infovae2017", "pp"])
+def test_nor_does_an_image_of_real_numbers_but_for_rounding(model):
+    torch.manual_seed(0)
+    options = {"variant": model} if model != "pp" else {}
+    kind = PixelCNNPlusPlus if model == "pp" else GatedPixelCNN
+    sample = PixelSampler(kind(2, (1, 5, 6), maps=8, **options), Gaussian(std=0.1))
+    z = torch.randn(33, 2)
+    together = sample.sample(z, seed=5)
+    for k in (1, 2, 7):
+        torch.testing.assert_close(together[:k], sample.sample(z[:k], seed=5), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("strategy", ["naive", "cached", "fixed_point"])
+def test_uniforms_of_float64_stay_below_1(strategy):
+    decoder = GatedPixelCNN(0, (1, 3, 4), layers=2, maps=4)
+    head = decoder.head[-1]
+    head.weight.data.zero_(), head.bias.data.fill_(100.0)  # a 1 for certain
+    u = torch.full((2, 1, 3, 4), 1 - 1e-12, dtype=torch.float64)
+    assert (PixelSampler(decoder, Bernoulli()).sample(uniforms=u, n=2, strategy=strategy) == 1).all()
+
+
+def test_seeds_and_codes_of_other_types():
+    sample, z = sampler("grey", 3, 4), codes(3)
+    for seed in (np.int64(5), torch.tensor(5)):
+        assert torch.equal(sample.sample(z, seed=5), sample.sample(z, seed=seed))
+    assert torch.equal(sample.sample(z.float()), sample.sample(z.float().double()))
+
+
 # In-painting and temperature
 
 
@@ -315,8 +352,13 @@ def test_refusals():
     x, mask = torch.rand(3, 1, 3, 4), torch.ones(3, 1, 3, 4, dtype=torch.bool)
     for call, message in (
         ({"strategy": "fast"}, "strategy: got 'fast'; accepted: 'auto', 'naive', 'cached', 'fixed_point'"),
-        ({"temperature": 0.0}, r"temperature: got 0\.0; accepted: above 0"),
-        ({"temperature": math.nan}, "temperature: got nan; accepted: above 0"),
+        ({"temperature": 0.0}, r"temperature must be a number > 0, got 0\.0"),
+        ({"temperature": math.nan}, "temperature must be a number > 0, got nan"),
+        ({"temperature": "1"}, "temperature must be a number > 0, got '1'"),
+        (
+            {"uniforms": torch.ones(3, 1, 3, 4)},
+            r"uniforms: got numbers that are not between 0 and 1; accepted: in \(0, 1",
+        ),
         ({"n": 5}, r"z: got shape \(3, 2\) for n=5; accepted: \[n, D\], or \[1, D\] for all images"),
         ({"known": x}, "known and known_mask: got one of them; accepted: both or neither"),
         ({"known": x[:2], "known_mask": mask}, r"known: got shape \(2, 1, 3, 4\); accepted: \(3, 1, 3, 4\), or 1 for"),
@@ -325,8 +367,19 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             sample.sample(z, **call)
-    with pytest.raises(TypeError, match=r"known_mask: got dtype torch\.float32; accepted: bool"):
-        sample.sample(z, known=x, known_mask=x)
+    for call, message in (
+        ({"known": x, "known_mask": x}, r"known_mask: got dtype torch\.float32; accepted: a tensor of torch\.bool"),
+        ({"known": x, "known_mask": mask.numpy()}, "known_mask: got ndarray; accepted: a tensor of torch"),
+        ({"known": (255 * x).byte(), "known_mask": mask}, r"known: got dtype torch\.uint8; accepted: a floating-point"),
+        ({"uniforms": [0.5]}, "uniforms: got list; accepted: a floating-point tensor"),
+        ({"seed": 1.0}, r"seed: got 1\.0; accepted: an integer"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            sample.sample(z, **call)
+    with pytest.raises(TypeError, match="z: got list; accepted: a floating-point tensor"):
+        sample.sample([[0.0, 0.0]])
+    with pytest.raises(ValueError, match="backend='gpu' is unknown; accepted: 'auto'"):
+        PixelSampler(decoder, Bernoulli(), backend="gpu")
     with pytest.raises(ValueError, match="z and n: got neither"):
         sample.sample()
     with pytest.raises(ValueError, match=r"z: got None; accepted: \[N, 2\]"):

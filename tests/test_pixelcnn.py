@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from infovae_fast.evaluation.mutual_information import mutual_information
 from infovae_fast.masked_conv import MaskedConv2d, to_dense
 from infovae_fast.models import pixelcnn
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
+from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 from infovae_fast.objective import PRESETS
 
 MIXTURE = DiscretizedLogisticMixture(mixtures=2, levels=3)
@@ -498,6 +500,43 @@ def test_a_training_step_compiles_as_one_graph(options):
         loss = f(x)
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
     torch.testing.assert_close(*found)
+
+
+def test_many_images_without_a_gradient_compile_as_one_graph():
+    model, z, x = GatedPixelCNN(2, (1, 6, 5), layers=2, maps=4), torch.randn(3, 2), torch.rand(3, 1, 6, 5).round()
+    torch.compiler.reset()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(z, x), model(z, x))
+
+
+def test_integers_of_numpy():
+    one = np.int64(1)
+    model = InfoVAE.from_config(
+        (one, 8 * one, 8 * one), 2 * one, decoder={"name": "pixelcnn", "layers": one, "maps": 4}
+    )
+    assert model.config["shape"] == [1, 8, 8] and type(model.config["latent_dim"]) is int
+    for bad in (True, 1.0, "1"):
+        with pytest.raises(ValueError, match=f"layers: got {bad!r}; accepted: an integer, 1 or more"):
+            GatedPixelCNN(2, (1, 4, 5), layers=bad)
+
+
+@pytest.mark.parametrize("decoder", [GatedPixelCNN, PixelCNNPlusPlus])
+def test_inputs_of_other_types(decoder):
+    model, z, x = decoder(2, (1, 4, 5), maps=4).eval(), torch.randn(3, 2), torch.rand(3, 1, 4, 5)
+    for bad, message in (
+        ((z.long(), x), r"z: got dtype torch\.int64; accepted: a floating-point tensor"),
+        ((z.tolist(), x), "z: got list; accepted: a floating-point tensor"),
+        ((z.half(), x), r"z: got dtype torch\.float16, but the decoder is torch\.float32; convert one of them"),
+        ((z, (255 * x).byte()), r"x: got dtype torch\.uint8; accepted: a floating-point tensor .of bytes, \.float"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model(*bad)
+    with pytest.raises(ValueError, match="z: got 0 codes for 3 images"):
+        model(z[:0], x)
+    with pytest.raises(ValueError, match="backend='gpu' is unknown; accepted: 'auto'"):
+        decoder(2, (1, 4, 5), maps=4, backend="gpu")
 
 
 def test_inputs_that_do_not_fit():

@@ -206,14 +206,14 @@ def test_all_of_the_past_is_seen_as_far_as_predicted(height, width, options):
         past = {(y - i, x - j) for y in range(height) for x in range(width) if (y, x) < (i, j)}
         box = {(dy, dx) for dy, dx in past if max(-dy, abs(dx)) <= reach}
         assert box <= offsets <= past
-        assert offsets == model.receptive_field(i, j)
+        assert offsets == model.receptive_field_of(i, j)
 
 
 def test_how_far_it_sees():
     """The paper's network on images of its width: all of the past but the row's far end, 23 or more away."""
     model = PixelCNNPlusPlus(0, (1, 4, 32), blocks=5, maps=1)
     state = torch.random.get_rng_state()
-    field = model.receptive_field(3, 31)
+    field = model.receptive_field_of(3, 31)
     assert torch.equal(torch.random.get_rng_state(), state)
     past = {(y - 3, x - 31) for y in range(4) for x in range(32)} - {(0, 0)}
     assert past - field == {(0, dx) for dx in range(-31, -22)}
@@ -395,6 +395,26 @@ def test_a_start_from_nan_is_refused(bad):
     with pytest.raises(ValueError, match="initialise: got 0 images"):
         model.initialise(z[:0], x[:0])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_weights_from_outside_are_not_initialised():
+    torch.manual_seed(0)
+    model, trained = (PixelCNNPlusPlus(2, (1, 4, 5), blocks=1, maps=4, dropout=0.0) for _ in range(2))
+    z, x = torch.randn(3, 2), torch.rand(3, 1, 4, 5)
+    new = {name: p.detach().clone() for name, p in model.named_parameters()}
+    call = torch.func.functional_call
+    for first_pass in (
+        lambda: call(model, new, (z, x)),
+        lambda: torch.func.grad(lambda p: call(model, p, (z, x)).sum())(new),
+        lambda: torch.compile(model, fullgraph=True, backend="eager")(z, x),
+    ):
+        with pytest.raises(Exception, match=r"call initialise\(z, x\) before"):
+            first_pass()
+        assert not model.initialised and all(torch.equal(p, new[name]) for name, p in model.named_parameters())
+    trained.initialise(z, x)
+    given = {name: p.detach() for name, p in trained.named_parameters()}
+    torch.testing.assert_close(call(model, given, (z, x)), trained(z, x))
+    assert not model.initialised
 
 
 # InfoVAE with PixelCNN++

@@ -122,7 +122,8 @@ class InfoVAE(nn.Module):
             raise ValueError(f"shape: got {shape!r}; accepted: (channels, height, width)")
         if not _is_count(latent_dim):
             raise ValueError(f"latent_dim: got {latent_dim!r}; accepted: an integer, 1 or more")
-        config["shape"] = list(shape)
+        shape, latent_dim = tuple(map(int, shape)), int(latent_dim)
+        config["shape"], config["latent_dim"] = list(shape), latent_dim
         p_x = likelihood_from_config({"name": likelihood} if isinstance(likelihood, str) else likelihood)
         name = decoder if isinstance(decoder, str) else decoder.get("name", "")
         image: tuple[int, ...] = ()

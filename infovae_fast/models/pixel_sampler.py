@@ -11,20 +11,22 @@ An image is a function of z and u, which all strategies compute (they differ whe
                   as products of matrices; the rest once for a pixel (and colour)
 
 The uniforms are counted, not drawn: bits of a hash of (seed, sample, pixel, channel), the same on every device. So
-sample i does not depend on how many are drawn with it.
+sample i does not depend on how many are drawn with it, but for rounding where pixels are not levels.
 """
 
 from collections.abc import Callable
 from functools import partial, wraps
-from numbers import Integral
+from operator import index as as_index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.backends import AUTO, NAMES, Backend, explain, native_missing
+from infovae_fast.arguments import is_integer, number, one_of
+from infovae_fast.backends import AUTO, NAMES, Backend, check_name, explain, native_missing
 from infovae_fast.backends import choose as choose_backend
-from infovae_fast.likelihoods import Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood
+from infovae_fast.likelihoods import TINY, Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood, inside
+from infovae_fast.models.autoregressive import check_code
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
 from infovae_fast.models.incremental_2017 import Incremental2017
 from infovae_fast.models.incremental_pp import IncrementalPlusPlus
@@ -118,6 +120,7 @@ class PixelSampler:
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood | None = None, *, backend: str = "auto") -> None:
+        check_name(backend)
         decoder: Any = getattr(model, "decoder", model)
         likelihood = getattr(model, "likelihood", likelihood)
         if not getattr(decoder, "autoregressive", False):
@@ -162,28 +165,22 @@ class PixelSampler:
                 the channels of a pixel together, needs the same for all channels.
             temperature: above 0; see `likelihoods`.
             seed: of the uniforms.
-            uniforms: [n, U, H, W] in (0, 1) instead, U = likelihood.uniforms(C).
+            uniforms: [n, U, H, W] in (0, 1) instead, U = likelihood.uniforms(C); used in float32.
             callback: called as callback(done, H) with the number of rows that are final; for "cuda" once.
             strategy: "auto" is "cached" where that can run, else "fixed_point".
 
         Raises:
-            ValueError: shapes, names or numbers that do not fit.
+            TypeError: what is no tensor, or of another type. ValueError: shapes, names or numbers that do not fit.
         """
         z, n = self._codes(z, n)
-        if not temperature > 0:
-            raise ValueError(f"temperature: got {temperature}; accepted: above 0")
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy: got {strategy!r}; accepted: " + ", ".join(map(repr, STRATEGIES)))
+        temperature = max(number("temperature", temperature, float, above=0), TINY)
+        one_of("strategy", strategy, STRATEGIES)
         if strategy == "auto":
             strategy = "fixed_point" if uncached(self.decoder) else "cached"
         if strategy == "cached":
             self._check_cached()
         known, mask = self._known(n, known, known_mask)
-        if uniforms is None:
-            uniforms = self.uniforms(n, seed)
-        elif uniforms.shape != (wanted := self._uniforms_shape(n)):
-            raise ValueError(f"uniforms: got shape {tuple(uniforms.shape)}; accepted: {wanted}")
-        u, g = uniforms, self.groups
+        u, g = self.uniforms(n, seed) if uniforms is None else self._given(uniforms, n), self.groups
 
         def choose(i: int, j: int, group: int, params: Tensor) -> Tensor:
             """[n, P/G] of a pixel's group -> its channels [n, C/G]."""
@@ -194,17 +191,17 @@ class PixelSampler:
             incremental = self._incremental(z, n, self.likelihood)
             if isinstance(incremental, Images):
                 sizes = (getattr(self.likelihood, name, 0) for name in ("levels", "mixtures"))
-                x = incremental.draw(u.float(), known.to(incremental.memory), mask, temperature, *sizes)
+                x = incremental.draw(u, known.to(incremental.memory), mask, temperature, *sizes)
                 if callback is not None:
                     callback(x.shape[2], x.shape[2])
             elif isinstance(incremental, Incremental) and incremental.native and type(self.likelihood) is Bernoulli:
-                x = incremental.run_bits(u.float(), known.to(incremental.memory), mask, temperature, callback)
+                x = incremental.run_bits(u, known.to(incremental.memory), mask, temperature, callback)
             else:
                 x = incremental.run(choose, callback)
             return x.to(self._like.dtype)
         if strategy == "naive":
             return self._naive(z, n, choose, callback)
-        return self._fixed_point(z, known, mask, uniforms, temperature, callback)
+        return self._fixed_point(z, known, mask, u, temperature, callback)
 
     def uniforms(self, n: int, seed: int = 0, *, first: int = 0) -> Tensor:
         """The uniforms [n, U, H, W] of samples first .. first + n - 1."""
@@ -225,6 +222,7 @@ class PixelSampler:
             raise ValueError(f"strategy 'cached' {reason}; accepted here: 'fixed_point', 'naive'")
 
     def _incremental(self, z: Tensor | None, n: int, likelihood: Likelihood | None) -> Pixelwise | Images:
+        check_code(self.decoder, z)
         inputs, backend = (self._like, self.decoder, likelihood), self.backend
         if backend == "auto" and AUTO in NAMES and explain("pixel_sampler", BACKENDS, *inputs)[AUTO] is not None:
             backend = "reference"  # what INFOVAE_FAST_BACKEND names is meant for the operators that it has
@@ -270,18 +268,26 @@ class PixelSampler:
         channels, height, width = self.image_shape
         return n, self.likelihood.uniforms(channels), height, width
 
+    def _given(self, uniforms: Tensor, n: int) -> Tensor:
+        _floating("uniforms", uniforms)
+        if uniforms.shape != (wanted := self._uniforms_shape(n)):
+            raise ValueError(f"uniforms: got shape {tuple(uniforms.shape)}; accepted: {wanted}")
+        if uniforms.device.type == "cpu" and not bool(((uniforms > 0) & (uniforms < 1)).all()):
+            raise ValueError("uniforms: got numbers that are not between 0 and 1; accepted: in (0, 1), as torch.rand's")
+        return inside(uniforms, torch.float32)
+
     def _codes(self, z: Tensor | None, n: int | None) -> tuple[Tensor | None, int]:
-        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 0):
+        if n is not None and not (is_integer(n) and n >= 0):
             raise ValueError(f"n: got {n!r}; accepted: an integer, 0 or more")
         if z is None:
             if n is None:
                 raise ValueError("z and n: got neither; accepted: z [n, D], or n for a decoder without z")
             return None, int(n)
+        _floating("z", z)
         if z.ndim != 2 or len(z) not in (1, len(z) if n is None else n):
             raise ValueError(f"z: got shape {tuple(z.shape)} for n={n}; accepted: [n, D], or [1, D] for all images")
         n = len(z) if n is None else int(n)
-        dtype = self._like.dtype
-        return (z.to(dtype) if dtype.itemsize < 4 else z).expand(n, -1), n
+        return z.to(self._like.dtype).expand(n, -1), n
 
     def _known(self, n: int, known: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """known and known_mask, [n, C, H, W] both."""
@@ -291,8 +297,10 @@ class PixelSampler:
         if known is None or mask is None:
             zeros = self._like.new_zeros(())
             return zeros.expand(shape), zeros.bool().expand(shape)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"known_mask: got dtype {mask.dtype}; accepted: bool, True where `known` counts")
+        _floating("known", known)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"known_mask: got {got}; accepted: a tensor of torch.bool, True where `known` counts")
         for name, t in (("known", known), ("known_mask", mask)):
             try:
                 t.expand(shape)
@@ -307,6 +315,12 @@ class PixelSampler:
         return known, mask
 
 
+def _floating(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = f"dtype {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: got {got}; accepted: a floating-point tensor (of bytes, .float() / 255)")
+
+
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
@@ -319,6 +333,10 @@ def pixel_uniforms(
     stream of a sample (numbered from `first`), a number of that the stream of a pixel, whose numbers are the channels'.
     """
     n, u, height, width = shape
+    try:
+        seed = as_index(seed)
+    except TypeError:
+        raise TypeError(f"seed: got {seed!r}; accepted: an integer") from None
     state = torch.full((1, 1, 1), (seed + 2**63) % 2**64 - 2**63, device=device)
     pixels = torch.arange(height * width, device=device)
     for index in (

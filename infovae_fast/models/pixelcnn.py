@@ -46,15 +46,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.arguments import codes_of_images
+from infovae_fast.arguments import one_of
 from infovae_fast.masked_conv import MaskedConv2d
 from infovae_fast.models import resident
+from infovae_fast.models.autoregressive import Offsets, SpatialCode, check_inputs, check_sizes
 
 PAPER_PIXELCNN = {"name": "pixelcnn", "layers": 12, "maps": 32, "first_kernel": 7, "kernel": 3}
 R64 = {"name": "pixelcnn", "layers": 7, "maps": 64, "first_kernel": 7, "kernel": 3}
 BYTES_AT_ONCE = 4 << 20  # of a stack's sums [n, 2C, H, W] for a thread, where no gradient is wanted
-
-Offsets = set[tuple[int, int]]
 
 
 class GatedPixelCNN(nn.Module):
@@ -114,7 +113,7 @@ class GatedPixelCNN(nn.Module):
         )
         if inputs:
             spatial = condition == "spatial"
-            self.code: Any = _SpatialCode(inputs, (spatial_maps, height, width)) if spatial else nn.Identity()
+            self.code: Any = SpatialCode(inputs, (spatial_maps, height, width)) if spatial else nn.Identity()
             self.condition: Any = nn.ModuleList(
                 nn.Conv2d(spatial_maps, layer.conditions, 1, bias=False)
                 if spatial
@@ -127,17 +126,13 @@ class GatedPixelCNN(nn.Module):
     def forward(self, z: Tensor | None, x: Tensor) -> Tensor:
         """params [S N, P, H, W] for z [S N, D] and x [N, C, H, W]: S codes for every image, code s of image n in row
         s N + n. z is None where inputs=0."""
-        if x.ndim != 4 or x.shape[1:] != self.image_shape:
-            sizes = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {sizes}]")
-        if z is not None:
-            codes_of_images(z, x)
-        self._check_code(z)
+        check_inputs(self, z, x)
         if resident.reason(self, z, x) is None:
             return resident.params(self, z, x)
         if z is not None and len(z) > len(x):
             x = x.repeat(len(z) // len(x), 1, 1, 1)
-        if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= (size := self._images_at_once()):
+        whole = torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if whole or len(x) <= (size := self._images_at_once()):
             return self._params(z, x)
         codes = [None] * -(-len(x) // size) if z is None else z.split(size)
         return torch.cat([self._params(*some) for some in zip(codes, x.split(size), strict=True)])
@@ -145,7 +140,7 @@ class GatedPixelCNN(nn.Module):
     @property
     def condition_is_spatial(self) -> bool:
         """Does z become a map before it conditions the layers?"""
-        return self.inputs > 0 and isinstance(self.code, _SpatialCode)
+        return self.inputs > 0 and isinstance(self.code, SpatialCode)
 
     def _images_at_once(self) -> int:
         """On the CPU, of many: memory that is touched for the first time would cost more than the arithmetic."""
@@ -166,7 +161,6 @@ class GatedPixelCNN(nn.Module):
 
     def conditions(self, z: Tensor | None) -> list[tuple[Tensor, ...]]:
         """What z adds in each layer, (U_v z, U_h z): [N, 2C] each, or [N, 2C, H, W]; nothing without z."""
-        self._check_code(z)
         if not self.inputs:
             return [()] * len(self.layers)
         code = self.code(z)
@@ -176,11 +170,6 @@ class GatedPixelCNN(nn.Module):
         weight = torch.stack([linear.weight for linear in self.condition]).view(-1, 2 * self.maps, self.inputs)
         both = torch.bmm(code.expand(len(weight), -1, -1), weight.mT).unbind()
         return list(zip(both[::2], both[1::2], strict=True))
-
-    def _check_code(self, z: Tensor | None) -> None:
-        if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
-            wanted = f"[N, {self.inputs}]" if self.inputs else "None, as this decoder has inputs=0"
-            raise ValueError(f"z: got {None if z is None else tuple(z.shape)}; accepted: {wanted}")
 
     def receptive_field(self) -> Offsets:
         """The offsets (dy, dx) of all other pixels that params can depend on."""
@@ -271,13 +260,6 @@ class _Layer2017(nn.Module):
         return v, set() if self.first else _sums(h, self.horizontal.mask.taps) | v
 
 
-class _SpatialCode(nn.Sequential):
-    """s(z) [N, C', H, W]."""
-
-    def __init__(self, inputs: int, shape: Sequence[int]) -> None:
-        super().__init__(nn.Linear(inputs, math.prod(shape)), nn.ReLU(), nn.Unflatten(1, tuple(shape)))
-
-
 def _sums(offsets: Offsets, taps: Iterable[tuple[int, int]]) -> Offsets:
     return {(y + dy, x + dx) for (y, x), (dy, dx) in product(offsets, taps)}
 
@@ -295,15 +277,9 @@ def _start_as_2017(network: nn.Module) -> None:
 
 
 def _check_sizes(given: dict[str, Any]) -> None:
-    for name, accepted in (("condition", ("global", "spatial")), ("variant", ("gated", "infovae2017"))):
-        if given[name] not in accepted:
-            raise ValueError(f"{name}: got {given[name]!r}; accepted: " + ", ".join(map(repr, accepted)))
-    for name, least in (("inputs", 0), ("image_channels", 1), ("layers", 1), ("maps", 1), ("spatial_maps", 1)):
-        if not isinstance(given[name], int) or given[name] < least:
-            raise ValueError(f"{name}: got {given[name]!r}; accepted: an integer, {least} or more")
+    check_sizes(given, layers=1, maps=1)
+    one_of("variant", given["variant"], ("gated", "infovae2017"))
     shape, channels, groups = given["shape"], given["image_channels"], given["data_channels"]
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shape: got {tuple(shape)}; accepted: (P, height, width)")
     if groups not in (1, channels):
         raise ValueError(f"data_channels: got {groups}; accepted: 1, or image_channels = {channels}")
     if given["maps"] % groups or shape[0] % groups:

@@ -47,10 +47,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infovae_fast.arguments import codes_of_images
-from infovae_fast.backends import NAMES
+from infovae_fast.backends import check_name, transforms
 from infovae_fast.gated_residual import TRITON, Operators, operators, weights_reference
-from infovae_fast.models.pixelcnn import Offsets, _SpatialCode
+from infovae_fast.models.autoregressive import Offsets, SpatialCode, check_inputs, check_sizes
 
 PIXELCNN_PP = {"name": "pixelcnn_pp", "blocks": 5, "maps": 160, "dropout": 0.5}  # the paper's, for CIFAR-10
 
@@ -127,23 +126,35 @@ class PixelCNNPlusPlus(nn.Module):
         self.down: Any = nn.ModuleList(down)
         self.head: Any = nn.Sequential(nn.ELU(), _Conv(maps, params, PIXEL))
         if inputs:
-            codes = [_SpatialCode(inputs, (spatial_maps, *size)) for size in sizes] if spatial else None
+            codes = [SpatialCode(inputs, (spatial_maps, *size)) for size in sizes] if spatial else None
             self.codes: Any = nn.ModuleList(codes or [nn.Unflatten(1, (inputs, 1, 1))] * RESOLUTIONS)
 
     def forward(self, z: Tensor | None, x: Tensor) -> Tensor:
         """params [S N, P, H, W] for z [S N, D] and x [N, C, H, W]: S codes for every image, code s of image n in row
         s N + n. z is None where inputs=0."""
-        self._check_inputs(z, x)
+        check_inputs(self, z, x)
         if not self.initialised and self.training and torch.is_grad_enabled() and len(x):
+            self._start(z, x)
+        return self._params(z, x)
+
+    def _start(self, z: Tensor | None, x: Tensor) -> None:
+        """The first pass of training: sets g and biases, unless they come from another object that was trained."""
+        given = not all(isinstance(p, nn.Parameter) for p in self.parameters())  # by torch.func.functional_call
+        blind = torch.compiler.is_compiling() or transforms() is not None
+        if blind or (given and self._untouched()):
+            raise RuntimeError(
+                "PixelCNNPlusPlus sets its weights in its first pass of training, which compilers, torch.func and "
+                "weights given from outside do not allow: call initialise(z, x) before"
+            )
+        if not given:
             if self._untouched():
                 self.initialise(z, x)
             self.initialised = True
-        return self._params(z, x)
 
     @torch.no_grad()
     def initialise(self, z: Tensor | None, x: Tensor) -> Tensor:
         """Sets every g and bias from these images and codes. Returns params, computed with what it has set."""
-        self._check_inputs(z, x)
+        check_inputs(self, z, x)
         if not len(x) or not all(bool(t.isfinite().all()) for t in (x, z) if t is not None):
             raise ValueError(f"initialise: got {len(x)} images; accepted: 1 or more, x and z without NaN and inf")
         hooks = [m.register_forward_pre_hook(_Conv.start) for m in self.modules() if isinstance(m, _Conv)]
@@ -160,7 +171,7 @@ class PixelCNNPlusPlus(nn.Module):
         convs = [m for m in self.modules() if isinstance(m, _Conv)]
         return all(bool((conv.gain == 1).all() and (conv.bias == 0).all()) for conv in convs)
 
-    def receptive_field(self, i: int, j: int) -> Offsets:
+    def receptive_field_of(self, i: int, j: int) -> Offsets:
         """The offsets (dy, dx) of all pixels that params of pixel (i, j) can depend on; strides make it depend on the
         pixel. Found by sending NaN through a network of one map."""
         _, height, width = self.image_shape
@@ -203,19 +214,6 @@ class PixelCNNPlusPlus(nn.Module):
             for layer in self.down:
                 u, ul = run(layer, u, ul, *(passed.pop() if isinstance(layer, _Blocks) else ()))
             return self.head(ul)
-
-    def check_code(self, z: Tensor | None) -> None:
-        if (z.shape[1:] if z is not None else (0,)) != (self.inputs,):
-            wanted = f"[N, {self.inputs}]" if self.inputs else "None, as this decoder has inputs=0"
-            raise ValueError(f"z: got {None if z is None else tuple(z.shape)}; accepted: {wanted}")
-
-    def _check_inputs(self, z: Tensor | None, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1:] != self.image_shape:
-            size = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: [N, C, H, W] = [N, {size}]")
-        self.check_code(z)
-        if z is not None:
-            codes_of_images(z, x)
 
 
 class _Conv(nn.Module):
@@ -338,15 +336,8 @@ class _Streams(nn.Module):
 
 
 def _check_sizes(given: dict[str, Any]) -> None:
-    if given["backend"] not in ("auto", *NAMES):
-        raise ValueError(f"backend: got {given['backend']!r}; accepted: 'auto', " + ", ".join(map(repr, NAMES)))
-    if given["condition"] not in ("global", "spatial"):
-        raise ValueError(f"condition: got {given['condition']!r}; accepted: 'global', 'spatial'")
-    for name, least in (("inputs", 0), ("image_channels", 1), ("blocks", 1), ("maps", 1), ("spatial_maps", 1)):
-        if not isinstance(given[name], int) or given[name] < least:
-            raise ValueError(f"{name}: got {given[name]!r}; accepted: an integer, {least} or more")
-    if len(given["shape"]) != 3 or min(given["shape"]) < 1:
-        raise ValueError(f"shape: got {tuple(given['shape'])}; accepted: (P, height, width)")
+    check_name(given["backend"])
+    check_sizes(given, blocks=1, maps=1)
     if not 0 <= given["dropout"] < 1:
         raise ValueError(f"dropout: got {given['dropout']}; accepted: a probability, at least 0 and below 1")
     if given["data_channels"] != 1:
