@@ -405,7 +405,7 @@ def test_weights_from_outside_are_not_initialised():
     call = torch.func.functional_call
     for first_pass in (
         lambda: call(model, new, (z, x)),
-        lambda: torch.func.grad(lambda p: call(model, p, (z, x)).sum())(new),
+        lambda: torch.func.grad(lambda given: call(model, given, (z, x)).sum())(new),
         lambda: torch.compile(model, fullgraph=True, backend="eager")(z, x),
     ):
         with pytest.raises(Exception, match=r"call initialise\(z, x\) before"):
