@@ -20,11 +20,14 @@ def evaluate(run: str, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]
         seed: of the draws.
     """
     from infovae_fast.evaluation import summarize
+    from infovae_fast.files import check_writable
     from infovae_fast.training import read_run, run_data, without_inf, write_json
 
-    metrics = without_inf(summarize(load_model(run), run_data(read_run(run)), n_samples=n_samples, seed=seed))
+    model, path = load_model(run), Path(run) / "metrics.json"
+    check_writable(path)
+    metrics = without_inf(summarize(model, run_data(read_run(run)), n_samples=n_samples, seed=seed))
     print(json.dumps(metrics, indent=1))
-    write_json(Path(run) / "metrics.json", metrics)
+    write_json(path, metrics)
     return metrics
 
 
@@ -49,13 +52,14 @@ def sample(
     """
     import torch
 
+    from infovae_fast.files import check_writable
     from infovae_fast.report import image_grid, save_png
 
     if n < 1:
         raise ValueError(f"n: got {n}; accepted: 1 or more")
-    model = load_model(run)
+    model, path = load_model(run), Path(out or Path(run) / "samples.png")
+    check_writable(path)
     torch.manual_seed(seed)
-    path = Path(out or Path(run) / "samples.png")
     callback = row_progress() if (sys.stderr.isatty() if progress is None else progress) else None
     save_png(path, image_grid(model.sample(n, mean=mean, callback=callback).cpu()))
     print(path)

@@ -29,7 +29,7 @@ Part = tuple[np.ndarray, np.ndarray | None]  # images and labels of the training
 
 
 def _digits(root: Path | None) -> list[Part]:
-    digits = _need("sklearn.datasets", "scikit-learn").load_digits()
+    digits = need("sklearn.datasets", "scikit-learn").load_digits()
     return [(digits.images.astype(np.uint8), digits.target)]
 
 
@@ -38,7 +38,7 @@ def _mnist(root: Path | None) -> list[Part]:
         return [
             (_read_idx(root, f"{stem}-images", 3), _read_idx(root, f"{stem}-labels", 1)) for stem in ("train", "t10k")
         ]
-    fetch = _need("sklearn.datasets", "scikit-learn").fetch_openml
+    fetch = need("sklearn.datasets", "scikit-learn").fetch_openml
     try:  # with the parser that needs no pandas
         images, labels = fetch("mnist_784", version=1, return_X_y=True, as_frame=False, parser="liac-arff")
         images, labels = images.reshape(70000, 28, 28).astype(np.uint8), labels.astype(np.int64)
@@ -165,7 +165,7 @@ def _listing(folder: Path) -> list[Path]:
 
 def _read_images(paths: list[Path]) -> np.ndarray:
     """[N, H, W, C], C = 1 if all images are grey, else 3."""
-    library = _need("PIL.Image", "pillow")
+    library = need("PIL.Image", "pillow")
     arrays = []
     for path in paths:
         with (
@@ -208,7 +208,7 @@ def _reading(path: Path, expected: str, advice: str) -> Iterator[None]:
         raise ValueError(f"{path} is damaged or of another kind: expected {expected}; got {got}. {advice}") from error
 
 
-def _need(module: str, package: str) -> Any:
+def need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +24,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         temporary.write_bytes(content)
+
+
+def check_writable(path: Path) -> None:
+    """OSError now, and not after what takes long, where the file could not be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    trial = path.with_name(f".{path.name}.{os.getpid()}")
+    trial.touch()
+    trial.unlink()

@@ -26,7 +26,8 @@ from infovae_fast import __version__
 from infovae_fast.backends import best_device
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation import encode_all, summarize
-from infovae_fast.files import write_bytes
+from infovae_fast.evaluation.summary import GENERATED, KNOWN_LABELS
+from infovae_fast.files import check_writable, write_bytes
 from infovae_fast.likelihoods import Bernoulli
 from infovae_fast.models import InfoVAE, PixelSampler, StandardNormal
 from infovae_fast.models.networks import like
@@ -49,6 +50,10 @@ METRICS = {  # heading in a table, digits after the point
     "log_det_covariance": ("log det\nCov[q(z)]", 2),
     "full_set_mmd": ("MMD²(q(z),\np(z))", 4),
     "mutual_information": ("I(x; z)", 2),
+}
+CLASSES = {  # of images with labels
+    ("test", "svm_error"): ("SVM\nerror", 2),
+    ("generated", "class_divergence"): ("classes\nKL(c ‖ ĉ)", 3),
 }
 LIKELIHOOD = ("log_likelihood", "log_likelihood_standard_error")
 CODES = 2000  # shown of a latent space: more hide each other
@@ -77,6 +82,10 @@ unbiased, between one code for each image and as many draws from the prior. I(x;
 most the logarithm of their number: {ceilings}. log p(x) is estimated by importance sampling
 with {n_samples} draws from q(z|x), on average a lower bound, ± the standard error of its mean over the images; it is
 far too low where the effective number of samples (the median over the images) is near 1.{grey}</p>"""
+CLASS_NOTE = f"""<p class="note">SVM error: the share of test images that a support vector machine on their codes gets
+wrong, by {KNOWN_LABELS} labels of the training set. KL(c ‖ ĉ), in nats: c the shares of the classes in the training
+set, ĉ among {GENERATED:,} generated images as a classifier tells them; a perfect model has (classes − 1) / {
+    2 * GENERATED:,} on average.</p>"""
 GREY = """ Runs on grey values with a Bernoulli decoder have cross-entropies in place of −log p(x|z), and what is made
 of them is no log-likelihood: such runs compare with each other only."""
 
@@ -138,11 +147,12 @@ def write_report(
         the path of report.html.
 
     Raises:
-        ValueError: no runs. FileNotFoundError: a run is missing or not finished.
+        ValueError: no runs. FileNotFoundError: a run is missing or not finished. OSError: `out` cannot be written.
     """
     if isinstance(runs, str | Path) or not runs:
         raise ValueError(f"runs: got {runs!r}; accepted: a list of folders, as infovae-fast train writes them")
-    configs = [_finished(Path(folder)) for folder in runs]  # all, before the long computation
+    configs, out = [_finished(Path(folder)) for folder in runs], Path(out)  # all, before the long computation
+    check_writable(out / "report.html")
     opened = [_open(Path(folder), config, n_samples) for folder, config in zip(runs, configs, strict=True)]
     shown = _shown(opened)
     with torch.random.fork_rng(devices=[]):
@@ -155,7 +165,6 @@ def write_report(
         sections += [_latent_spaces(shown), _losses(shown)]
     versions = {"infovae_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
     numbers: dict[str, Any] = {"versions": versions, "runs": [_numbers(run) for run in opened]}
-    out = Path(out)
     for section in sections:
         numbers |= section.numbers or {}
         for picture in section.pictures:
@@ -222,10 +231,18 @@ def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
             *(f"{number(train[name], digits)}\n{number(test[name], digits)}" for name, (_, digits) in METRICS.items()),
             "\n" + " ± ".join(number(test[name], 1) for name in LIKELIHOOD if test[name] is not None),
             "\n" + number(test["effective_samples"], 1),
+            *(
+                "\n" + number(run.metrics.get(part, {}).get(name), digits)
+                for (part, name), (_, digits) in classes.items()
+            ),
         ]
+
+    labelled = any("generated" in run.metrics for run in runs)
+    classes = CLASSES if labelled else {}
 
     header = ["objective", "training\nimages", "dim\nz", "α", "λ", "seed", ""]
     header += [*(name for name, _ in METRICS.values()), "log p(x)", "effective\nsamples"]
+    header += [name for name, _ in classes.values()]
     settings = [[f"{key} {json.dumps(value)}" for key, value in run.config.items() if key != "out"] for run in runs]
     common = [text for text in settings[0] if all(text in others for others in settings)]
     lines = [f"All runs: {', '.join(common)}."]
@@ -236,7 +253,7 @@ def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
     sizes = sorted({run.metrics[part]["images"] for run in runs for part in ("train", "test")})
     ceilings = ", ".join(f"{math.log(size):.2f} of {size:,}" for size in sizes)
     grey = GREY * any(isinstance(run.model.likelihood, Bernoulli) and run.data.levels > 2 for run in runs)
-    note = NOTE.format(n_samples=n_samples, ceilings=ceilings, grey=grey)
+    note = NOTE.format(n_samples=n_samples, ceilings=ceilings, grey=grey) + CLASS_NOTE * labelled
     return Section("All runs", table(header, map(cells, runs)) + note + details)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,28 @@ def test_metrics_are_json_where_a_number_is_infinite(run, monkeypatch, capsys):
     for text in (capsys.readouterr().out, (run / "metrics.json").read_text()):
         assert json.loads(text, parse_constant=pytest.fail) == wanted
     (run / "metrics.json").unlink() if before is None else (run / "metrics.json").write_bytes(before)
+
+
+def test_what_cannot_be_written_is_told_before_the_computation(run, tmp_path, monkeypatch):
+    for name in (
+        "infovae_fast.evaluation.summarize",
+        "infovae_fast.report.summarize",
+        "infovae_fast.models.InfoVAE.sample",
+    ):
+        monkeypatch.setattr(name, lambda *args, **options: pytest.fail("computed"))
+    (tmp_path / "file").write_text("")
+    assert "IsADirectoryError" in fails("sample", run, f"--out={tmp_path}")
+    for command in (
+        ("sample", run, f"--out={tmp_path / 'file' / 'a.png'}"),
+        ("report", f"[{run}]", f"--out={tmp_path / 'file'}"),
+    ):
+        assert re.search(r"(NotADirectory|FileExists)Error: .*file", fails(*command))
+    metrics = run / "metrics.json"
+    metrics.unlink(missing_ok=True)
+    metrics.mkdir()
+    assert "IsADirectoryError" in fails("evaluate", run)
+    metrics.rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_train_evaluate_sample_report(run, tmp_path, capsys):

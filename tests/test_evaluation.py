@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from infovae_fast import InfoVAE, load_data, mmd
-from infovae_fast.evaluation import encode_all, full_set_mmd, log_det_covariance, mutual_information, summarize
+from infovae_fast.data import to_unit
+from infovae_fast.evaluation import (
+    class_divergence,
+    encode_all,
+    fit_classifier,
+    full_set_mmd,
+    log_det_covariance,
+    mutual_information,
+    predict_classes,
+    semi_supervised_errors,
+    summarize,
+)
 from infovae_fast.models import Posterior, SamplerPrior, StandardNormal
 
 
@@ -144,13 +155,13 @@ def test_metrics_leave_the_model_as_it_was():
 
 
 def test_summary():
-    data = load_data("digits", train_size=60)
+    data = load_data("digits", train_size=100)
     torch.manual_seed(0)
     model = InfoVAE.from_config(data.shape, 3, objective="elbo")
     metrics = summarize(model, data, n_samples=5)
     assert metrics == summarize(model, data, n_samples=5)
     assert metrics != summarize(model, data, n_samples=5, seed=1)
-    for part, n in (("train", 60), ("test", 360)):
+    for part, n in (("train", 100), ("test", 360)):
         row = metrics[part]
         assert row["images"] == n and all(math.isfinite(value) for value in row.values())
         x = (data.train_images if part == "train" else data.test_images).float() / 16
@@ -181,3 +192,80 @@ def test_summary_where_the_kl_is_infinite_or_the_prior_has_no_density():
     model.prior = SamplerPrior(2, lambda n: torch.randn(n, 2))
     metrics = summarize(model, data, n_samples=5)
     assert metrics["train"]["kl"] is None is metrics["test"]["log_likelihood"]
+
+
+# Classes
+
+
+def test_class_divergence_is_the_kl_of_the_shares():
+    real, generated = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 2, 2, 1])
+    shares = [(2 / 6, 1 / 8), (1 / 6, 3 / 8), (3 / 6, 4 / 8)]
+    assert class_divergence(real, generated) == pytest.approx(sum(c * math.log(c / d) for c, d in shares), rel=1e-12)
+    assert class_divergence(real, real.flip(0)) == 0
+    assert class_divergence(real, real[real != 1]) == math.inf
+    assert class_divergence(real[real != 1], real) == pytest.approx(math.log(6 / 5))
+
+
+def test_class_divergence_of_a_perfect_model():
+    torch.manual_seed(0)
+    real, draws = torch.arange(10).repeat(100), [torch.randint(10, (1000,)) for _ in range(300)]
+    values = torch.tensor([class_divergence(real, generated) for generated in draws])
+    assert values.mean() == pytest.approx(9 / 2000, rel=0.1)
+
+
+def test_class_divergence_refuses_what_is_no_label():
+    for bad in (torch.ones(3), [1, 2]):
+        with pytest.raises(TypeError, match=r"generated: got .*; accepted: a tensor of integer labels"):
+            class_divergence(torch.ones(3).long(), bad)
+    with pytest.raises(ValueError, match=r"real: got shape \(0,\); accepted: \[N\] with N > 0"):
+        class_divergence(torch.ones(0).long(), torch.ones(3).long())
+
+
+def test_the_classifier_of_digits():
+    data = load_data("digits")
+    classifier = fit_classifier(to_unit(data.train_images, 17), data.train_labels)
+    assert (predict_classes(classifier, to_unit(data.test_images, 17)) != data.test_labels).double().mean() < 0.03
+
+
+def test_semi_supervised_errors_of_codes_that_tell_all_and_nothing():
+    torch.manual_seed(0)
+    labels, test_labels = torch.arange(10).repeat(100), torch.arange(10).repeat(40)
+    corners = torch.randn(10, 4) * 10
+    z, test_z = (corners[y] + 0.1 * torch.randn(len(y), 4) for y in (labels, test_labels))
+    assert semi_supervised_errors(z, labels, test_z, test_labels, draws=3) == [0.0] * 3
+    noise = semi_supervised_errors(torch.randn(1000, 4), labels, torch.randn(400, 4), test_labels, draws=3)
+    assert all(0.8 < error < 0.97 for error in noise)
+
+
+def test_semi_supervised_errors_are_of_the_seed_and_know_no_other_labels():
+    """Labels that are not among the known ones, and those of the test set, do not change what is learned."""
+    torch.manual_seed(0)
+    labels, z, test_z = torch.arange(4).repeat(50), torch.randn(200, 2), torch.randn(100, 2)
+    z[:, 0] += labels
+    zeros, options = torch.zeros(100).long(), {"n_labels": 20, "draws": 2}
+    first, again, other = (semi_supervised_errors(z, labels, test_z, zeros, **options, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and len(first) == 2
+    shares = [
+        1 - torch.tensor(semi_supervised_errors(z, labels, test_z, zeros + k, **options, seed=1)) for k in range(4)
+    ]
+    torch.testing.assert_close(torch.stack(shares).sum(0), torch.ones(2))  # each prediction is one of the four
+
+
+def test_semi_supervised_errors_refuse_too_many_and_too_few_labels():
+    z, labels = torch.randn(30, 2), torch.arange(10).repeat(3)
+    for n in (19, 2.5, True):
+        with pytest.raises(ValueError, match=f"n_labels: got {n!r}; accepted: an integer, 20 or more"):
+            semi_supervised_errors(z, labels, z, labels, n)
+    with pytest.raises(ValueError, match="n_labels: got 31 of 30 labels in 10 classes, of which the rarest has 3"):
+        semi_supervised_errors(z, labels, z, labels, 31)
+    with pytest.raises(ValueError, match="draws: got 0; accepted: an integer, 1 or more"):
+        semi_supervised_errors(z, labels, z, labels, 20, draws=0)
+
+
+def test_summary_of_images_without_labels_or_of_too_few():
+    data = load_data("digits", train_size=99)
+    model = InfoVAE.from_config(data.shape, 2)
+    metrics = summarize(model, data, n_samples=1)
+    assert metrics["test"]["svm_error"] is None and metrics["generated"]["class_divergence"] > 0
+    metrics = summarize(model, replace(data, train_labels=None), n_samples=1)
+    assert metrics["test"]["svm_error"] is None and "generated" not in metrics

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from infovae_fast.pictures import figure_png, image_png, latent_png, loss_curves
 from infovae_fast.report import METRICS, image_grid, number, save_png, write_report
-from infovae_fast.reproduce import small_data
+from infovae_fast.reproduce import pixelcnn, small_data
+from infovae_fast.reproduce import runs as runs_module
 from infovae_fast.training import train
 
 
@@ -111,7 +112,7 @@ def test_demo_started_again_keeps_finished_and_continues_unfinished_runs(quick_r
     unfinished = copies / quick_run.name / "model"
     weights = (unfinished / "model.safetensors").read_bytes()
     (unfinished / "config.json").unlink()  # as if killed just before the end
-    done = dict(small_data.run_all(small_data.plan(copies, **small_data.QUICK), workers=1))
+    done = dict(runs_module.run_all(small_data.plan(copies, **small_data.QUICK), workers=1))
     assert re.fullmatch(r"continued in \d+ s", done.pop(str(unfinished.parent)))
     assert list(done.values()) == ["finished before"] * 3
     assert (unfinished / "model.safetensors").read_bytes() == weights
@@ -120,7 +121,7 @@ def test_demo_started_again_keeps_finished_and_continues_unfinished_runs(quick_r
 def test_demo_refuses_a_run_with_other_settings(demo, quick_run):
     [settings] = small_data.plan(quick_run.parent, (100,), (0,), steps=5)[1:]
     with pytest.raises(ValueError, match=r"mmd_vae-100-seed0 holds a run with another epochs: delete .*quick-runs"):
-        small_data.run_one(settings)
+        runs_module.run_one(settings)
 
 
 def test_demo_ends_with_one_line_where_the_folder_cannot_be_made(tmp_path):
@@ -131,7 +132,7 @@ def test_demo_ends_with_one_line_where_the_folder_cannot_be_made(tmp_path):
 
 def test_demo_trains_in_another_process_as_in_this_one(quick_run, tmp_path):
     [settings] = small_data.plan(tmp_path, (100,), (0,), steps=4)[1:]
-    [(folder, _)] = small_data.run_all([settings], workers=2)
+    [(folder, _)] = runs_module.run_all([settings], workers=2)
     here, there = (load_file(Path(run) / "model" / "model.safetensors") for run in (quick_run, folder))
     assert all(torch.equal(there[name], value) for name, value in here.items())
 
@@ -161,6 +162,45 @@ def test_verdict_says_what_the_numbers_say(elbo, mmd, says):
 def test_verdict_names_the_sizes_that_disagree():
     sentence = small_data.verdict({100: [[2.0], [0.5]], 400: [[1.0], [0.5]], 1437: [[1.0], [1.5, -1.5]]})
     assert "holds here with 100, 400 images, but not with 1437" in sentence
+
+
+@pytest.fixture(scope="module")
+def with_a_pixelcnn(one_thread, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pixelcnn")
+    pixelcnn.main(["--out", str(out), "--quick", "--workers", "1"])
+    return out
+
+
+def test_the_experiment_with_a_pixelcnn_reports_every_objective(with_a_pixelcnn):
+    metrics = json.loads((with_a_pixelcnn / "metrics.json").read_text())
+    text = Page(with_a_pixelcnn / "report.html").text
+    assert metrics["verdict"] in text and "z of 5 dimensions) on 8x8" in text and "α = 1, λ = 1000" in text
+    assert [group["preset"] for group in metrics["comparison"]] == list(pixelcnn.COMPARED)
+    for run, group in zip(metrics["runs"], metrics["comparison"], strict=True):
+        assert group["test_svm_error"] == [run["test"]["svm_error"]]
+        assert run["generated"]["images"] == 1000 and 0 < run["generated"]["classifier_error"] < 0.5
+        assert number(run["test"]["svm_error"]) in text
+    assert (with_a_pixelcnn / "comparison.png").is_file() and (with_a_pixelcnn / "inpainting-elbo-seed0.png").is_file()
+
+
+def _values(information, error, mmd, width):
+    """Of objectives in the order of `pixelcnn.COMPARED`."""
+    names = ("train", "mutual_information"), ("test", "svm_error"), ("train", "full_set_mmd")
+    keys = (*names, ("train", "log_det_covariance"))
+    rows = zip(pixelcnn.COMPARED, information, error, mmd, width, strict=True)
+    return {preset: {key: [value, value] for key, value in zip(keys, row, strict=True)} for preset, *row in rows}
+
+
+def test_the_verdict_on_a_pixelcnn_says_what_the_numbers_say():
+    information, error = [0.5, 5, 4, 3, 6], [0.9, 0.3, 0.4, 0.5, 0.2]
+    mmd, width = [0, 0.01, 0.02, 0.03, 0.5], [0.1, -0.5, 0.4, -3, 9]
+    says = pixelcnn.verdict(_values(information, error, mmd, width))
+    assert "0.50 (ELBO-VAE), 5.00 (MMD-VAE), 4.00 (Stein-VAE) nats" in says and "agrees with the paper's claim" in says
+    assert says.endswith("an adversary does holds here by MMD² and holds here by log det Cov.")
+    assert "contradicts" in pixelcnn.verdict(_values([0.5, 5, 0.4, 3, 6], error, mmd, width))
+    assert "contradicts" in pixelcnn.verdict(_values(information, [0.3, 0.2, 0.4, 0.5, 0.2], mmd, width))
+    says = pixelcnn.verdict(_values(information, error, [0, 0.04, 0.02, 0.03, 0.5], [0.1, -5, 0.4, -3, 9]))
+    assert "fails here by MMD² and fails here by log det Cov" in says
 
 
 def test_report_of_runs_on_different_data_without_labels_and_with_strange_names(quick_run, tmp_path):
@@ -199,7 +239,7 @@ def test_report_errors_say_what_to_do_and_leave_no_file(quick_run, tmp_path, mon
     monkeypatch.setattr("infovae_fast.report._reconstructions", lambda shown: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report([quick_run], tmp_path / "report")
-    assert not (tmp_path / "report").exists()
+    assert not list((tmp_path / "report").iterdir())
 
 
 def test_loss_curves_of_a_resumed_run_take_the_later_version(tmp_path):

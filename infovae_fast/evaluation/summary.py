@@ -1,20 +1,25 @@
 """All metrics of a trained model on a data set."""
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infovae_fast.data import ImageData, to_unit
+from infovae_fast.evaluation.classes import class_divergence, fit_classifier, predict_classes
 from infovae_fast.evaluation.covariance import log_det_covariance
 from infovae_fast.evaluation.full_mmd import full_set_mmd
 from infovae_fast.evaluation.mutual_information import mutual_information
+from infovae_fast.evaluation.semi_supervised import semi_supervised_errors
 from infovae_fast.models import InfoVAE, Posterior
 from infovae_fast.models.networks import evaluating, like
 
 BATCH = 500  # images at once
 DECODED = 50  # of them, for an autoregressive decoder, which keeps many maps a pixel
+GENERATED = 1000  # images whose classes are counted
+KNOWN_LABELS = 100
 
 
 def encode_all(model: InfoVAE, x: Tensor) -> tuple[Posterior, Tensor]:
@@ -35,9 +40,12 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
     Returns:
         for "train" and "test": images (their number), reconstruction (-log p(x|z)), kl, log_det_covariance,
         full_set_mmd, mutual_information; for "test" also log_likelihood, log_likelihood_standard_error (of the mean
-        over the images, both sources of noise), effective_samples (the median) and importance_samples. None where not
-        defined: kl where it is infinite (a uniform prior), kl and the log-likelihood's where the prior has no density,
-        the others of too few images. Of grey values under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what
+        over the images, both sources of noise), effective_samples (the median), importance_samples, and svm_error, the
+        mean of `semi_supervised_errors` with 100 labels. For "generated", where the images have labels: images,
+        class_divergence from the training set, as a classifier tells the classes, and classifier_error, how often that
+        is wrong on the test set. A PixelCNN's images are drawn, others are means of p(x|z). None where not defined: kl
+        where it is infinite (a uniform prior), kl and the log-likelihood's where the prior has no density, the others
+        of too few images or labels. Of grey values under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what
         is made of it no log-likelihood.
 
     Raises:
@@ -48,11 +56,13 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
     device = next(model.parameters()).device
     size = DECODED if model.autoregressive else BATCH
     metrics: dict[str, Any] = {}
+    codes: list[Tensor] = []
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part, images in (("train", data.train_images), ("test", data.test_images)):
             x = to_unit(images, data.levels).to(like(model.encoder))
             posterior, z = encode_all(model, x)
+            codes.append(z)
             nll = torch.cat(
                 [
                     model.likelihood.nll(model.decode(z_, x_), x_)
@@ -68,6 +78,9 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
                 "mutual_information": mutual_information(posterior, z),
             }
         metrics["test"] |= _log_likelihood(model, x.split(size), n_samples)
+        metrics["test"]["svm_error"] = _svm_error(data, codes, seed)
+        if data.train_labels is not None and data.test_labels is not None and len(data.train_labels.unique()) > 1:
+            metrics["generated"] = _generated(model, data)
     return metrics
 
 
@@ -83,3 +96,30 @@ def _log_likelihood(model: InfoVAE, batches: Sequence[Tensor], n_samples: int) -
         "effective_samples": torch.cat([p.effective_samples for p in parts]).median().item(),
         "importance_samples": n_samples,
     }
+
+
+def _svm_error(data: ImageData, codes: Sequence[Tensor], seed: int) -> float | None:
+    labels, test_labels = data.train_labels, data.test_labels
+    if labels is None or test_labels is None or len(labels) < KNOWN_LABELS:
+        return None
+    counts = labels.unique(return_counts=True)[1]
+    if len(counts) < 2 or len(counts) > KNOWN_LABELS // 2 or int(counts.min()) < 2:
+        return None
+    z, test_z = codes
+    return mean(semi_supervised_errors(z, labels, test_z, test_labels, KNOWN_LABELS, seed=seed))
+
+
+def _generated(model: InfoVAE, data: ImageData) -> dict[str, float]:
+    assert data.train_labels is not None and data.test_labels is not None
+    classifier = fit_classifier(to_unit(data.train_images, data.levels), data.train_labels)
+    classes = predict_classes(classifier, to_unit(data.test_images, data.levels))
+    generated = [model.sample(part, mean=not model.autoregressive) for part in _parts(GENERATED)]
+    return {
+        "images": GENERATED,
+        "class_divergence": class_divergence(data.train_labels, predict_classes(classifier, torch.cat(generated))),
+        "classifier_error": (classes != data.test_labels).double().mean().item(),
+    }
+
+
+def _parts(n: int) -> list[int]:
+    return [min(BATCH, n - start) for start in range(0, n, BATCH)]

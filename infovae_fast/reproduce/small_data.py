@@ -13,18 +13,8 @@ trains into OUT/runs and writes OUT/report.html. Started again, it keeps the run
 that are not.
 """
 
-import argparse
-import contextlib
 import html
-import io
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,8 +22,8 @@ from typing import Any
 import torch
 
 from infovae_fast.pictures import OBJECTIVES, figure_png
-from infovae_fast.report import Picture, Run, Section, number, table, write_report
-from infovae_fast.training import read_run, train
+from infovae_fast.report import Picture, Run, Section, number, table
+from infovae_fast.reproduce.runs import Experiment, cell, run_experiment
 
 SIZES, SEEDS, STEPS, BATCH = (100, 400, 1437), (0, 1), 1000, 100
 QUICK: dict[str, Any] = {"sizes": (100, 200), "seeds": (0,), "steps": 4}
@@ -71,58 +61,6 @@ def plan(out: Path, sizes: Sequence[int] = SIZES, seeds: Sequence[int] = SEEDS, 
     return runs
 
 
-def run_one(settings: dict[str, Any]) -> str:
-    """Trains a run, or continues it, or finds it finished; returns which.
-
-    Raises:
-        ValueError: its folder holds a run with other settings.
-    """
-    folder, start = Path(settings["out"]), time.perf_counter()
-    started = (folder / "config.json").is_file()
-    if started:
-        found = read_run(folder)
-        if other := [key for key, value in settings.items() if key != "out" and found.get(key) != value]:
-            what = f"a run with another {', '.join(other)}"
-            raise ValueError(f"{folder} holds {what}: delete {folder.parent}, or choose another --out")
-        if (folder / "model" / "config.json").is_file():
-            return "finished before"
-    with contextlib.redirect_stdout(io.StringIO()):  # `train` announces itself; here one line a run is enough
-        train(resume=str(folder), progress=False) if started else train(**settings, progress=False)
-    return f"{'continued' if started else 'trained'} in {time.perf_counter() - start:.0f} s"
-
-
-def run_all(runs: list[dict[str, Any]], workers: int) -> Iterator[tuple[str, str]]:
-    """Yields the folder of each run and what was done, as they end.
-
-    The networks are too small for several cores to share, so every core trains a run of its own.
-    """
-    if workers == 1:
-        yield from ((settings["out"], run_one(settings)) for settings in runs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(run_one, settings): settings["out"] for settings in runs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: what a run has written is always whole
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker that outlived a killed parent would write into the same folders as the next start."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
 def comparison(runs: list[Run]) -> Section:
     """What came out, as a sentence, a picture and a table."""
     sizes = sorted({run.train_size for run in runs})
@@ -137,7 +75,7 @@ def comparison(runs: list[Run]) -> Section:
     }
     log_det = {size: [values[size, preset]["train", "log_det_covariance"] for preset in COMPARED] for size in sizes}
     rows = [
-        [str(size), OBJECTIVES[preset][0], *(_cell(values[size, preset][key], SHOWN[key][1]) for key in SHOWN)]
+        [str(size), OBJECTIVES[preset][0], *(cell(values[size, preset][key], SHOWN[key][1]) for key in SHOWN)]
         for size, preset in values
     ]
     header = ["training\nimages", "objective", *(heading for heading, _ in SHOWN.values())]
@@ -189,11 +127,6 @@ def _experiment(runs: list[Run]) -> str:
     )
 
 
-def _cell(values: list[float], digits: int) -> str:
-    each = ", ".join(number(value, digits) for value in values)
-    return f"{number(mean(values), digits)} ({each})"
-
-
 def _signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
@@ -217,30 +150,18 @@ def _plot(axes: Any, sizes: list[int], values: dict[tuple[int, str], dict[tuple[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The entry point: an error a user can mend ends with one line."""
-    parser = argparse.ArgumentParser(
-        description="Train ELBO-VAE and MMD-VAE on few and on many digits, and compare them."
+    """The entry point."""
+    run_experiment(
+        argv,
+        Experiment(
+            "Train ELBO-VAE and MMD-VAE on few and on many digits, and compare them.",
+            "demo",
+            TITLE,
+            plan,
+            QUICK,
+            comparison,
+        ),
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder of the report and the runs (default: demo)"
-    )
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="runs at a time")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that all works")
-    options = parser.parse_args(argv)
-    if options.workers < 1:
-        parser.error(f"argument --workers: got {options.workers}; accepted: 1 or more")
-    start = time.perf_counter()
-    runs = plan(options.out / "quick-runs", **QUICK) if options.quick else plan(options.out / "runs")
-    print(f"{len(runs)} runs, {options.workers} at a time")
-    try:
-        for done, (folder, what) in enumerate(run_all(runs, options.workers), start=1):
-            print(f"[{done:2}/{len(runs)}] {folder}: {what}", flush=True)
-        path = write_report([run["out"] for run in runs], options.out, title=TITLE, opening=comparison)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
-    print(f"done in {time.perf_counter() - start:.0f} s: {path}")
 
 
 if __name__ == "__main__":
