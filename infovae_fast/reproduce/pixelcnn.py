@@ -153,7 +153,9 @@ def _plot(figure: Any, values: Values) -> None:
             axes.axvline(0, color="black", linewidth=1)
             if key[1] == "full_set_mmd":
                 axes.set_xscale("symlog", linthresh=0.01)
+                axes.set(xlim=(-0.01, max(0.5, 2 * max(max(of[key]) for of in values.values()))))
                 axes.set_xticks([0, 0.01, 0.1], ["0", "0.01", "0.1"])
+                axes.minorticks_off()
         else:
             axes.set_xlim(left=0)
     panels[0].set_yticks(range(len(values)), [OBJECTIVES[preset][0] for preset in values])
