@@ -27,13 +27,21 @@ def float32_or_better(**tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) for t in tensors.values()]
 
 
+def floating(name: str, t: Any) -> None:
+    """TypeError unless a floating-point tensor."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = f"dtype {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: got {got}; accepted: a floating-point tensor (of bytes, .float() / 255)")
+
+
 def is_integer(value: Any) -> bool:
     """NumPy's too, but no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def number(name: str, value: Any, kind: type[int] | type[float], above: float) -> Any:
-    """The value, if it is a finite number of that kind."""
+    """The value, if it is a finite number of that kind; that of a tensor []."""
+    value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
     known = is_integer(value) if kind is int else isinstance(value, Real) and not isinstance(value, bool)
     if not known or not above < value < math.inf:
         raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} > {above}, got {value!r}")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from infovae_fast.arguments import Reduction, at_least_float32, is_integer, number, one_of
+from infovae_fast.arguments import Reduction, at_least_float32, is_integer, one_of
 from infovae_fast.backends import check_name, on_host, shortcut
 from infovae_fast.clouds import (
     KernelLike,
@@ -400,7 +400,8 @@ class AdversarialLoss(nn.Module):
             )
         if not is_integer(critic_steps) or critic_steps < 1:
             raise ValueError(f"critic_steps: got {critic_steps!r}; accepted: an integer, 1 or more")
-        number("penalty", penalty, float, above=0)
+        if not 0 <= penalty < math.inf:
+            raise ValueError(f"penalty: got {penalty!r}; accepted: 0 or more")
         self.dim, self.kind, self.critic, self.penalty = dim, kind, critic, penalty
         self.critic_lr, self.critic_betas, self.critic_steps = critic_lr, critic_betas, critic_steps
 

@@ -3,8 +3,9 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 @contextmanager
@@ -27,10 +28,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """OSError now, and not after what takes long, where the file could not be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """OSError now, and not after what takes long, where the file could not be written. Leaves nothing behind."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    trial = path.with_name(f".{path.name}.{os.getpid()}")
-    trial.touch()
-    trial.unlink()
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    finally:
+        with suppress(OSError):  # somebody else may have put something there
+            for folder in missing:
+                folder.rmdir()

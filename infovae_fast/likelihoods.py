@@ -235,10 +235,10 @@ class DiscretizedLogisticMixture(Likelihood):
         logits, mu, log_s, coefficients = split_params(params, mixtures=self.mixtures)
         means: list[Tensor] = []  # per channel [N, K, *S]
         for c in range(mu.shape[1]):
-            # E clip(Y, -1, 1) = clip(m) + s [g((m + 1)/s) - g((m - 1)/s)] for logistic Y, g(u) = log(1 + exp(-|u|))
+            # E clip(Y, -1, 1) = -1 + s [g((m + 1)/s) - g((m - 1)/s)] for logistic Y, g(u) = log(1 + exp(u))
             m, s = conditional_mean(mu, coefficients, means), log_s[:, c].clamp(-20.0, 2.0).exp()
-            low, high = torch.exp(-(m + 1).abs() / s).log1p(), torch.exp(-(m - 1).abs() / s).log1p()
-            narrow = m.clamp(-1.0, 1.0) + s * (low - high)
+            near = torch.maximum(torch.minimum(m, 1 + 100 * s), -1 - 100 * s)
+            narrow = s * (F.softplus((near + 1) / s, threshold=30) - F.softplus((near - 1) / s, threshold=30)) - 1
             # Where that cancels: -1 + integral of P(Y > y) over (-1, 1), by Gauss's rule of three points.
             s = log_s[:, c].clamp(2.0, 80.0).exp()
             above = [((m - y) / s).sigmoid() for y in (-math.sqrt(0.6), 0.0, math.sqrt(0.6))]

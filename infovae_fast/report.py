@@ -84,8 +84,8 @@ with {n_samples} draws from q(z|x), on average a lower bound, ± the standard er
 far too low where the effective number of samples (the median over the images) is near 1.{grey}</p>"""
 CLASS_NOTE = f"""<p class="note">SVM error: the share of test images that a support vector machine on their codes gets
 wrong, by {KNOWN_LABELS} labels of the training set. KL(c ‖ ĉ), in nats: c the shares of the classes in the training
-set, ĉ among {GENERATED:,} generated images as a classifier tells them; a perfect model has (classes − 1) / {
-    2 * GENERATED:,} on average.</p>"""
+set, ĉ among {GENERATED:,} generated images as a classifier tells them; a perfect model has (classes − 1) /
+{2 * GENERATED:,} on average, and more where the classifier errs.</p>"""
 GREY = """ Runs on grey values with a Bernoulli decoder have cross-entropies in place of −log p(x|z), and what is made
 of them is no log-likelihood: such runs compare with each other only."""
 

@@ -75,9 +75,10 @@ def mmd_test(
         TypeError, ValueError: as `mmd`; fewer than one permutation; fewer than two points.
     """
     x, y = samples(x=x, y=y)
-    for name, value, least in (("permutations", permutations, 1), ("seed", seed, -(2**63))):
-        if not is_integer(value) or value < least:
-            raise ValueError(f"{name}: got {value!r}; accepted: an integer" + ", 1 or more" * (least == 1))
+    if not is_integer(permutations) or permutations < 1:
+        raise ValueError(f"permutations: got {permutations!r}; accepted: an integer, 1 or more")
+    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed!r}; accepted: an integer of 64 bits")
     if min(len(x), len(y)) < 2:
         raise ValueError(f"the unbiased MMD^2 needs two points of each sample: got N={len(x)}, M={len(y)}")
     refuse_non_finite(x=x, y=y)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from infovae_fast import cli
+from infovae_fast.files import check_writable
 
 TRAIN = ["train", "--epochs=2", "--train_size=40", "--batch_size=20", "--latent_dim=2", "--progress=false"]
 
@@ -66,6 +67,7 @@ def test_what_cannot_be_written_is_told_before_the_computation(run, tmp_path, mo
     metrics.mkdir()
     assert "IsADirectoryError" in fails("evaluate", run)
     metrics.rmdir()
+    check_writable(tmp_path / "new" / "folder" / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -483,7 +483,7 @@ def test_the_critic_s_optimiser():
             ValueError,
             "critic_steps: got 0; accepted: an integer, 1 or more",
         ),
-        (lambda: AdversarialLoss(2, penalty=-1.0), ValueError, "penalty must be a number > 0, got -1.0"),
+        (lambda: AdversarialLoss(2, penalty=-1.0), ValueError, "penalty: got -1.0; accepted: 0 or more"),
     ],
 )
 def test_adversarial_construction_errors(call, error, message):

@@ -38,7 +38,8 @@ def test_log_det_covariance():
 
 def test_log_det_covariance_of_a_plane_and_of_axes_in_other_units():
     z = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for flat in (torch.cat([z, z[:, :1] + z[:, 1:2]], 1), torch.cat([z, z[:, :1] * 0 + 7], 1)):
+    for added in (z[:, :1] + z[:, 1:2], *(torch.full((500, 1), c, dtype=z.dtype) for c in (7.0, 0.1, 0.3, 1e-3))):
+        flat = torch.cat([z, added], 1)
         assert log_det_covariance(flat) == log_det_covariance(flat.float()) == -math.inf
     units = torch.tensor([1e-12, 1.0, 1e9])
     moved = log_det_covariance(z * units) - log_det_covariance(z)
@@ -260,6 +261,55 @@ def test_semi_supervised_errors_refuse_too_many_and_too_few_labels():
         semi_supervised_errors(z, labels, z, labels, 31)
     with pytest.raises(ValueError, match="draws: got 0; accepted: an integer, 1 or more"):
         semi_supervised_errors(z, labels, z, labels, 20, draws=0)
+
+
+def test_semi_supervised_errors_refuse_labels_of_other_shapes():
+    z, labels = torch.randn(40, 2), torch.arange(4).repeat(10)
+    for given in ((labels[:30], z, labels), (labels, z, labels[:, None]), (labels, z, labels[:1])):
+        with pytest.raises(ValueError, match=r"labels: got shape .* for codes \(40, 2\); accepted: \[N\] for codes"):
+            semi_supervised_errors(z, *given, 20)
+
+
+@pytest.mark.parametrize("decoder", ["mlp", {"name": "pixelcnn", "layers": 1, "maps": 4}])
+def test_summary_of_classes_is_that_of_the_functions(decoder, monkeypatch):
+    data, seen = load_data("digits", train_size=200, binarize="static"), []
+    torch.manual_seed(0)
+    model = InfoVAE.from_config(data.shape, 2, decoder=decoder)
+    sample = InfoVAE.sample
+
+    def watched(*args, **options):
+        seen.append(sample(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(InfoVAE, "sample", watched)
+    metrics = summarize(model, data, n_samples=1, seed=3)
+    generated, x, test_x = torch.cat(seen), data.train_images.float(), data.test_images.float()
+    assert len(generated) == metrics["generated"]["images"] == 1000
+    assert bool((generated == generated.round()).all()) == model.autoregressive  # drawn, or means
+    classifier = fit_classifier(x, data.train_labels)
+    divergence = class_divergence(data.train_labels, predict_classes(classifier, generated))
+    assert metrics["generated"]["class_divergence"] == divergence
+    wrong = (predict_classes(classifier, test_x) != data.test_labels).double().mean().item()
+    assert metrics["generated"]["classifier_error"] == wrong
+    watched_errors = []
+    monkeypatch.setattr(
+        "infovae_fast.evaluation.summary.semi_supervised_errors",
+        lambda z, labels, test_z, test_labels, n, seed: (
+            watched_errors.append((z, labels, test_z, test_labels, n, seed)) or [0.25, 0.5]
+        ),
+    )
+    assert summarize(model, data, n_samples=1, seed=3)["test"]["svm_error"] == 0.375
+    [(z, labels, test_z, test_labels, n, seed)] = watched_errors
+    assert (len(z), len(test_z), n, seed) == (200, 360, 100, 3)
+    assert torch.equal(labels, data.train_labels) and torch.equal(test_labels, data.test_labels)
+
+
+def test_summary_without_scikit_learn(monkeypatch):
+    data = load_data("digits", train_size=100)
+    monkeypatch.setattr("infovae_fast.evaluation.summary.find_spec", lambda name: None)
+    metrics = summarize(InfoVAE.from_config(data.shape, 2), data, n_samples=1)
+    assert metrics["test"]["svm_error"] is None and "generated" not in metrics
+    assert math.isfinite(metrics["test"]["log_likelihood"])
 
 
 def test_summary_of_images_without_labels_or_of_too_few():

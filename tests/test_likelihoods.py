@@ -357,6 +357,18 @@ def test_grey_mixture_mean_is_within_half_a_level(levels, rng):
         assert abs(mean - float((table * values).sum())) <= 0.5 / (levels - 1) + 1e-5
 
 
+@pytest.mark.parametrize("log_s", [-8.0, -3.0, 0.0, 1.999, 2.001, 6.0])
+@pytest.mark.parametrize("mu", [-1.0, 0.3, 1.0, 1.7])
+def test_grey_mixture_mean_has_the_derivatives_of_the_integral(mu, log_s):
+    """E clip(Y, -1, 1) changes with mu by P(|Y| < 1), also where mu is on the edge."""
+    params = torch.tensor([[0.0, mu, log_s]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(DiscretizedLogisticMixture(1).mean(params).sum(), params)
+    s = math.exp(log_s)
+    inside = 1 / (1 + math.exp((mu - 1) / s)) - 1 / (1 + math.exp((mu + 1) / s)) if (mu + 1) / s < 700 else None
+    inside = 1 / (1 + math.exp(min(700, (mu - 1) / s))) if inside is None else inside
+    assert gradient[0, 1].item() == pytest.approx(inside / 2, rel=1e-6, abs=1e-9)
+
+
 def test_rgb_mixture_mean_is_the_sample_mean_where_nothing_clips(rng):
     likelihood = DiscretizedLogisticMixture(mixtures=2)
     params = random(20, rng=rng) * 0.2

@@ -598,3 +598,9 @@ def test_what_it_cannot_do_is_said():
         pairwise.force(x.requires_grad_(), kernel=RBF(1.0), backend="cpp")
     batch = torch.randn(4, 9, 3)
     assert torch.func.vmap(lambda z: pairwise.energy(z, kernel=RBF(1.0)))(batch).shape == (4,)
+
+
+def test_a_power_of_distances_that_overflow():
+    x = torch.tensor([[0.0], [1e150], [1.0]], dtype=torch.float64)
+    for kernel in (RationalQuadratic(1.0, 0.5), RationalQuadratic(1e-10, 2.5)):
+        near(*(pairwise.energy(x, kernel=kernel, backend=backend) for backend in ("cpp", "reference")))

@@ -260,16 +260,18 @@ def test_nor_does_an_image_of_real_numbers_but_for_rounding(model):
 
 
 @pytest.mark.parametrize("strategy", ["naive", "cached", "fixed_point"])
-def test_uniforms_of_float64_stay_below_1(strategy):
+def test_uniforms_of_float64_stay_inside(strategy):
     decoder = GatedPixelCNN(0, (1, 3, 4), layers=2, maps=4)
     head = decoder.head[-1]
     head.weight.data.zero_(), head.bias.data.fill_(100.0)  # a 1 for certain
-    u = torch.full((2, 1, 3, 4), 1 - 1e-12, dtype=torch.float64)
-    assert (PixelSampler(decoder, Bernoulli()).sample(uniforms=u, n=2, strategy=strategy) == 1).all()
+    for u in (1 - 1e-12, 0.0):  # torch.rand gives 0
+        uniforms = torch.full((2, 1, 3, 4), u, dtype=torch.float64)
+        assert (PixelSampler(decoder, Bernoulli()).sample(uniforms=uniforms, n=2, strategy=strategy) == 1).all()
 
 
-def test_seeds_and_codes_of_other_types():
+def test_seeds_codes_and_temperatures_of_other_types():
     sample, z = sampler("grey", 3, 4), codes(3)
+    assert torch.equal(sample.sample(z, temperature=torch.tensor(0.5)), sample.sample(z, temperature=0.5))
     for seed in (np.int64(5), torch.tensor(5)):
         assert torch.equal(sample.sample(z, seed=5), sample.sample(z, seed=seed))
     assert torch.equal(sample.sample(z.float()), sample.sample(z.float().double()))
@@ -357,7 +359,7 @@ def test_refusals():
         ({"temperature": "1"}, "temperature must be a number > 0, got '1'"),
         (
             {"uniforms": torch.ones(3, 1, 3, 4)},
-            r"uniforms: got numbers that are not between 0 and 1; accepted: in \(0, 1",
+            r"uniforms: got numbers that are not between 0 and 1; accepted: in \[0, 1",
         ),
         ({"n": 5}, r"z: got shape \(3, 2\) for n=5; accepted: \[n, D\], or \[1, D\] for all images"),
         ({"known": x}, "known and known_mask: got one of them; accepted: both or neither"),

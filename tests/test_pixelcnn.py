@@ -539,6 +539,25 @@ def test_inputs_of_other_types(decoder):
         decoder(2, (1, 4, 5), maps=4, backend="gpu")
 
 
+@pytest.mark.parametrize("decoder", [{"name": "pixelcnn", "layers": 2, "maps": 4}, {"name": "pixelcnn_pp", "maps": 4}])
+def test_images_in_float32_do_for_a_decoder_in_half_precision(decoder):
+    model = InfoVAE.from_config((1, 4, 5), 2, decoder=decoder).eval()
+    z, x = torch.randn(3, 2), torch.rand(3, 1, 4, 5).round()
+    exact = model.decode(z, x)
+    model.decoder.to(torch.bfloat16)
+    torch.testing.assert_close(model.decode(z, x).float(), exact, rtol=0.1, atol=0.05)
+
+
+def test_a_replica_whose_weights_are_no_parameters():
+    model, z, x = GatedPixelCNN(2, (1, 4, 5), layers=2, maps=4), torch.randn(3, 2), torch.rand(3, 1, 4, 5)
+    expected = model(z, x)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.detach())
+    assert torch.equal(model(z, x), expected)
+
+
 def test_inputs_that_do_not_fit():
     model = GatedPixelCNN(2, (1, 4, 5), layers=2, maps=4)
     z, x = torch.randn(3, 2), torch.rand(3, 1, 4, 5)

@@ -17,8 +17,9 @@ def class_divergence(real: Tensor, generated: Tensor) -> float:
     Args:
         real, generated: integer labels, [N] and [M], those of generated images from a classifier (`fit_classifier`).
 
-    0 where the shares are equal; inf where a class of `real` is never generated. A perfect model has (K - 1) / (2 M) on
-    average, K the number of classes. The authors' code has c = 1/K for all classes instead of their shares.
+    0 where the shares are equal; inf where a class of `real` is never generated. A perfect model has (K - 1) / (2 M)
+    on average, K the number of classes, and more where the classifier errs. The authors' code has c = 1/K for all
+    classes instead of their shares.
 
     Raises:
         TypeError: not integers. ValueError: no labels, or more than one dimension.

@@ -24,7 +24,8 @@ def log_det_covariance(z: Tensor) -> float:
         raise ValueError(f"z: got shape {tuple(z.shape)}; accepted: [N, D] with N > D")
     if bad := int((~z.isfinite()).any(1).sum()):
         raise ValueError(f"z: {bad} of {len(z)} points hold NaN or infinity")
-    centred = z.double() - z.double().mean(0)
+    centred = z.double() - z[0].double()  # exact where a coordinate is the same everywhere
+    centred = centred - centred.mean(0)
     deviations = centred.square().sum(0).div(len(z) - 1).sqrt()  # [D]
     if not (deviations > 0).all():
         return -math.inf

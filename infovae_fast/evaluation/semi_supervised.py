@@ -32,8 +32,12 @@ def semi_supervised_errors(
 
     Raises:
         ImportError: scikit-learn is missing.
-        ValueError: more labels wanted than there are, or fewer than two of a class.
+        ValueError: other shapes; more labels wanted than there are, or fewer than two of a class.
     """
+    for name, t, codes in (("labels", labels, z), ("test_labels", test_labels, test_z)):
+        if t.shape != codes.shape[:1] or codes.ndim != 2 or not len(codes):
+            got = f"shape {tuple(t.shape)} for codes {tuple(codes.shape)}"
+            raise ValueError(f"{name}: got {got}; accepted: [N] for codes [N, D], N > 0")
     classes, counts = np.unique(labels.cpu().numpy(), return_counts=True)
     for name, value, least in (("n_labels", n_labels, 2 * len(classes)), ("draws", draws, 1)):
         if not is_integer(value) or value < least:
@@ -54,7 +58,7 @@ def semi_supervised_errors(
         known = _balanced(y, n_labels, random)
         folds = int(min(5, np.unique(y[known], return_counts=True)[1].min()))
         model = pipeline.make_pipeline(preprocessing.StandardScaler(), svm.SVC())
-        model = model_selection.GridSearchCV(model, GRID, cv=max(2, folds)).fit(x[known], y[known])
+        model = model_selection.GridSearchCV(model, GRID, cv=folds).fit(x[known], y[known])
         errors.append(float((model.predict(test_x) != test_y).mean()))
     return errors
 

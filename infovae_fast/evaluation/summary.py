@@ -1,6 +1,7 @@
 """All metrics of a trained model on a data set."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from statistics import mean
 from typing import Any
 
@@ -45,8 +46,8 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
         class_divergence from the training set, as a classifier tells the classes, and classifier_error, how often that
         is wrong on the test set. A PixelCNN's images are drawn, others are means of p(x|z). None where not defined: kl
         where it is infinite (a uniform prior), kl and the log-likelihood's where the prior has no density, the others
-        of too few images or labels. Of grey values under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what
-        is made of it no log-likelihood.
+        of too few images or labels; without scikit-learn there is no svm_error and nothing "generated". Of grey values
+        under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what is made of it no log-likelihood.
 
     Raises:
         ValueError: n_samples below 1.
@@ -78,8 +79,10 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
                 "mutual_information": mutual_information(posterior, z),
             }
         metrics["test"] |= _log_likelihood(model, x.split(size), n_samples)
-        metrics["test"]["svm_error"] = _svm_error(data, codes, seed)
-        if data.train_labels is not None and data.test_labels is not None and len(data.train_labels.unique()) > 1:
+        learns = find_spec("sklearn") is not None
+        metrics["test"]["svm_error"] = _svm_error(data, codes, seed) if learns else None
+        labelled = data.train_labels is not None and data.test_labels is not None
+        if learns and labelled and len(data.train_labels.unique()) > 1:  # type: ignore[union-attr]
             metrics["generated"] = _generated(model, data)
     return metrics
 

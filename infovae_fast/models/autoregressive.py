@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.arguments import codes_of_images, is_integer, one_of
+from infovae_fast.arguments import codes_of_images, floating, is_integer, one_of
 
 Offsets = set[tuple[int, int]]
 
@@ -52,9 +52,8 @@ def check_inputs(decoder: Any, z: Tensor | None, x: Tensor) -> None:
 def _check_type(decoder: Any, name: str, t: Any) -> None:
     if t is None and name == "z":
         return
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        got = f"dtype {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name}: got {got}; accepted: a floating-point tensor (of bytes, .float() / 255)")
-    own = next(decoder.parameters()).dtype
-    if t.dtype != own and not torch.is_autocast_enabled(t.device.type):
+    floating(name, t)
+    own = decoder.head[-1].bias.dtype  # its parameters may not be listed: replicas have none
+    wider = name == "x" and own.itemsize < t.dtype.itemsize  # images in float32 do for a decoder in half precision
+    if t.dtype != own and not wider and not torch.is_autocast_enabled(t.device.type):
         raise TypeError(f"{name}: got dtype {t.dtype}, but the decoder is {own}; convert one of them")

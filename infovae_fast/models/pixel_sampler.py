@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.arguments import is_integer, number, one_of
+from infovae_fast.arguments import floating, is_integer, number, one_of
 from infovae_fast.backends import AUTO, NAMES, Backend, check_name, explain, native_missing
 from infovae_fast.backends import choose as choose_backend
 from infovae_fast.likelihoods import TINY, Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood, inside
@@ -165,7 +165,7 @@ class PixelSampler:
                 the channels of a pixel together, needs the same for all channels.
             temperature: above 0; see `likelihoods`.
             seed: of the uniforms.
-            uniforms: [n, U, H, W] in (0, 1) instead, U = likelihood.uniforms(C); used in float32.
+            uniforms: [n, U, H, W] in [0, 1) instead, U = likelihood.uniforms(C); used in float32, 0 as the next number.
             callback: called as callback(done, H) with the number of rows that are final; for "cuda" once.
             strategy: "auto" is "cached" where that can run, else "fixed_point".
 
@@ -269,11 +269,11 @@ class PixelSampler:
         return n, self.likelihood.uniforms(channels), height, width
 
     def _given(self, uniforms: Tensor, n: int) -> Tensor:
-        _floating("uniforms", uniforms)
+        floating("uniforms", uniforms)
         if uniforms.shape != (wanted := self._uniforms_shape(n)):
             raise ValueError(f"uniforms: got shape {tuple(uniforms.shape)}; accepted: {wanted}")
-        if uniforms.device.type == "cpu" and not bool(((uniforms > 0) & (uniforms < 1)).all()):
-            raise ValueError("uniforms: got numbers that are not between 0 and 1; accepted: in (0, 1), as torch.rand's")
+        if uniforms.device.type == "cpu" and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+            raise ValueError("uniforms: got numbers that are not between 0 and 1; accepted: in [0, 1), as torch.rand's")
         return inside(uniforms, torch.float32)
 
     def _codes(self, z: Tensor | None, n: int | None) -> tuple[Tensor | None, int]:
@@ -283,7 +283,7 @@ class PixelSampler:
             if n is None:
                 raise ValueError("z and n: got neither; accepted: z [n, D], or n for a decoder without z")
             return None, int(n)
-        _floating("z", z)
+        floating("z", z)
         if z.ndim != 2 or len(z) not in (1, len(z) if n is None else n):
             raise ValueError(f"z: got shape {tuple(z.shape)} for n={n}; accepted: [n, D], or [1, D] for all images")
         n = len(z) if n is None else int(n)
@@ -297,7 +297,7 @@ class PixelSampler:
         if known is None or mask is None:
             zeros = self._like.new_zeros(())
             return zeros.expand(shape), zeros.bool().expand(shape)
-        _floating("known", known)
+        floating("known", known)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"known_mask: got {got}; accepted: a tensor of torch.bool, True where `known` counts")
@@ -313,12 +313,6 @@ class PixelSampler:
                 "together; accepted: the same mask for all channels"
             )
         return known, mask
-
-
-def _floating(name: str, t: Any) -> None:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        got = f"dtype {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name}: got {got}; accepted: a floating-point tensor (of bytes, .float() / 255)")
 
 
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64

@@ -189,6 +189,8 @@ class PixelCNNPlusPlus(nn.Module):
 
     def _params(self, z: Tensor | None, x: Tensor, starting: bool = False) -> Tensor:
         codes = [code(z) for code in self.codes] if self.inputs else [None] * RESOLUTIONS
+        own = self.above.bias.dtype
+        x = x.to(own) if own.itemsize < x.dtype.itemsize else x
         y = torch.cat([2 * x - 1, torch.ones_like(x[:, :1])], 1)
         between = operators(y, self.backend)
         if between is TRITON:
