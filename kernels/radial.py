@@ -39,7 +39,7 @@ def radial(d2, bandwidth, weight, SCALES: tl.constexpr, KIND: tl.constexpr, ALPH
             elif ALPHA == 0.5:
                 p = w * tl.rsqrt(base)
             else:
-                lost = u - (base - 1.0)
+                lost = tl.where(u < 16777216.0, u - (base - 1.0), 0.0)  # above, it is nothing beside log(base)
                 p = w * tl.exp(-ALPHA * (tl.log(base) + lost / base))
             slope = rate * p / base
         phi += p

@@ -119,6 +119,7 @@ def test_a_gpu_waits_for_few_launches(name, monkeypatch):
     sampler, z = PixelSampler(model.float(), likelihood, backend="cuda"), codes(3)
     drawing = {"z": None if z is None else z.float(), "n": 3, "uniforms": sampler.uniforms(3)}
     monkeypatch.setattr(incremental.Images, "_leaf", lambda self, *inputs: (inputs[2], None))
+    monkeypatch.setattr(sampler, "_given", lambda uniforms, n: uniforms)  # which on a CPU are looked at
     sampler.sample(**drawing)
     with Launches() as launches:
         sampler.sample(**drawing)
