@@ -40,8 +40,7 @@ def is_integer(value: Any) -> bool:
 
 
 def number(name: str, value: Any, kind: type[int] | type[float], above: float) -> Any:
-    """The value, if it is a finite number of that kind; that of a tensor []."""
-    value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    """The value, if it is a finite number of that kind."""
     known = is_integer(value) if kind is int else isinstance(value, Real) and not isinstance(value, bool)
     if not known or not above < value < math.inf:
         raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} > {above}, got {value!r}")

@@ -209,6 +209,7 @@ def _reading(path: Path, expected: str, advice: str) -> Iterator[None]:
 
 
 def need(module: str, package: str) -> Any:
+    """The module of a package that only some functions use; ImportError, with what to install, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -113,7 +113,7 @@ class Bernoulli(Likelihood):
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         (logits,) = float32_or_better(params=params)
-        p = (logits / _temperature(temperature)).sigmoid()
+        p = (logits / usable_temperature(temperature)).sigmoid()
         return (uniforms < p).to(p.dtype) + (p - p)  # NaN stays
 
 
@@ -155,7 +155,7 @@ class Gaussian(Likelihood):
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         mean, std = self._mean_std(params)
-        return mean + _temperature(temperature) * std * torch.special.ndtri(inside(uniforms, mean.dtype))
+        return mean + usable_temperature(temperature) * std * torch.special.ndtri(inside(uniforms, mean.dtype))
 
     def _mean_std(self, params: Tensor) -> tuple[Tensor, float | Tensor]:
         (raw,) = float32_or_better(params=params)
@@ -300,12 +300,14 @@ def _first_to_ring(logits: Tensor, generator: Generator | None) -> Tensor:
 
 def _inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """The k at which the cumulated softmax(logits / temperature) [N, K, ...] passes the uniforms [N, 1, ...]."""
-    up_to = ((logits - logits.amax(1, keepdim=True)) / _temperature(temperature)).softmax(1).cumsum(1)
+    up_to = ((logits - logits.amax(1, keepdim=True)) / usable_temperature(temperature)).softmax(1).cumsum(1)
     return (up_to[:, :-1] <= uniforms * up_to[:, -1:]).sum(1, keepdim=True)  # of which the last is 1 but for rounding
 
 
-def _temperature(temperature: float) -> float:
-    return max(number("temperature", temperature, float, above=0), TINY)  # a float32 of less would be 0
+def usable_temperature(temperature: float | Tensor) -> float:
+    """The number, not below the least that float32 knows; ValueError unless it is positive and finite."""
+    value = temperature.item() if isinstance(temperature, Tensor) and temperature.ndim == 0 else temperature
+    return max(number("temperature", value, float, above=0), TINY)
 
 
 def inside(uniforms: Tensor, dtype: torch.dtype) -> Tensor:

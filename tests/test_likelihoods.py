@@ -363,9 +363,8 @@ def test_grey_mixture_mean_has_the_derivatives_of_the_integral(mu, log_s):
     """E clip(Y, -1, 1) changes with mu by P(|Y| < 1), also where mu is on the edge."""
     params = torch.tensor([[0.0, mu, log_s]], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(DiscretizedLogisticMixture(1).mean(params).sum(), params)
-    s = math.exp(log_s)
-    inside = 1 / (1 + math.exp((mu - 1) / s)) - 1 / (1 + math.exp((mu + 1) / s)) if (mu + 1) / s < 700 else None
-    inside = 1 / (1 + math.exp(min(700, (mu - 1) / s))) if inside is None else inside
+    edges = torch.tensor([1.0 - mu, -1.0 - mu], dtype=torch.float64) / math.exp(log_s)
+    inside = edges.sigmoid().diff().neg().item()
     assert gradient[0, 1].item() == pytest.approx(inside / 2, rel=1e-6, abs=1e-9)
 
 

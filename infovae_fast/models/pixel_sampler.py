@@ -22,10 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.arguments import floating, is_integer, number, one_of
+from infovae_fast.arguments import floating, is_integer, one_of
 from infovae_fast.backends import AUTO, NAMES, Backend, check_name, explain, native_missing
 from infovae_fast.backends import choose as choose_backend
-from infovae_fast.likelihoods import TINY, Bernoulli, Categorical, DiscretizedLogisticMixture, Likelihood, inside
+from infovae_fast.likelihoods import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogisticMixture,
+    Likelihood,
+    inside,
+    usable_temperature,
+)
 from infovae_fast.models.autoregressive import check_code
 from infovae_fast.models.incremental import Callback, Chooser, Images, Incremental, cuda_limits
 from infovae_fast.models.incremental_2017 import Incremental2017
@@ -173,7 +180,7 @@ class PixelSampler:
             TypeError: what is no tensor, or of another type. ValueError: shapes, names or numbers that do not fit.
         """
         z, n = self._codes(z, n)
-        temperature = max(number("temperature", temperature, float, above=0), TINY)
+        temperature = usable_temperature(temperature)
         one_of("strategy", strategy, STRATEGIES)
         if strategy == "auto":
             strategy = "fixed_point" if uncached(self.decoder) else "cached"
