@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -91,6 +92,9 @@ void run(const PairwiseProblem<T>& first, int64_t clouds, const Tensor& x, const
     PairwiseProblem<T> problem = first;
     if (x.is_cuda()) return pairwise_on_gpu(problem, clouds, x, lengths, {});
     if (lengths.has_value()) problem.radial.bandwidth = as_vector<double>(*lengths);
+    for (const double length : problem.radial.bandwidth) {  // one that is learnt may have changed since the kernel was made
+        TORCH_CHECK_VALUE(length > 0 && std::isfinite(length), "bandwidth: got ", length, "; accepted: finite numbers above 0");
+    }
     const auto forward = [](auto*& pointer, int64_t step) { pointer += pointer == nullptr ? 0 : step; };
     for (int64_t k = 0; k < clouds; ++k) {
         pairwise(problem);
@@ -109,28 +113,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     bool potentials) {
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
                      "; accepted: float32, float64");
-    TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0 && w.size() == 3, "x: got shape ", x.sizes(),
-                      "; accepted: [..., N, D]; and w needs 3 numbers");
+    TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0, "x: got shape ", x.sizes(), "; accepted: [..., N, D]");
+    TORCH_CHECK_VALUE(w.size() == 3, "w: got ", w.size(), " numbers; accepted: w_xx, w_xy, w_yy");
     const size_t scales = lengths.has_value() ? size_t(lengths->numel()) : bandwidth.size();
     TORCH_CHECK_VALUE(scales > 0 && scales == weight.size(), "bandwidth and weight: got ", scales, " and ",
                       weight.size(), " numbers; give one of each per scale");
     TORCH_CHECK_VALUE(!(v.has_value() && y_force), "v belongs to the forces on x; ask for y_force without it");
     auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force,
                               potentials);
-    const auto contiguous = [&](const std::optional<Tensor>& t) {
+    const int64_t n = x.size(-2), d = x.size(-1), m = y.has_value() && y->dim() >= 2 ? y->size(-2) : 0;
+    const int64_t clouds = x.numel() / std::max<int64_t>(1, n * d);
+    const auto contiguous = [&](const char* name, const std::optional<Tensor>& t, int64_t points, bool coordinates) {
         if (!t.has_value()) return Tensor();
-        TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), "got ", t->scalar_type(), " beside ", x.scalar_type());
-        TORCH_CHECK_VALUE(t->device() == x.device(), "got ", t->device(), " beside ", x.device());
+        TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), name, ": got ", t->scalar_type(), " beside ", x.scalar_type());
+        TORCH_CHECK_VALUE(t->device() == x.device(), name, ": got ", t->device(), " beside ", x.device());
+        std::vector<int64_t> shape = x.sizes().slice(0, x.dim() - 2).vec();
+        shape.push_back(points);
+        if (coordinates) shape.push_back(d);
+        TORCH_CHECK_VALUE(t->sizes() == at::IntArrayRef(shape), name, ": got shape ", t->sizes(), " beside x ", x.sizes(),
+                          "; accepted: ", at::IntArrayRef(shape));
         return t->contiguous();
     };
-    const Tensor xs = x.contiguous(), ys = contiguous(y), vs = contiguous(v), as = contiguous(a), bs = contiguous(b);
-    const int64_t n = x.size(-2), d = x.size(-1), m = ys.defined() ? ys.size(-2) : 0;
-    const int64_t clouds = x.numel() / std::max<int64_t>(1, n * d);
-    TORCH_CHECK_VALUE((!ys.defined() || (ys.dim() == x.dim() && ys.size(-1) == d &&
-                                         ys.sizes().slice(0, x.dim() - 2) == x.sizes().slice(0, x.dim() - 2))) &&
-                          (!vs.defined() || vs.numel() == xs.numel()) &&
-                          (!as.defined() || as.numel() == clouds * n) && (!bs.defined() || bs.numel() == clouds * m),
-                      "shapes do not fit x ", x.sizes());
+    const Tensor xs = x.contiguous(), ys = contiguous("y", y, m, true), vs = contiguous("v", v, n, true),
+                 as = contiguous("a", a, n, false), bs = contiguous("b", b, m, false);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::pairwise", [&] {
         using T = scalar_t;
         const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };

@@ -66,8 +66,11 @@ def point_weights(name: str, weights: Tensor | None, z: Tensor) -> Tensor | None
         return None
     shape = tuple(z.shape[:-1])
     if not isinstance(weights, Tensor) or weights.shape != z.shape[:-1] or weights.device != z.device:
-        got = f"shape {tuple(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else type(weights)
+        at = isinstance(weights, Tensor)
+        got = f"shape {tuple(weights.shape)} on {weights.device}" if at else type(weights).__name__
         raise ValueError(f"{name}: got {got}; accepted: a tensor {shape} on {z.device}")
+    if weights.is_complex():
+        raise TypeError(f"{name}: got {weights.dtype}; accepted: real numbers")
     return weights.to(torch.promote_types(z.dtype, torch.float32))
 
 
@@ -126,9 +129,17 @@ class KernelModule(nn.Module):
         super().__init__()
         self.kernel = kernel
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel":  # nn.Module would register a kernel that is a module, past the property
+            type(self).kernel.fset(self, value)  # type: ignore[attr-defined]
+        else:
+            super().__setattr__(name, value)
+
     @property
     def kernel(self) -> KernelLike:
         """The kernel, its bandwidth as the module has it now: loaded, parametrized, put there by `functional_call`."""
+        if (child := self._modules.get("kernel")) is not None:
+            return child
         kernel = self._kernel
         if not (_learns(kernel) and self.bandwidth is not kernel.bandwidth):
             return kernel
@@ -138,8 +149,12 @@ class KernelModule(nn.Module):
 
     @kernel.setter
     def kernel(self, kernel: KernelLike) -> None:
-        self._kernel = check_kernel(kernel)
+        kernel = check_kernel(kernel)
         self._parameters.pop("bandwidth", None)
+        self._modules.pop("kernel", None)
+        if isinstance(kernel, nn.Module):  # a function of (x, y) that learns
+            self._modules["kernel"] = kernel
+        self._kernel = None if isinstance(kernel, nn.Module) else kernel
         if _learns(kernel):
             self.bandwidth = kernel.bandwidth
 

@@ -10,7 +10,8 @@ d2_ij = |z_i - z_j|^2:
 E has dE/dx = 2 F (v = 0, a = 1). MMD is an energy, its gradient and the Stein direction are forces: see `divergences`.
 
 * The diagonal is never evaluated: it is known exactly and its gradient is zero.
-* The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin.
+* The cloud is centred first (E and F do not change): d2 = |a|^2 + |b|^2 - 2 a.b stays accurate far from the origin, its
+  error being eps times the squared distances from the middle of the cloud. C++ takes differences where those are large.
 * phi is evaluated in the dtype of the samples (half precision in float32, under autocast too). Distances and sums are
   float64: an MMD is a small difference of large sums, and so is its gradient.
 * backend="cpp" takes an RBF in one to three dimensions by its Fourier series where that is cheaper: from some hundred
@@ -27,8 +28,10 @@ it cannot know that a gradient will be differentiated again: there give backend=
 Leading dimensions [..., N, D] are a batch of clouds, each with an energy and forces of its own.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
+from numbers import Real
 from typing import Any
 
 import torch
@@ -54,6 +57,12 @@ def squared_distances(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return d2 - d2.detach().clamp_max(0)  # no clamp_min: where d2 rounds below zero its derivatives still count
 
 
+def _middle(z: Tensor) -> Tensor:
+    """[..., N, D] -> [..., 1, D]: the median of each coordinate; a few points that are far away do not move it."""
+    n = z.shape[-2]
+    return z.sort(dim=-2).values[..., (n - 1) // 2 : n // 2 + 1, :].mean(dim=-2, keepdim=True)
+
+
 def pairwise_reference(
     x: Tensor,
     y: Tensor | None,
@@ -71,9 +80,9 @@ def pairwise_reference(
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
         x = x.to(wide)
         y, v, a, b = (None if t is None else t.to(wide) for t in (y, v, a, b))
-        mean = (x if y is None else torch.cat([x, y], dim=-2)).detach().mean(dim=-2, keepdim=True)
-        x = x - mean
-        y = None if y is None else y - mean
+        centre = _middle((x if y is None else torch.cat([x, y], dim=-2)).detach())
+        x = x - centre
+        y = None if y is None else y - centre
         kernel = kernel.at(x.shape[-1])
         w_xx, w_xy, w_yy = weights
         E = F = None
@@ -345,9 +354,12 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("this backend gives first derivatives; use backend='reference' to differentiate twice")
 
 
-def _check(kernel: Kernel) -> None:
+def _check(kernel: Kernel, weights: Weights) -> None:
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0)")
+    numbers = weights if isinstance(weights, Sequence) else ()
+    if len(numbers) != 3 or not all(isinstance(w, Real) and math.isfinite(w) for w in numbers):
+        raise ValueError(f"weights: got {weights!r}; accepted: three finite numbers, w_xx, w_xy and w_yy")
 
 
 BACKENDS = (
@@ -385,7 +397,7 @@ def energy(
         RuntimeError: the named backend cannot run these inputs.
     """
     x, y = as_cloud(x=x, y=y)
-    _check(kernel)
+    _check(kernel, weights)
     if y is None and y_weights is not None:
         raise ValueError("y_weights: got weights, but no y; accepted: None")
     a = point_weights("x_weights", x_weights, x)
@@ -429,7 +441,7 @@ def force(
         TypeError, ValueError: see `as_cloud`. RuntimeError: the named backend cannot run these inputs.
     """
     x, y, v = as_cloud(x=x, y=y, v=v)
-    _check(kernel)
+    _check(kernel, weights)
     if v is not None and v.shape != x.shape:
         raise ValueError(f"v: got shape {tuple(v.shape)}; accepted: x's shape {tuple(x.shape)}")
     inputs = (x, y, v, kernel, weights, False, True)

@@ -14,7 +14,7 @@ here, each with its formula: `paper_pixelcnn`, `paper_few_samples`, `wae_imq`, `
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -144,9 +144,11 @@ class RationalQuadratic(Kernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.alpha, Real):
+        if not isinstance(self.alpha, Real) or isinstance(self.alpha, bool):
             raise TypeError(f"alpha: got {self.alpha!r}; accepted: a positive number, the same for all scales")
-        object.__setattr__(self, "alpha", _lengths("alpha", self.alpha)[0])
+        if not 1e-30 <= self.alpha <= 1e30:  # what float32 can hold, and its reciprocal
+            raise ValueError(f"alpha: got {self.alpha!r}; accepted: 1e-30 to 1e30; of larger ones the limit is RBF")
+        object.__setattr__(self, "alpha", float(self.alpha))
 
     def _phi(self, d2: Tensor, b: Scale) -> Tensor:
         return _inverse_power(d2 * (0.5 / (self.alpha * b * b)), self.alpha)
@@ -198,7 +200,9 @@ def wae_imq(dim: int, prior_std: float = 1.0) -> IMQ:
 
     A sum, as published: phi(0) = 7.
     """
-    (prior_std,) = _lengths("prior_std", prior_std)[:1]
+    if isinstance(prior_std, Sequence):
+        raise TypeError(f"prior_std: got {prior_std!r}; accepted: one positive number")
+    (prior_std,) = _lengths("prior_std", prior_std)
     dim, scales = _dimension(dim), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     return IMQ([prior_std * math.sqrt(dim * s) for s in scales], weights=[1.0] * len(scales))
 
@@ -214,8 +218,8 @@ def median_rbf(x: Tensor, y: Tensor | None = None, *, most: int = 1000) -> RBF:
     Computed on an evenly spaced subset of at most `most` points, without a gradient and without a host
     synchronisation: the bandwidth is a 0-d tensor. The lower median, so that it is a distance that occurs.
     """
-    if most < 2:
-        raise ValueError(f"most: got {most}; accepted: 2 points or more")
+    if not is_integer(most) or most < 2:
+        raise ValueError(f"most: got {most!r}; accepted: an integer, 2 points or more")
     z = _joint(x, y)
     n = min(len(z), most)
     z = z[torch.arange(n, device=z.device) * len(z) // n]  # [n, D]
@@ -238,8 +242,11 @@ def five_scale_rbf(x: Tensor, y: Tensor | None = None) -> RBF:
     """
     z = _joint(x, y)
     m = 2 * (z - z.mean(0)).square().sum() / (len(z) - 1)
-    if on_host(m) and m == 0:
-        raise ValueError("five_scale_rbf: all points coincide, at distances of 0; give bandwidths: RBF([1.0])")
+    if on_host(m) and not 0 < m < math.inf:
+        raise ValueError(
+            f"five_scale_rbf: the mean squared distance of the points is {m.item():g}; accepted: neither 0 nor "
+            "infinite: rescale the points, or give bandwidths: RBF([1.0])"
+        )
     factors = 2.0 ** torch.arange(-2, 3, dtype=z.dtype, device=z.device)
     return RBF((m * factors / 2).sqrt(), weights=[1.0] * 5)
 
@@ -261,6 +268,8 @@ def kernel_from_config(config: dict[str, Any]) -> Kernel:
     Raises:
         ValueError: an unknown name or key; the message lists the accepted ones.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"kernel: got {config!r}; accepted: a dict such as {{'name': 'rbf', 'bandwidth': 1.0}}")
     config = dict(config)
     classes = {name: cls for cls, name in _NAMES.items()}
     name = config.pop("name", None)
@@ -297,13 +306,20 @@ def _is_length(square: Tensor) -> Tensor:
     return (square > 0) & square.isfinite()
 
 
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer
+        return False
+
+
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     sequence = values if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
     if not all(isinstance(v, Real) and not isinstance(v, bool) for v in sequence):
         raise TypeError(f"{name}: got {values!r}; accepted: a number or a non-empty sequence of numbers")
     if not sequence:
         raise ValueError(f"{name}: got {values!r}; accepted: a number or a non-empty sequence of numbers")
-    if not all(abs(v) < math.inf for v in sequence):
+    if not all(map(_is_finite, sequence)):
         raise ValueError(f"{name}: got {values!r}; accepted: finite numbers")
     return tuple(float(v) for v in sequence)
 

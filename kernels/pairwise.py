@@ -37,6 +37,7 @@ PADDING = 64  # of both clouds, so that no tile is ragged
 GROUP = 256  # sources whose sums go to float64 together
 DEPTH = 16  # of a step of the product u_i.u_j; the dimension is padded to a multiple of it
 PROGRAMS = 1024  # wanted, to fill the GPU
+SAMPLE = 32  # points of each sample in whose middle the centre is
 
 
 class Tile(NamedTuple):
@@ -233,6 +234,16 @@ def _tiles(
     return tuple(t.sum(1) for t in (A, G, S, V))
 
 
+def middle(x: Tensor, y: Tensor | None) -> Tensor:
+    """[clouds, N, D], [clouds, M, D] -> [clouds, D] in float64: medians of the coordinates of some points.
+
+    Any point near most of the cloud would do; a few that are far away do not move it.
+    """
+    some = [t[:, :: max(1, t.shape[1] // SAMPLE)][:, :SAMPLE] for t in (x, y) if t is not None]
+    ordered, n = torch.cat(some, dim=1).sort(dim=1).values, sum(t.shape[1] for t in some)
+    return ordered[:, (n - 1) // 2 : n // 2 + 1].mean(dim=1, dtype=torch.float64)
+
+
 @torch.library.custom_op("infovae_fast::pairwise_triton", mutates_args=())
 def pairwise(
     x: Tensor, y: Tensor | None, v: Tensor | None, a: Tensor | None, b: Tensor | None, rbf: bool,
@@ -246,8 +257,7 @@ def pairwise(
     if len(x_) == 0:  # clouds
         return _results(x, y, energy, x_force, y_force, potentials)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        total = x_.sum(1, dtype=torch.float64) + (0 if y_ is None else y_.sum(1, dtype=torch.float64))
-        centre = total / (x_.shape[1] + (0 if y_ is None else y_.shape[1]))  # [clouds, D]
+        centre = middle(x_, y_)
         by_cublas = products.AVAILABLE and x.dtype == torch.float32 and d >= PRODUCTS_LEAST
         cloud = products.Cloud if by_cublas else partial(Cloud, centre)
         clouds = [cloud(x_, a_, v_)] + ([] if y_ is None else [cloud(y_, b_, None)])

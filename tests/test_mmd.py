@@ -366,6 +366,30 @@ def test_a_learned_bandwidth_is_the_module_s_parameter():
     near(torch.func.functional_call(prior, {"bandwidth": three.new_tensor(3.0)}, (x,)), mmd_to_normal(x, RBF(3.0)))
 
 
+def test_the_kernel_of_a_module_may_be_a_module():
+    """nn.Module takes modules for children before it looks for properties."""
+
+    class Learnt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_length = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def forward(self, x, y):
+            return RBF(self.log_length.exp())
+
+    x, y = samples()
+    for loss in (MMDLoss(Learnt()), MMDLoss(RBF(nn.Parameter(x.new_tensor(3.0))))):
+        loss.kernel = Learnt()
+        near(loss(x, y), mmd(x, y, RBF(math.e)))
+        assert [name for name, _ in loss.named_parameters()] == ["kernel.log_length"]
+        near(copy.deepcopy(loss)(x, y), mmd(x, y, RBF(math.e)))
+        loss.kernel = RBF(3.0)
+        near(loss(x, y), mmd(x, y, RBF(3.0)))
+        assert not list(loss.parameters())
+        with pytest.raises(ValueError, match="kernel: got 'unknown'"):
+            loss.kernel = "unknown"
+
+
 def test_the_linear_estimator_knows_the_names_of_the_backends():
     x, y = samples(6, 6)
     near(mmd(x, y, None, "linear", backend="triton"), mmd(x, y, None, "linear"))

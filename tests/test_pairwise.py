@@ -1,6 +1,7 @@
 """The energy and force of a cloud: definitions, derivatives, tiles, laws, layouts, errors, on every backend."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -267,6 +268,9 @@ SHAPES = [(1, 1, 1), (2, 1, 3), (5, 7, 1), (33, 130, 17), (64, 65, 2), (16, 24, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accuracy(backend, shape, dtype):
+    def check(out, truth, *rule):
+        near(out, truth) if dtype == torch.float64 else oracle.check(out, truth, *rule)  # else it is its own truth
+
     x, y, v = points(*shape, dtype=dtype)
     for kernel in (RBF(), IMQ([0.5, 3.0]), RationalQuadratic(alpha=0.5), wae_imq(shape[2])):
         truth = pairwise_reference(x.double(), y.double(), v.double(), kernel, WEIGHTS, True, True)
@@ -360,6 +364,33 @@ def test_energy_adds_up_over_splits_of_y_and_is_linear_in_the_weights(backend):
     near(e(x, y, 2, 3, 5), 2 * e(x, y, 1, 0, 0) + 3 * e(x, y, 0, 1, 0) + 5 * e(x, y, 0, 0, 1))
     near(e(x, y, 1, 0, 0), energy(x, kernel=RBF(1.0), backend=backend))
     near(e(x, y, 2, 3, 5), e(y, x, 5, 3, 2))
+
+
+@pytest.mark.parametrize("d", [2, 5])
+@pytest.mark.parametrize("far", [1e4, 1e6])
+def test_a_point_far_away_costs_the_others_no_digits(backend, far, d):
+    """It would move their mean, from which they then were far."""
+    torch.manual_seed(0)
+    x, y = torch.randn(60, d), torch.randn(70, d)
+    x[0, 0] = far
+    require_pairwise(backend, x, y, kernel=RBF(1.5))
+    E, F = (f(x, y, kernel=RBF(1.5), weights=(1, -1, 1), backend=backend).cpu() for f in (energy, force))
+    exact = [t.double() for t in (x[1:], y)]
+    truth = [f(*exact, kernel=RBF(1.5), weights=(1, -1, 1), backend="reference") for f in (energy, force)]
+    terms = energy(*exact, kernel=RBF(1.5), weights=(1, 1, 1), backend="reference")
+    assert (E - truth[0]).abs() <= 1e-6 * terms
+    assert (F[1:] - truth[1]).abs().max() <= 5e-6 * truth[1].abs().max()
+
+
+@pytest.mark.parametrize("bad", [(1.0, 2.0), None, 1.0, (1.0, math.nan, 1.0), ("1", "2", "3")])
+def test_weights_of_the_blocks_are_three_numbers(bad):
+    x, y, v = points(4, 5, 2)
+    for call in (
+        lambda: energy(x, y, kernel=RBF(1.0), weights=bad),
+        lambda: force(x, y, v, kernel=RBF(1.0), weights=bad),
+    ):
+        with pytest.raises(ValueError, match=r"weights: got .*; accepted: three finite numbers"):
+            call()
 
 
 def test_forces_of_a_cloud_on_itself_cancel(backend):

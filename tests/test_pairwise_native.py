@@ -81,12 +81,23 @@ def sweep(unit):
                         holds(native(x, other, velocity, kernel=kernel), alone[0], (x, other, velocity, kernel))
 
 
+def no_nan_is_lost():
+    """What NaN carries in its lower bits must not become a number: R's NA is such a one."""
+    for bits in (0x7FC00000, 0x7FC00001, 0x7F800001):
+        x, y, _ = clouds(20, 17, 5)
+        x.view(torch.int32)[3, 2] = bits
+        for kernel in KERNELS:
+            energy, force, *_ = native(x, y, kernel=kernel)
+            assert energy.isnan() and force[3].isnan().all()
+
+
 @pytest.mark.parametrize("unit", ["zen4", "avx512", "avx2", "baseline"])
 def test_every_vector_unit_meets_the_rule(unit):
     """In a process of its own, held to the unit; a machine without it runs the best it has below that."""
     environment = os.environ | {"INFOVAE_FAST_VECTOR_UNIT": unit, "OMP_NUM_THREADS": "1"}
-    code = f"""from tests.test_pairwise_native import sweep
+    code = f"""from tests.test_pairwise_native import no_nan_is_lost, sweep
 sweep({unit!r})
+no_nan_is_lost()
 from infovae_fast import _C
 print(_C.build_info()["vector unit here"])"""
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -365,17 +376,48 @@ def test_the_usual_mmd_leaves_what_is_unusual_alone():
     assert inside == [None, None]
 
 
+@pytest.mark.parametrize("w", [1e-38, 1e-12, 1e12])
+def test_forces_with_v_beside_a_weight_of_any_size(w):
+    x, _, v = clouds(20, 0, 5)
+    options = {"kernel": RBF(10.0), "weights": (w, 0.0, 0.0)}
+    found, alone = native(x, None, v, **options), native(x, **options)[0]
+    holds(found, alone, (x, None, v, options["kernel"]), options["weights"])
+
+
+def test_a_point_alone_in_its_cloud_feels_no_force_of_it():
+    x, y, _ = clouds(1, 130, 10)
+    assert (native(x, y, weights=(1.0, 0.0, 1.0))[1] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", [RBF(1.5), IMQ(1.5), RationalQuadratic(1.5, 0.5)], ids=str)
+def test_two_groups_far_apart_keep_their_digits(kernel):
+    x, y, _ = clouds(40, 30, 7, torch.float64)
+    found = native(torch.cat([x, y + 1e8]), kernel=kernel, weights=(1.0, 0.0, 0.0))
+    alone = [native(z, kernel=kernel, weights=(1.0, 0.0, 0.0)) for z in (x, y)]
+    between = 2 * 40 * 30 * kernel.phi(torch.tensor(7e16, dtype=torch.float64))
+    assert abs(found[0] - between - alone[0][0] - alone[1][0]) <= 1e-6 * found[0]
+    assert (found[1] - torch.cat([alone[0][1], alone[1][1]])).abs().max() <= 1e-6 * found[1].abs().max()
+
+
 def test_refusals():
     x, y, v = clouds(9, 5, 3)
     with pytest.raises(TypeError, match="accepted: float32, float64"):
         native(x.half())
     with pytest.raises(TypeError, match="got Double beside Float"):
         native(x, y.double())
-    with pytest.raises(ValueError, match="shapes do not fit x"):
+    with pytest.raises(ValueError, match=r"y: got shape \[5, 2\] beside x \[9, 3\]; accepted: \[5, 3\]"):
         native(x, y[:, :2])
     for bad in (y[None], torch.zeros(4, 6)):
-        with pytest.raises(ValueError, match="shapes do not fit x"):
+        with pytest.raises(ValueError, match="y: got shape"):
             native(torch.zeros(2, 5, 3) if bad.ndim == 2 else x, bad)
+    with pytest.raises(ValueError, match="v: got shape"):
+        native(x, y, v.mT)
+    length = torch.tensor(1.0)
+    kernel = RBF(length)
+    for wrong in (0.0, -1.0, torch.inf):
+        length.fill_(wrong)
+        with pytest.raises(ValueError, match=r"bandwidth: got .*; accepted: finite numbers above 0"):
+            mmd(x, y, kernel, backend="cpp")
     with pytest.raises(ValueError, match=r"accepted: \[..., N, D\]"):
         native(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="v belongs to the forces on x"):

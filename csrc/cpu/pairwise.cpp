@@ -1,7 +1,7 @@
 // Energy and force on the CPU. Coordinates are centred and scaled so that t = u_i.u_j - h_i - h_j is the exponent:
 //
-//     rbf:                 u = (z - mean) sqrt(log2 e) / b_0,  phi = 2^t
-//     rational quadratic:  u = (z - mean) / b_0,               phi = (1 - t / alpha)^-alpha
+//     rbf:                 u = (z - centre) sqrt(log2 e) / b_0,  phi = 2^t
+//     rational quadratic:  u = (z - centre) / b_0,               phi = (1 - t / alpha)^-alpha
 //
 // (where coordinates are few, by sqrt(1/2) more: then t is -|u_i - u_j|^2, without a factor)
 //
@@ -44,8 +44,13 @@ constexpr double kFarthestOnce = 10;    // and its average h, in units of the sm
 // And of phi a usual one.
 constexpr double kFarthestOfPairs = 1.25, kLargestOfPairs = 3, kSmallestOfPairs = 1.0 / 1024, kLeastOfPairs = 1.0 / 16;
 // h or excess, in units of the smallest scale, up to which t of close points is right to 1e-5 in float; beyond, all is
-// double. Of differences more: their rounding errors grow as the distance from the mean, those of products as its square.
+// double. Of differences more: their rounding errors grow as the distance from the centre, those of products as its square.
 constexpr double kFarthest = 48, kFarthestOfDifferences = 128;
+// And up to which products of double keep t to 1e-12; beyond, the centre is another, and if that does not help, t is a sum
+// of squared differences.
+constexpr double kFarthestOfDouble = 1e4;
+// What v is multiplied with so that it can be added to what g multiplies: without overflow, and without loss of either.
+constexpr double kMostOfV = 1e10;
 
 enum class Radial { rbf, rbf_mixture, imq, rational_quadratic };
 
@@ -74,6 +79,7 @@ struct Sources {
     const T* p_products;     // [groups, d], see `sums_of_group`; null: forces are not by products of pairs
     const double* p_sums;    // [groups, d], likewise
     const bool* pairs;       // [groups], those of which they may be
+    bool far;                // points may be too far from the centre for products
 };
 
 struct Factors {
@@ -171,13 +177,13 @@ struct Cloud {
 
     int64_t groups() const { return round_up(n, targets_at_once<T>()) / targets_at_once<T>(); }
 
-    // Groups begin..end of points. p = a u + v_factor v where v is folded in. `mean`: [kLine, d].
-    void fill(int64_t begin, int64_t end, int64_t d, const double* mean, double scale, bool fold_v, T v_factor) {
+    // Groups begin..end of points. p = a u + v_factor v where v is folded in. `centre`: [kLine, d].
+    void fill(int64_t begin, int64_t end, int64_t d, const double* centre, double scale, bool fold_v, T v_factor) {
         const int64_t L = targets_at_once<T>();
         for (int64_t group = begin; group < end; ++group) {
             const int64_t first = group * L, last = std::min(first + L, n);
             T* const transposed = ut + first * d;
-            BEST(centre<T>)(z + first * d, last - first, d, mean, scale, u + first * d);
+            BEST(centre<T>)(z + first * d, last - first, d, centre, scale, u + first * d);
             BEST(transpose<T>)(u + first * d, d, last - first, lanes_of<T>(last - first), transposed);
             BEST(norms<T>)(transposed, d, h + first, excess + first);
             if (p_products != nullptr) {
@@ -199,14 +205,14 @@ struct Cloud {
     }
 
     // With the averages of u and h comes the average t between a point and those of this cloud.
-    void take_averages(int64_t d, const double* mean, double scale) {
+    void take_averages(int64_t d, const double* centre, double scale) {
         double sum_h = 0;
         total_a = double(n);
         if (given_a == nullptr) {
             double sums_of_h[kLine] = {};
             BEST(add_rows<T>)(h, n, 1, sums_of_h);
             for (const double one : sums_of_h) sum_h += one;
-            for (int64_t c = 0; c < d; ++c) sum[c] = (sum[c] - mean[c] * total_a) * scale;
+            for (int64_t c = 0; c < d; ++c) sum[c] = (sum[c] - centre[c] * total_a) * scale;
         } else {
             std::fill_n(sum, d, 0.0);
             total_a = 0, a_before[0] = 0;
@@ -229,7 +235,7 @@ struct Cloud {
     }
 
     void take_usual_g(Radial kind, const Mixture<T>& mixture, int64_t d, bool subtract) {
-        BEST(usual_g<T>)(kind, mixture, targets(), sources(d, subtract), n, usual);
+        BEST(usual_g<T>)(kind, mixture, targets(), sources(d, subtract, false), n, usual);
         if (!by_pairs) return;
         std::fill_n(usual_before, 1 + d, 0.0);
         for (int64_t group = 0; group < groups(); ++group) {
@@ -247,9 +253,9 @@ struct Cloud {
     Targets<T> targets() const { return {ut, h, a, excess}; }
 
     // `subtract`: whether a usual phi may be left out of the sums.
-    Sources<T> sources(int64_t d, bool subtract) const {
+    Sources<T> sources(int64_t d, bool subtract, bool far) const {
         return {d, u, a, excess, p, v, a_before, subtract ? average : nullptr, T(average_h), total_a,
-                by_pairs ? p_products : nullptr, p_sums, pairs};
+                by_pairs ? p_products : nullptr, p_sums, pairs, far};
     }
 };
 
@@ -280,13 +286,16 @@ struct Worker {
 template <typename T>
 class Call {
 public:
-    explicit Call(const PairwiseProblem<T>& q)
+    // The centre is the mean, or the median of each coordinate, which a few points that are far away do not move.
+    Call(const PairwiseProblem<T>& q, bool by_median)
         : q(q),
+          by_median(by_median),
           d(q.d),
           kind(q.radial.rbf          ? q.radial.bandwidth.size() == 1 ? Radial::rbf : Radial::rbf_mixture
                : q.radial.alpha == 1 ? Radial::imq
                                      : Radial::rational_quadratic),
-          fold_v(q.v != nullptr && kind == Radial::rbf && q.w_xx != 0),
+          v_factor(q.v != nullptr && kind == Radial::rbf && q.w_xx != 0 ? factor_of_v(q) : 0),
+          fold_v(std::abs(v_factor) >= 1 / kMostOfV && std::abs(v_factor) <= kMostOfV),
           forces{q.x_force, q.y_force},
           potentials{q.x_potential, q.y_potential},
           full{q.x_force != nullptr || q.x_potential != nullptr, q.y_force != nullptr || q.y_potential != nullptr},
@@ -302,7 +311,7 @@ public:
         may_pair = subtract && kUnit == Unit::zen4 && d > kFewest && kind == Radial::rbf &&
                    (forces[0] != nullptr || forces[1] != nullptr);
         outer = kind == Radial::rbf ? q.radial.weight[0] : 1;
-        scale = (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / b0 * (d > kFewest ? 1 : std::sqrt(0.5));
+        scale = scale_of(q);
         slope = outer / (b0 * b0 * scale);
 
         clouds[0].z = q.x, clouds[0].n = q.n, clouds[0].given_a = q.a, clouds[0].given_v = q.v;
@@ -323,7 +332,7 @@ public:
         carve(memory);
     }
 
-    // Whether T was wide enough; the results are there then.
+    // Whether T was wide enough around this centre; the results are there then.
     bool run() {
         const int64_t groups[2] = {clouds[0].groups(), clouds[1].groups()}, some = std::max<int64_t>(1, kFill / (L * d));
         const int64_t pieces[2] = {(groups[0] + some - 1) / some, (groups[1] + some - 1) / some};
@@ -333,7 +342,7 @@ public:
                 Worker<T>& mine = workers[worker];
                 Steps<6>::Walk walk(steps);
                 walk.each(2, [&](int64_t k) { clouds[k].add_up(d); });
-                walk.once([&] { take_mean(); });
+                walk.once([&] { take_centre(); });
                 walk.each(pieces[0] + pieces[1], [&](int64_t k) {
                     const int cloud = k < pieces[0] ? 0 : 1;
                     const int64_t first = (k - cloud * pieces[0]) * some;
@@ -360,41 +369,66 @@ private:
         int64_t i0, i1;
     };
 
+    // Of coordinates; and 1 / (w_xx slope) but for the weight of the kernel.
+    static double scale_of(const PairwiseProblem<T>& q) {
+        return (q.radial.rbf ? std::sqrt(1.4426950408889634074) : 1) / q.radial.bandwidth[0] * (q.d > kFewest ? 1 : std::sqrt(0.5));
+    }
+    static double factor_of_v(const PairwiseProblem<T>& q) {
+        return q.radial.bandwidth[0] * q.radial.bandwidth[0] * scale_of(q) / q.w_xx;
+    }
+
     void carve(Carver& memory) {
-        mean = memory.take<double>(kLine * d);
+        centre = memory.take<double>(kLine * d);
         for (const int k : {0, 1}) clouds[k].carve(memory, d, fold_v && k == 0, may_pair, n_once[k] > 0);
         for (Worker<T>& worker : workers) worker.carve(memory, block, d, q.v != nullptr && !fold_v, n_once);
     }
 
-    void take_mean() {
-        const double total = double(clouds[0].n + clouds[1].n);
-        for (int64_t c = 0; c < d; ++c) mean[c] = (clouds[0].sum[c] + clouds[1].sum[c]) / total;
-        for (int64_t e = d; e < kLine * d; ++e) mean[e] = mean[e - d];
+    void take_centre() {
+        const int64_t total = clouds[0].n + clouds[1].n;
+        for (int64_t c = 0; c < d; ++c) {
+            centre[c] = by_median ? median(c) : (clouds[0].sum[c] + clouds[1].sum[c]) / double(total);
+        }
+        for (int64_t e = d; e < kLine * d; ++e) centre[e] = centre[e - d];
+    }
+
+    double median(int64_t c) const {
+        std::vector<double> of_points;
+        for (const Cloud<T>& cloud : clouds) {
+            for (int64_t i = 0; i < cloud.n; ++i) of_points.push_back(double(cloud.z[i * d + c]));
+        }
+        const auto is_below = [](double a, double b) { return a < b || (b != b && a == a); };  // NaN is above all
+        const auto at = [&](size_t k) {
+            std::nth_element(of_points.begin(), of_points.begin() + int64_t(k), of_points.end(), is_below);
+            return of_points[k] / 2;
+        };
+        return at((of_points.size() - 1) / 2) + at(of_points.size() / 2);
     }
 
     void fill_groups(int cloud, int64_t begin, int64_t end) {
-        const bool folded = fold_v && cloud == 0;
-        const T v_factor = folded && slope != 0 ? T(outer / (slope * q.w_xx)) : T(0);
-        clouds[cloud].fill(begin, end, d, mean, scale, folded, v_factor);
+        clouds[cloud].fill(begin, end, d, centre, scale, fold_v && cloud == 0, T(v_factor));
     }
 
-    // How pairs are visited, and by which tasks; none if T is not wide enough.
+    // How pairs are visited, and by which tasks; none if T is not wide enough, or if another centre may be better.
     void plan() {
         T farthest = 0, widest = 0;  // the largest h; the largest h or excess
         for (Cloud<T>& cloud : clouds) {
-            cloud.take_averages(d, mean, scale);
+            cloud.take_averages(d, centre, scale);
             farthest = BEST(largest<T>)(cloud.h, cloud.n, farthest);
             widest = BEST(largest<T>)(cloud.excess, cloud.n, std::max(widest, farthest));
         }
         const double units = std::max(1.0, double(*std::max_element(rate.begin(), rate.end())));
-        too_wide = sizeof(T) == 4 && double(widest) * units > (d <= kFewest ? kFarthestOfDifferences : kFarthest);
+        const double most = sizeof(T) == 8 ? kFarthestOfDouble : d <= kFewest ? kFarthestOfDifferences : kFarthest;
+        // Where a point is infinite there is nothing to save: it shall be seen.
+        const bool finite = sizeof(T) == 4 || std::all_of(centre, centre + d, [](double z) { return std::isfinite(z); });
+        const bool wide = finite && double(widest) * units > most;
+        too_wide = wide && !by_median, far = wide && d > kFewest;
         if (too_wide) return;
         if (kind == Radial::imq) quotients = Quotients<T>(rate, weight, 4 * double(farthest));
         mixture = {int(rate.size()), rate.data(), weight.data(), weighted_rate.data(), T(q.radial.alpha),
                    int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
         const bool alike = coordinates_are_alike();
         for (Cloud<T>& cloud : clouds) {
-            cloud.by_pairs = cloud.p_products != nullptr && alike && cloud.average_h <= kFarthestOfPairs;
+            cloud.by_pairs = cloud.p_products != nullptr && cloud.n >= kStep && alike && cloud.average_h <= kFarthestOfPairs;
         }
         const bool energy = q.energy != nullptr, both = clouds[1].n > 0;
         between[0] = both && (full[0] || (energy && !full[1])), between[1] = both && full[1];
@@ -473,7 +507,7 @@ private:
             if (j0 >= j1 || (w == 0 && !(force && z.v != nullptr))) return;
             for (int64_t j = j0; j < j1; j += part) {
                 BEST(rows<T>)(kind, force,
-                              {own.targets(), z.sources(d, subtract), mixture, {w * slope, outer}, task.i0, task.i1, j,
+                              {own.targets(), z.sources(d, subtract, far), mixture, {w * slope, outer}, task.i0, task.i1, j,
                                std::min(j + part, j1), own_offset,
                                {own.p, own.usual, w * slope * unit.g, w * slope * unit.p,
                                 react ? mine.fixed[task.cloud] : nullptr},
@@ -534,9 +568,11 @@ private:
     static constexpr int64_t kNowhere = -(int64_t(1) << 60);
 
     const PairwiseProblem<T>& q;
+    const bool by_median;
     const int64_t d, L = targets_at_once<T>();
     const Radial kind;
-    const bool fold_v;
+    const double v_factor;
+    const bool fold_v;  // whether g multiplies p = a u + v_factor v, one RBF being its own slope
     T *const forces[2], *const potentials[2];
     const bool full[2];  // whether rows of a cloud need forces or potentials
     const double w_within[2];
@@ -550,10 +586,10 @@ private:
     int64_t block;           // rows of a task
     std::vector<Worker<T>> workers;
     Workspace workspace;
-    double* mean = nullptr;  // [kLine, d], the same in every row
+    double* centre = nullptr;  // [kLine, d], the same in every row
 
     // The plan
-    bool too_wide = false;
+    bool too_wide = false, far = false;
     Quotients<T> quotients;
     Mixture<T> mixture{};
     bool between[2] = {};   // whether rows of a cloud visit the other: full ones do, or if there are none those of x
@@ -591,8 +627,12 @@ void in_double(const PairwiseProblem<float>& q) {
 
 template <typename T>
 void pairwise_by_pairs(const PairwiseProblem<T>& q) {
-    if (Call<T>(q).run()) return;
-    if constexpr (sizeof(T) == 4) in_double(q);
+    if (Call<T>(q, false).run()) return;
+    if constexpr (sizeof(T) == 4) {
+        in_double(q);
+    } else {
+        Call<T>(q, true).run();
+    }
 }
 
 template void pairwise_by_pairs<float>(const PairwiseProblem<float>&);
