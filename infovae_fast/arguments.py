@@ -47,7 +47,13 @@ def number(name: str, value: Any, kind: type[int] | type[float], above: float) -
     return value
 
 
-def one_of(name: str, value: Any, accepted: Sequence[str]) -> None:
+def check_seed(name: str, value: Any) -> None:
+    """ValueError unless it is an integer that every generator takes, NumPy's too."""
+    if not is_integer(value) or not 0 <= value < 2**32:
+        raise ValueError(f"{name}={value!r} must be an integer in 0..{2**32 - 1}")
+
+
+def one_of(name: str, value: Any, accepted: Sequence[Any]) -> None:
     """ValueError unless the value is one of those."""
     if value not in accepted:
         raise ValueError(f"{name}: got {value!r}; accepted: " + ", ".join(map(repr, accepted)))

@@ -26,8 +26,8 @@ def evaluate(run: str, *, n_samples: int = 100, seed: int = 0) -> dict[str, Any]
     model, path = load_model(run), Path(run) / "metrics.json"
     check_writable(path)
     metrics = without_inf(summarize(model, run_data(read_run(run)), n_samples=n_samples, seed=seed))
+    write_json(path, metrics)  # before anything is printed: who reads may have gone
     print(json.dumps(metrics, indent=1))
-    write_json(path, metrics)
     return metrics
 
 
@@ -52,11 +52,13 @@ def sample(
     """
     import torch
 
+    from infovae_fast.arguments import check_seed
     from infovae_fast.files import check_writable
     from infovae_fast.report import image_grid, save_png
 
     if n < 1:
         raise ValueError(f"n: got {n}; accepted: 1 or more")
+    check_seed("seed", seed)
     model, path = load_model(run), Path(out or Path(run) / "samples.png")
     check_writable(path)
     torch.manual_seed(seed)

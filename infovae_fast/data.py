@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infovae_fast.arguments import check_seed
 from infovae_fast.data_files import NAMED, existing_path, read_arrays, read_folder
 
 
@@ -76,8 +77,7 @@ def load_data(
         accepted = "None, 'threshold', 'static'; for dynamic binarisation load with None and binarize() every batch"
         raise ValueError(f"binarize={binarize!r} is unknown; accepted: {accepted}")
     for option, value in (("train_size", 1 if train_size is None else train_size), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-            raise ValueError(f"{option}={value!r} must be an integer in 0..{2**32 - 1}")
+        check_seed(option, value)
     title, source = str(name), Path(root or name).expanduser()
     named = isinstance(name, str) and name in NAMED
     every, levels = (5, 17) if named and name == "digits" else (10, 256)
@@ -115,6 +115,13 @@ def load_data(
         torch.from_numpy(np.array(a, order="C")) for a in (images, labels, test_images, test_labels)
     )
     return ImageData(title, x, None if y.max() < 0 else y, test_x, None if test_y.max() < 0 else test_y, levels)
+
+
+def some_places(n: int, most: int) -> Tensor:
+    """Up to `most` of n places, in their order: always the same ones, whatever order files or `load_data` have."""
+    if n <= most:
+        return torch.arange(n)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
 def to_unit(images: Tensor, levels: int) -> Tensor:

@@ -193,7 +193,7 @@ def read_arrays(path: Path) -> list[Part]:
         next((files[key] for key in keys if key in files), None) for keys in KEYS.values()
     )
     if len(files) == 1:
-        [images], test_images = files.values(), None
+        [images], labels, test_images = files.values(), None, None
     if images is None:
         raise ValueError(f"{path} holds {list(files)}; accepted: one array of any name, or {KEYS}")
     return [(images, labels)] if test_images is None else [(images, labels), (test_images, test_labels)]

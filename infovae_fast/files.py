@@ -36,6 +36,8 @@ def check_writable(path: Path) -> None:
     try:
         with TemporaryFile(dir=path.parent):
             pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):  # somebody else may have put something there
             for folder in missing:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from infovae_fast import __version__
 from infovae_fast.backends import best_device
-from infovae_fast.data import ImageData, to_unit
+from infovae_fast.data import ImageData, some_places, to_unit
 from infovae_fast.evaluation import encode_all, summarize
 from infovae_fast.evaluation.summary import GENERATED, KNOWN_LABELS
 from infovae_fast.files import check_writable, write_bytes
@@ -258,11 +258,13 @@ def _table_of_runs(runs: list[Run], n_samples: int) -> Section:
 
 
 def _gallery(kind: str, shown: dict[str, Run], draw: Callable[[Run], bytes], pixels: bool = False) -> list[Picture]:
-    labels = [run.label for run in shown.values()]
-    return [
-        Picture(f"{kind}-{name}", run.label + f" ({name})" * (labels.count(run.label) > 1), draw(run), pixels)
-        for name, run in shown.items()
-    ]
+    """A picture of each run, which does not depend on what else is shown."""
+    labels, pictures = [run.label for run in shown.values()], []
+    for name, run in shown.items():
+        torch.manual_seed(0)
+        title = run.label + f" ({name})" * (labels.count(run.label) > 1)
+        pictures.append(Picture(f"{kind}-{name}", title, draw(run), pixels))
+    return pictures
 
 
 PIXELWISE = """ A PixelCNN draws pixel by pixel: shown is the mean of each pixel given the ones that were drawn before
@@ -312,18 +314,13 @@ only the pixels above tell what is to come.</p>"""
     return Section("In-painting", text, _gallery("inpainting", drawn, draw, pixels=True))
 
 
-def _spread(n: int) -> Tensor:
-    """Up to `CODES` of n places, evenly: files may be sorted by class."""
-    count = min(n, CODES)
-    return torch.arange(count) * n // count
-
-
 def _latent_spaces(shown: dict[str, Run]) -> Section:
     codes, priors, limits = {}, {}, dict[int, float]()
     for run in shown.values():
+        torch.manual_seed(0)
         dim, prior = run.model.latent_dim, run.model.prior
         images = run.data.test_images
-        x = to_unit(images[_spread(len(images))], run.data.levels).to(like(run.model.encoder))
+        x = to_unit(images[some_places(len(images), CODES)], run.data.levels).to(like(run.model.encoder))
         z = encode_all(run.model, x)[1]
         axes = (
             torch.eye(dim) if dim <= 2 else torch.linalg.eigh(torch.cov(z.T, correction=0)).eigenvectors.flip(1)[:, :2]
@@ -337,11 +334,11 @@ def _latent_spaces(shown: dict[str, Run]) -> Section:
 
     def draw(run: Run) -> bytes:
         dim, labels = run.model.latent_dim, run.data.test_labels
-        labels = None if labels is None else labels[_spread(len(labels))]
+        labels = None if labels is None else labels[some_places(len(labels), CODES)]
         names = ("z₁", "z₂") if dim == 2 else ("principal axis 1", "principal axis 2")
         return latent_png(codes[run.folder], labels, priors[run.folder], limits[dim], names)
 
-    text = f"""<p>One code z ~ q(z|x) for each image of the test set, or for {CODES:,} evenly among more, drawn as the
+    text = f"""<p>One code z ~ q(z|x) for each image of the test set, or for {CODES:,} of more, drawn as the
 number of its class. Circles: 1, 2 and 3 standard deviations of the prior N(0, I); draws from any other prior are grey.
 More than two dimensions are seen along the first two principal axes of the codes. In each map at most 0.5 % of the
 coordinates are outside the frame.</p>"""

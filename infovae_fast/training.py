@@ -15,12 +15,14 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -32,8 +34,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from infovae_fast.arguments import one_of
 from infovae_fast.cuda_graph import CudaGraph
 from infovae_fast.data import ImageData, binarize, load_data, to_unit
+from infovae_fast.data_files import NAMED
 from infovae_fast.divergences import AdversarialLoss
 from infovae_fast.files import whole, write_bytes
 from infovae_fast.models import InfoVAE
@@ -229,10 +233,10 @@ class EpochCheckpoint(Checkpoint):
     """Saves the whole state to folder/last.ckpt after every `every` epochs and the last, whole or not at all.
 
     Args:
-        old: a file that says that training is done; it goes when an epoch starts.
+        old: files of a training that is done, the first of which says so; they go when an epoch starts.
     """
 
-    def __init__(self, folder: Path, every: int = 1, old: Path | None = None) -> None:
+    def __init__(self, folder: Path, every: int = 1, old: Sequence[Path] = ()) -> None:
         self.last, self.every, self.old = folder / "last.ckpt", every, old
 
     def epochs_done(self) -> int:
@@ -259,8 +263,8 @@ class EpochCheckpoint(Checkpoint):
             unfinished.unlink(missing_ok=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.old is not None:
-            self.old.unlink(missing_ok=True)
+        for file in self.old:
+            file.unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = trainer.current_epoch + 1
@@ -271,7 +275,11 @@ class EpochCheckpoint(Checkpoint):
                 trainer.save_checkpoint(temporary)
         except OSError as error:
             raise OSError(
-                error.errno, f"{error.strerror} ({error.filename}): the last checkpoint stays as it was", str(self.last)
+                error.errno,
+                f"{error.strerror}"
+                + (f" ({error.filename})" if error.filename else "")
+                + (": the last checkpoint stays as it was" if self.last.exists() else ": there is no checkpoint yet"),
+                str(self.last),
             ) from error
 
 
@@ -414,6 +422,9 @@ def train(
         config["epochs"] = 100 if epochs is None else epochs
         folder = Path(out or f"runs/{Path(data).stem}-{preset}-{seed}")
         config["out"] = str(folder)
+        if data not in NAMED:  # a run may be evaluated from another folder
+            config["data"] = str(Path(data).expanduser().resolve())
+        config["root"] = root and str(Path(root).expanduser().resolve())
         given = {"name", *(key for key in ("alpha", "lambda_") if config[key] is not None)}
         if twice := sorted(given & set(objective or {})):
             raise ValueError(f"objective: got {', '.join(twice)}, which other options give; accepted: once")
@@ -424,14 +435,7 @@ def train(
     else:
         folder = Path(resume)
         config = _resumed_config(folder, config)
-    for name in ("epochs", "evaluate_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name}: got {config[name]}; accepted: 1 or more")
-    for name in ("lr", "gradient_clip"):
-        if config[name] is not None and not 0 < config[name] < math.inf:
-            raise ValueError(f"{name}: got {config[name]}; accepted: a positive number")
-    if config["precision"] not in (accepted := get_args(Precision)):
-        raise ValueError(f"precision: got {config['precision']!r}; accepted: " + ", ".join(map(repr, accepted)))
+    _check_settings(config)
     images = load_data(
         config["data"],
         root=config["root"],
@@ -443,6 +447,10 @@ def train(
         config |= _fitted(config, images)
     torch.manual_seed(_stream(config["seed"], -(2**20)))
     model = InfoVAE.from_config(images.shape, **model_config(config))
+    if model.objective.divergence_weight != 0 and len(images.test_images) < 2:
+        raise ValueError(
+            f"{images.name}: got a test set of one image; accepted: two or more, whose codes have a divergence"
+        )
     module = InfoVAETraining(
         model,
         lr=config["lr"],
@@ -452,7 +460,8 @@ def train(
         cuda_graph=config["cuda_graph"],
     )
     batches = ImageDataModule(images, config["batch_size"], seed=config["seed"])
-    checkpoint = EpochCheckpoint(folder / "checkpoints", config["evaluate_every"], folder / "model" / "config.json")
+    old = [folder / name for name in ("model/config.json", "metrics.json", "samples.png")]
+    checkpoint = EpochCheckpoint(folder / "checkpoints", config["evaluate_every"], old)
     done = checkpoint.epochs_done()
     if config["epochs"] < done:
         raise ValueError(f"epochs: got {config['epochs']}; accepted: {done} or more, as {folder} has done so many")
@@ -466,16 +475,42 @@ def train(
         trainer.fit(module, batches, ckpt_path=checkpoint.last if done else None)
     except SystemExit:  # how Lightning ends after Ctrl-C and SIGTERM
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}") from None
-    except TrainingDiverged:
-        raise
     except Exception:
-        if resume is None and not checkpoint.last.exists():
-            (folder / "config.json").unlink(missing_ok=True)  # nothing to continue
+        if (
+            resume is None and not checkpoint.last.exists()
+        ):  # nothing to continue, nor for a next run to count as its own
+            (folder / "config.json").unlink(missing_ok=True)
+            shutil.rmtree(trainer.log_dir or "", ignore_errors=True)
         raise
     if trainer.state.status != "finished":
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}")
     model.save_pretrained(folder / "model")
     return folder
+
+
+def _check_settings(config: dict[str, Any]) -> None:
+    """ValueError for a setting of another kind than `train` takes: a config.json may hold anything."""
+    kinds: dict[str, tuple[Any, str]] = {
+        "encoder decoder likelihood prior": (str | dict, "a name, or a dict of its name and options"),
+        "objective": (dict | None, "a dict of arguments of the preset"),
+        "data preset": (str, "a string"),
+        "root out": (str | None, "a string"),
+        "cuda_graph": (bool, "true or false"),
+        "latent_dim epochs evaluate_every batch_size": (Integral, "an integer, 1 or more"),
+        "train_size": (Integral | None, "an integer, 1 or more"),
+        "seed": (Integral, "an integer, 0 or more"),
+        "lr": (Real, "a positive number"),
+        "gradient_clip": (Real | None, "a positive number"),
+        "alpha lambda_": (Real | None, "a number"),
+    }
+    for names, (kind, accepted) in kinds.items():
+        for name in names.split():
+            value, least = config[name], None if "positive" not in accepted and "1 or more" not in accepted else 0
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits or (least is not None and value is not None and not least < value < math.inf):
+                raise ValueError(f"{name}: got {value!r}; accepted: {accepted}")
+    one_of("precision", config["precision"], get_args(Precision))
+    one_of("binarize", config["binarize"], (None, "threshold", "static", "dynamic"))
 
 
 def model_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -537,6 +572,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     config = {name: signature(train).parameters[name].default for name in ("precision", "cuda_graph")} | config
     if lacking := [name for name in signature(train).parameters if name not in {"resume", "progress", *config}]:
         raise ValueError(f"{path} is not complete: it has no key {', '.join(map(repr, lacking))}")
+    try:
+        _check_settings(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if config["preset"] not in PRESETS:
         raise ValueError(f"{path}: got preset {config['preset']!r}; accepted: {', '.join(map(repr, PRESETS))}")
     return config

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from infovae_fast.data import binarize, load_data, to_unit
+from infovae_fast.data import binarize, load_data, some_places, to_unit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("INFOVAE_FAST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -383,6 +383,21 @@ def test_npz_names(tmp_path, names):
     data = load_data(str(tmp_path / "a.npz"))
     assert np.array_equal(data.train_images[:, 0], arrays[0]) and data.train_labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert np.array_equal(data.test_images[:, 0], arrays[2]) and data.test_labels.tolist() == [0, 1, 2]
+
+
+def test_places_of_many_are_of_every_class_and_the_same_each_time():
+    """`load_data` takes classes in turn: every second image would be of half of them."""
+    order = np.arange(40) % 4
+    places = some_places(40, 20)
+    assert set(order[places]) == {0, 1, 2, 3} and len(places.unique()) == 20
+    assert torch.equal(places, some_places(40, 20)) and torch.equal(places, places.sort().values)
+    assert torch.equal(some_places(7, 20), torch.arange(7))
+
+
+@pytest.mark.parametrize("name", ["y", "label", "images"])
+def test_a_lone_array_may_have_any_name(tmp_path, name):
+    np.savez(tmp_path / "one.npz", **{name: np.arange(40 * 16).reshape(40, 4, 4).astype(np.uint8)})
+    assert load_data(tmp_path / "one.npz").shape == (1, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8])

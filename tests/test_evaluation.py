@@ -177,6 +177,8 @@ def test_summary():
 def test_summary_of_too_few_draws_or_images():
     data = load_data("digits", train_size=20)
     model = InfoVAE.from_config(data.shape, 2, prior="uniform")
+    with pytest.raises(ValueError, match=r"seed=-1 must be an integer in 0\.\.4294967295"):
+        summarize(model, data, seed=-1)
     with pytest.raises(ValueError, match="n_samples: got 0; accepted: 1 or more"):
         summarize(model, data, n_samples=0)
     one = replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])

@@ -433,6 +433,14 @@ def test_refusals():
         InfoVAE.from_config(SHAPE, 0)
     with pytest.raises(ValueError, match="encoder: got 'resnet'; accepted: 'mlp', 'dcgan'"):
         InfoVAE.from_config(SHAPE, encoder="resnet")
+    for wrong in ("abc", 5, [-3], [1.5]):
+        for name, option in (("mlp", "hidden"), ("dcgan", "channels")):
+            with pytest.raises(ValueError, match=rf"{option}: got .*; accepted: a list of integers, 1 or more each"):
+                InfoVAE.from_config((1, 8, 8), encoder={"name": name, option: wrong})
+    with pytest.raises(ValueError, match="prior 'gaussian_mixture': missing a required argument: 'means'"):
+        InfoVAE.from_config((1, 8, 8), prior={"name": "gaussian_mixture"})
+    with pytest.raises(ValueError, match=r"encoder: got \[\]; accepted: 'mlp'"):
+        InfoVAE.from_config((1, 8, 8), encoder={"name": []})
     with pytest.raises(ValueError, match=r"decoder 'mlp': unknown options \['width'\]; accepted: \['hidden'\]"):
         InfoVAE.from_config(SHAPE, decoder={"name": "mlp", "width": 3})
     with pytest.raises(

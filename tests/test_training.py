@@ -27,6 +27,8 @@ from infovae_fast.training import (
     TrainingDiverged,
     can_fuse,
     lay_out,
+    read_run,
+    run_data,
     train,
 )
 
@@ -318,7 +320,7 @@ def test_refusals(tmp_path):
         with pytest.raises(ValueError, match=reason):
             train(resume=str(folder))
     for name, value in (("epochs", 0), ("evaluate_every", 0), ("batch_size", 1)):
-        with pytest.raises(ValueError, match=rf"{name}: got {value}; accepted: . or more"):
+        with pytest.raises(ValueError, match=rf"{name}: got {value}; accepted: .* or more"):
             train(out=str(tmp_path / "other"), **{name: value})
         assert not (tmp_path / "other").exists()
     for options, reason in (
@@ -351,9 +353,31 @@ def test_settings_that_do_not_fit_each_other_are_no_divergence_and_leave_no_run(
             train(out=out, epochs=1, **SMALL | options)
     images = (np.arange(9 * 16).reshape(9, 1, 4, 4) % 7 * 30).astype(np.uint8)  # 8 for training, 1 for testing
     np.save(tmp_path / "few.npy", images)
-    with pytest.raises(ValueError, match="needs two points"):
+    with pytest.raises(ValueError, match=r"few\.npy: got a test set of one image; accepted: two or more"):
         train(str(tmp_path / "few.npy"), epochs=1, out=out, **SMALL | {"train_size": None, "batch_size": 4})
     train(out=out, epochs=1, **SMALL)
+
+
+def test_a_config_may_hold_anything(tmp_path):
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL)
+    text = (folder / "config.json").read_text()
+    wrong = {"evaluate_every": 1.5, "lr": "x", "batch_size": "100", "gradient_clip": "a", "preset": ["a"], "data": 5}
+    wrong |= {"objective": "mmd", "cuda_graph": "maybe", "binarize": "foo", "seed": None, "encoder": 3, "alpha": "1"}
+    for name, value in wrong.items():
+        (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: value}))
+        with pytest.raises(ValueError, match=rf"{name}: got .*; accepted: "):
+            train(resume=str(folder), epochs=2)
+
+
+def test_a_run_knows_its_data_from_everywhere_and_old_metrics_go(tmp_path, monkeypatch):
+    np.save(tmp_path / "few.npy", (np.arange(40 * 16).reshape(40, 1, 4, 4) % 7 * 30).astype(np.uint8))
+    monkeypatch.chdir(tmp_path)
+    folder = train("few.npy", out="run", epochs=1, **SMALL | {"train_size": None, "batch_size": 4}).resolve()
+    monkeypatch.chdir("/")
+    assert len(run_data(read_run(folder)).train_images) == 36
+    (folder / "metrics.json").write_text("{}")
+    train(resume=str(folder), epochs=2)
+    assert not (folder / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("preset", ["elbo", "mmd_vae"])
@@ -362,6 +386,9 @@ def test_a_last_step_that_diverges_leaves_no_model(tmp_path, preset):
     with pytest.raises(TrainingDiverged, match="none was written yet"):
         train(preset=preset, epochs=1, lr=1e30, out=str(out), **SMALL | {"batch_size": 60})
     assert not (out / "model").exists() and not (out / "checkpoints" / "last.ckpt").exists()
+    assert not (out / "config.json").exists() and not list(
+        (out / "logs").glob("*")
+    )  # nothing a next run would continue
 
 
 def raises(*inputs, **options):
@@ -425,7 +452,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device .*: the last checkpoint stays as it was: .*last\.ckpt"):
+    with pytest.raises(OSError, match=r"No space left on device.*: the last checkpoint stays as it was: .*last\.ckpt"):
         train(resume=str(folder), epochs=2, progress=False)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infovae_fast.data import some_places
 from infovae_fast.data_files import need
 
 MOST = 10_000  # images that a classifier learns from: its time grows with their square
@@ -40,12 +41,13 @@ def class_divergence(real: Tensor, generated: Tensor) -> float:
 def fit_classifier(images: Tensor, labels: Tensor) -> Any:
     """A support vector machine (scikit-learn's SVC, RBF kernel) of images [N, C, H, W] in [0, 1] and labels [N].
 
-    Learns from at most `MOST` of them, evenly spaced. `predict_classes(classifier, images)` tells labels.
+    Learns from at most `MOST` of them, drawn once and for all: they may lie in an order.
+    `predict_classes(classifier, images)` tells labels.
 
     Raises:
         ImportError: scikit-learn is missing. ValueError: fewer than two classes.
     """
-    some = torch.arange(min(len(images), MOST)) * len(images) // min(len(images), MOST)
+    some = some_places(len(images), MOST)
     classifier = need("sklearn.svm", "scikit-learn").SVC(C=10.0)
     return classifier.fit(images[some].flatten(1).cpu().numpy(), labels[some].cpu().numpy())
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infovae_fast.arguments import check_seed
 from infovae_fast.data import ImageData, to_unit
 from infovae_fast.evaluation.classes import class_divergence, fit_classifier, predict_classes
 from infovae_fast.evaluation.covariance import log_det_covariance
@@ -50,10 +51,11 @@ def summarize(model: InfoVAE, data: ImageData, *, n_samples: int = 100, seed: in
         under a Bernoulli decoder -log p(x|z) is a cross-entropy, and what is made of it no log-likelihood.
 
     Raises:
-        ValueError: n_samples below 1.
+        ValueError: n_samples below 1, a seed below 0 or above 2^32 - 1.
     """
     if n_samples < 1:  # before what takes long
         raise ValueError(f"n_samples: got {n_samples}; accepted: 1 or more")
+    check_seed("seed", seed)
     device = next(model.parameters()).device
     size = DECODED if model.autoregressive else BATCH
     metrics: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infovae_fast.arguments import is_integer
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
@@ -52,7 +53,7 @@ class MLPEncoder(nn.Sequential):
     def __init__(
         self, shape: Shape, outputs: int, hidden: Sequence[int] = (256, 256), batch_norm: bool = False
     ) -> None:
-        sizes = [prod(shape), *hidden, outputs]
+        sizes = [prod(shape), *_counts("hidden", hidden), outputs]
         super().__init__(nn.Flatten(1), *_mlp(sizes, lambda: nn.LeakyReLU(0.1), batch_norm))
 
 
@@ -60,7 +61,9 @@ class MLPDecoder(nn.Sequential):
     """Fully connected: z [N, inputs], one layer for each of `hidden`, then a linear layer to `shape` (K, H, W)."""
 
     def __init__(self, inputs: int, shape: Shape, hidden: Sequence[int] = (256, 256)) -> None:
-        super().__init__(*_mlp([inputs, *hidden, prod(shape)], nn.ReLU), nn.Unflatten(1, tuple(shape)))
+        super().__init__(
+            *_mlp([inputs, *_counts("hidden", hidden), prod(shape)], nn.ReLU), nn.Unflatten(1, tuple(shape))
+        )
 
 
 class DCGANEncoder(nn.Sequential):
@@ -79,7 +82,8 @@ class DCGANEncoder(nn.Sequential):
         hidden: int = 1024,
         batch_norm: bool = False,
     ) -> None:
-        maps = [shape[0], *channels]
+        maps = [shape[0], *_counts("channels", channels)]
+        _counts("hidden", [hidden])
         height, width = _downsampled(shape, len(channels))
         super().__init__()
         for i, (before, after) in enumerate(pairwise(maps)):
@@ -113,7 +117,8 @@ class DCGANDecoder(nn.Sequential):
         hidden: int = 1024,
         batch_norm: bool = False,
     ) -> None:
-        maps = [*reversed(channels), shape[0]]
+        maps = [*reversed(_counts("channels", channels)), shape[0]]
+        _counts("hidden", [hidden])
         height, width = _downsampled(shape, len(channels))
         super().__init__()
         for i, (before, after) in enumerate([(inputs, hidden), (hidden, maps[0] * height * width)]):
@@ -150,12 +155,23 @@ def build(table: Mapping[str, Callable[..., Any]], what: str, config: dict[str, 
     """
     options: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
     name = options.pop("name", None)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"{what}: got {name!r}; accepted: " + ", ".join(map(repr, table)))
     accepted = list(signature(table[name]).parameters)[len(args) :]
     if unknown := sorted(set(options) - set(accepted)):
         raise ValueError(f"{what} {name!r}: unknown options {unknown}; accepted: {accepted}")
+    try:
+        signature(table[name]).bind(*args, **options)
+    except TypeError as error:
+        raise ValueError(f"{what} {name!r}: {error}; accepted: {accepted}") from None
     return table[name](*args, **options)
+
+
+def _counts(name: str, values: Any) -> Sequence[int]:
+    """The values, if they are a sequence of sizes."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(is_integer(v) and v > 0 for v in values):
+        raise ValueError(f"{name}: got {values!r}; accepted: a list of integers, 1 or more each")
+    return values
 
 
 def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module], batch_norm: bool = False) -> list[nn.Module]:
