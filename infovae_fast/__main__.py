@@ -3,6 +3,7 @@
 import importlib
 import json
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -65,3 +66,7 @@ def report() -> str:
 
 if __name__ == "__main__":
     print(report())
+    try:
+        backends.check_name("auto")
+    except ValueError as error:
+        sys.exit(str(error))

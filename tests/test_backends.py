@@ -80,6 +80,8 @@ def test_the_environment_says_what_auto_means(monkeypatch):
     monkeypatch.setattr(backends, "AUTO", "fast")
     with pytest.raises(ValueError, match="INFOVAE_FAST_BACKEND='fast' is unknown; accepted: 'auto', 'cuda'"):
         run("auto", 3)
+    with pytest.raises(SystemExit, match="INFOVAE_FAST_BACKEND='fast' is unknown"):
+        runpy.run_module("infovae_fast", run_name="__main__")
 
 
 @pytest.mark.parametrize(("value", "meaning"), [(None, "auto"), ("", "auto"), ("cpp", "cpp")])
