@@ -358,7 +358,7 @@ def _check(kernel: Kernel, weights: Weights) -> None:
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel: got {kernel!r}; accepted: a Kernel such as RBF(1.0)")
     numbers = weights if isinstance(weights, Sequence) else ()
-    if len(numbers) != 3 or not all(isinstance(w, Real) and math.isfinite(w) for w in numbers):
+    if len(numbers) != 3 or not all(isinstance(w, Real | torch.SymFloat) and -math.inf < w < math.inf for w in numbers):
         raise ValueError(f"weights: got {weights!r}; accepted: three finite numbers, w_xx, w_xy and w_yy")
 
 

@@ -418,13 +418,17 @@ def train(
         TrainingDiverged: the loss became NaN or infinite.
     """
     config = {key: value for key, value in locals().items() if key not in ("resume", "progress")}
+    for key in ("data", "root"):  # a run may be evaluated from another folder; what is not there, `load_data` tells
+        if (
+            isinstance(given_path := config[key], str)
+            and given_path not in NAMED
+            and Path(given_path).expanduser().exists()
+        ):
+            config[key] = os.path.abspath(Path(given_path).expanduser())
     if resume is None:
         config["epochs"] = 100 if epochs is None else epochs
         folder = Path(out or f"runs/{Path(data).stem}-{preset}-{seed}")
         config["out"] = str(folder)
-        if data not in NAMED:  # a run may be evaluated from another folder
-            config["data"] = str(Path(data).expanduser().resolve())
-        config["root"] = root and str(Path(root).expanduser().resolve())
         given = {"name", *(key for key in ("alpha", "lambda_") if config[key] is not None)}
         if twice := sorted(given & set(objective or {})):
             raise ValueError(f"objective: got {', '.join(twice)}, which other options give; accepted: once")

@@ -393,6 +393,16 @@ def test_weights_of_the_blocks_are_three_numbers(bad):
             call()
 
 
+def test_weights_of_the_blocks_may_change_under_compile():
+    def compiled(x, w):
+        return energy(x, kernel=RBF(1.0), weights=(w, 0.0, 0.0), backend="reference")
+
+    x = points(6, 1, 2)[0]
+    f = torch.compile(compiled, fullgraph=True, backend="eager")
+    for w in (1.0, 2.0, 3.0):
+        near(f(x, w), compiled(x, w))
+
+
 def test_forces_of_a_cloud_on_itself_cancel(backend):
     x, y, _ = points(8, 9, 3)
     require_pairwise(backend, x, y, kernel=RBF(1.0), energy=False)

@@ -376,8 +376,14 @@ def test_a_run_knows_its_data_from_everywhere_and_old_metrics_go(tmp_path, monke
     monkeypatch.chdir("/")
     assert len(run_data(read_run(folder)).train_images) == 36
     (folder / "metrics.json").write_text("{}")
-    train(resume=str(folder), epochs=2)
+    monkeypatch.chdir(tmp_path)
+    train("few.npy", resume=str(folder), epochs=2)
     assert not (folder / "metrics.json").exists()
+    (tmp_path / "blob").write_bytes((tmp_path / "few.npy").read_bytes())
+    (tmp_path / "link.npy").symlink_to("blob")  # its own name tells what it is
+    train("link.npy", out="other", epochs=1, **SMALL | {"train_size": None, "batch_size": 4})
+    with pytest.raises(ValueError, match="'mnst' is unknown"):
+        train("mnst", out="none")
 
 
 @pytest.mark.parametrize("preset", ["elbo", "mmd_vae"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.arguments import is_integer
+from infovae_fast.arguments import is_integer, number
 from infovae_fast.models.pixelcnn import GatedPixelCNN
 from infovae_fast.models.pixelcnn_pp import PixelCNNPlusPlus
 
@@ -83,7 +83,7 @@ class DCGANEncoder(nn.Sequential):
         batch_norm: bool = False,
     ) -> None:
         maps = [shape[0], *_counts("channels", channels)]
-        _counts("hidden", [hidden])
+        number("hidden", hidden, int, 0)
         height, width = _downsampled(shape, len(channels))
         super().__init__()
         for i, (before, after) in enumerate(pairwise(maps)):
@@ -118,7 +118,7 @@ class DCGANDecoder(nn.Sequential):
         batch_norm: bool = False,
     ) -> None:
         maps = [*reversed(_counts("channels", channels)), shape[0]]
-        _counts("hidden", [hidden])
+        number("hidden", hidden, int, 0)
         height, width = _downsampled(shape, len(channels))
         super().__init__()
         for i, (before, after) in enumerate([(inputs, hidden), (hidden, maps[0] * height * width)]):
