@@ -119,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     TORCH_CHECK_VALUE(scales > 0 && scales == weight.size(), "bandwidth and weight: got ", scales, " and ",
                       weight.size(), " numbers; give one of each per scale");
     TORCH_CHECK_VALUE(!(v.has_value() && y_force), "v belongs to the forces on x; ask for y_force without it");
-    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force,
-                              potentials);
-    const int64_t n = x.size(-2), d = x.size(-1), m = y.has_value() && y->dim() >= 2 ? y->size(-2) : 0;
+    TORCH_CHECK_VALUE(!y.has_value() || y->dim() == x.dim(), "y: got shape ", y->sizes(), " beside x ", x.sizes(),
+                      "; accepted: as many dimensions");
+    const int64_t n = x.size(-2), d = x.size(-1), m = y.has_value() ? y->size(-2) : 0;
     const int64_t clouds = x.numel() / std::max<int64_t>(1, n * d);
     const auto contiguous = [&](const char* name, const std::optional<Tensor>& t, int64_t points, bool coordinates) {
         if (!t.has_value()) return Tensor();
@@ -136,6 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_native(
     };
     const Tensor xs = x.contiguous(), ys = contiguous("y", y, m, true), vs = contiguous("v", v, n, true),
                  as = contiguous("a", a, n, false), bs = contiguous("b", b, m, false);
+    auto out = pairwise_empty(x, y, v, a, b, rbf, bandwidth, lengths, weight, alpha, w, energy, x_force, y_force,
+                              potentials);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infovae_fast::pairwise", [&] {
         using T = scalar_t;
         const auto in = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };

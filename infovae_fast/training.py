@@ -419,12 +419,9 @@ def train(
     """
     config = {key: value for key, value in locals().items() if key not in ("resume", "progress")}
     for key in ("data", "root"):  # a run may be evaluated from another folder; what is not there, `load_data` tells
-        if (
-            isinstance(given_path := config[key], str)
-            and given_path not in NAMED
-            and Path(given_path).expanduser().exists()
-        ):
-            config[key] = os.path.abspath(Path(given_path).expanduser())
+        path = config[key]
+        if isinstance(path, str) and path not in NAMED and Path(path).expanduser().exists():
+            config[key] = os.path.abspath(Path(path).expanduser())  # a link keeps its own name
     if resume is None:
         config["epochs"] = 100 if epochs is None else epochs
         folder = Path(out or f"runs/{Path(data).stem}-{preset}-{seed}")
@@ -479,10 +476,10 @@ def train(
         trainer.fit(module, batches, ckpt_path=checkpoint.last if done else None)
     except SystemExit:  # how Lightning ends after Ctrl-C and SIGTERM
         raise KeyboardInterrupt(f"interrupted; continue with --resume {folder}") from None
+    except TrainingDiverged:  # its settings and curves tell why
+        raise
     except Exception:
-        if (
-            resume is None and not checkpoint.last.exists()
-        ):  # nothing to continue, nor for a next run to count as its own
+        if resume is None and not checkpoint.last.exists():  # nothing to continue, nor to count as the next run's
             (folder / "config.json").unlink(missing_ok=True)
             shutil.rmtree(trainer.log_dir or "", ignore_errors=True)
         raise
@@ -494,24 +491,27 @@ def train(
 
 def _check_settings(config: dict[str, Any]) -> None:
     """ValueError for a setting of another kind than `train` takes: a config.json may hold anything."""
-    kinds: dict[str, tuple[Any, str]] = {
-        "encoder decoder likelihood prior": (str | dict, "a name, or a dict of its name and options"),
-        "objective": (dict | None, "a dict of arguments of the preset"),
-        "data preset": (str, "a string"),
-        "root out": (str | None, "a string"),
-        "cuda_graph": (bool, "true or false"),
-        "latent_dim epochs evaluate_every batch_size": (Integral, "an integer, 1 or more"),
-        "train_size": (Integral | None, "an integer, 1 or more"),
-        "seed": (Integral, "an integer, 0 or more"),
-        "lr": (Real, "a positive number"),
-        "gradient_clip": (Real | None, "a positive number"),
-        "alpha lambda_": (Real | None, "a number"),
+    kinds: dict[str, tuple[Any, float | None, str]] = {  # of numbers also above what
+        "encoder decoder likelihood prior": (str | dict, None, "a name, or a dict of its name and options"),
+        "objective": (dict | None, None, "a dict of arguments of the preset"),
+        "data preset": (str, None, "a string"),
+        "root out": (str | None, None, "a string"),
+        "cuda_graph": (bool, None, "true or false"),
+        "latent_dim epochs evaluate_every": (Integral, 0, "an integer, 1 or more"),
+        "batch_size": (Integral, 1, "an integer, 2 or more"),
+        "train_size": (Integral | None, 0, "an integer, 1 or more"),
+        "seed": (Integral, -1, "an integer, 0 or more"),
+        "lr": (Real, 0, "a positive number"),
+        "gradient_clip": (Real | None, 0, "a positive number"),
+        "alpha lambda_": (Real | None, -math.inf, "a finite number"),
     }
-    for names, (kind, accepted) in kinds.items():
+    for names, (kind, above, accepted) in kinds.items():
         for name in names.split():
-            value, least = config[name], None if "positive" not in accepted and "1 or more" not in accepted else 0
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not fits or (least is not None and value is not None and not least < value < math.inf):
+            value = config[name]
+            fits = isinstance(value, kind)
+            if fits and above is not None and value is not None:
+                fits = not isinstance(value, bool) and above < value < math.inf
+            if not fits:
                 raise ValueError(f"{name}: got {value!r}; accepted: {accepted}")
     one_of("precision", config["precision"], get_args(Precision))
     one_of("binarize", config["binarize"], (None, "threshold", "static", "dynamic"))

@@ -407,9 +407,9 @@ def test_refusals():
         native(x, y.double())
     with pytest.raises(ValueError, match=r"y: got shape \[5, 2\] beside x \[9, 3\]; accepted: \[5, 3\]"):
         native(x, y[:, :2])
-    for bad in (y[None], torch.zeros(4, 6)):
+    for cloud, bad in ((x, y[None]), (torch.zeros(2, 5, 3), y), (torch.zeros(2, 2, 5, 3), y), (x, y[0])):
         with pytest.raises(ValueError, match="y: got shape"):
-            native(torch.zeros(2, 5, 3) if bad.ndim == 2 else x, bad)
+            native(cloud, bad)
     with pytest.raises(ValueError, match="v: got shape"):
         native(x, y, v.mT)
     length = torch.tensor(1.0)
