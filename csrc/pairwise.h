@@ -42,7 +42,7 @@ void pairwise(const PairwiseProblem<T>& problem) {
 // waits. `lengths`: the bandwidths in the memory of the GPU, or null: those of the problem. `processors`: of the GPU,
 // to divide the work. Returns what went wrong, or null. The bits do not depend on the order of the blocks.
 constexpr int64_t kCudaMaxDim = 18;           // coordinates that fit the registers
-constexpr int64_t kCudaMaxProductsDim = 128;  // of float; with v for one RBF scale alone
+constexpr int64_t kCudaMaxProductsDim = 128;  // of float; with v for one RBF scale and without weights of points
 constexpr int kCudaMaxScales = 32;
 template <typename T>
 struct Affine {  // *value = factor energy + constant, in T, where it is not null; the energy must be wanted

@@ -29,6 +29,7 @@ from infovae_fast.likelihoods import (
 )
 from infovae_fast.masked_conv import MaskedConv2d, masked_conv2d
 from infovae_fast.models import GatedPixelCNN, InfoVAE, PixelCNNPlusPlus, PixelSampler
+from infovae_fast.models.priors import GaussianMixture, Prior, SamplerPrior, StandardNormal, Uniform
 from infovae_fast.normal_prior import NormalMMDLoss, mmd_to_normal
 from infovae_fast.objective import (
     Objective,
@@ -43,6 +44,7 @@ from infovae_fast.objective import (
 from infovae_fast.radial import (
     IMQ,
     RBF,
+    Kernel,
     RationalQuadratic,
     cmmd,
     five_scale_rbf,
@@ -64,8 +66,10 @@ __all__ = [
     "DiscretizedLogisticMixture",
     "GatedPixelCNN",
     "Gaussian",
+    "GaussianMixture",
     "ImageData",
     "InfoVAE",
+    "Kernel",
     "MMDLoss",
     "MMDTest",
     "MaskedConv2d",
@@ -73,8 +77,12 @@ __all__ = [
     "Objective",
     "PixelCNNPlusPlus",
     "PixelSampler",
+    "Prior",
     "RationalQuadratic",
+    "SamplerPrior",
+    "StandardNormal",
     "SteinLoss",
+    "Uniform",
     "aae",
     "bernoulli_nll",
     "beta_vae",

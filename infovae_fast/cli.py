@@ -125,6 +125,23 @@ def _refuse_beside_resume(args: Sequence[str]) -> None:
         raise ValueError(f"--resume: only --epochs and --progress may be given with it, got {', '.join(others)}")
 
 
+def _one_list(args: Sequence[str]) -> list[str]:
+    """`report a b` as `report '["a", "b"]'`."""
+    command, *rest = args or [""]
+    folders, options = list[str](), list[str]()
+    while command == "report" and rest:
+        arg = rest.pop(0)
+        if not arg.startswith("-"):
+            folders.append(arg)
+            continue
+        options.append(arg)
+        if rest and "=" not in arg and arg not in ("-h", "--help", "--print_config"):
+            options.append(rest.pop(0))
+    if not folders or (len(folders) == 1 and folders[0].startswith("[")):
+        return list(args)
+    return [command, json.dumps(folders), *options]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point: errors a user can mend end with one line and exit code 2 (bad options) or 1."""
     try:
@@ -133,11 +150,12 @@ def main(args: Sequence[str] | None = None) -> None:
         from infovae_fast.training import train
     except ImportError as error:
         sys.exit(MISSING.format(error.name))
+    args = sys.argv[1:] if args is None else list(args)
     try:
-        _refuse_beside_resume(sys.argv[1:] if args is None else args)
+        _refuse_beside_resume(args)
         auto_cli(
             [train, evaluate, sample, report],
-            args=None if args is None else list(args),
+            args=_one_list(args),
             prog="infovae-fast",
             description=__doc__,
             as_positional=True,

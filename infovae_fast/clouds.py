@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from infovae_fast.backends import on_host
 from infovae_fast.radial import PRESETS, RBF, Kernel
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KernelLike = Kernel | Callable[[Tensor, Tensor], Kernel] | str | None
 
 
@@ -26,7 +27,7 @@ def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:
     """
     first, *others = clouds
     x = clouds[first]
-    if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and 0 not in x.shape:
+    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype in FLOATS and 0 not in x.shape:
         dtype, d, device = x.dtype, x.shape[1], x.device
         for name in others:  # the usual case at once: every microsecond counts at small N
             t = clouds[name]
@@ -42,6 +43,8 @@ def as_cloud(**clouds: Tensor | None) -> tuple[Any, ...]:
             raise TypeError(f"{name}: got {type(t).__name__}; accepted: a torch.Tensor [N, D]")
         if not t.is_floating_point():
             raise TypeError(f"{name}: got dtype {t.dtype}; accepted: floating point; convert with {name}.float()")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: got dtype {t.dtype}; accepted: 16 bits or more; convert with {name}.float()")
     if len({t.dtype for t in given.values()}) > 1 and all(t.dtype.itemsize <= 4 for t in given.values()):
         given = {name: t.float() for name, t in given.items()}
     x = given[first]
@@ -83,7 +86,10 @@ def samples(**clouds: Tensor) -> tuple[Tensor, ...]:
     for name, t in zip(clouds, checked, strict=True):
         if t.ndim != 2:
             shape = tuple(t.shape)
-            raise ValueError(f"{name}: got shape {shape}; accepted: [N, D]; flatten each point with {name}.flatten(1)")
+            raise ValueError(
+                f"{name}: got shape {shape}; accepted: [N, D]; flatten each point with {name}.flatten(1), or take "
+                "the clouds of a batch [B, N, D] with torch.func.vmap"
+            )
     return checked
 
 
@@ -119,7 +125,7 @@ def kernel_of(kernel: KernelLike, x: Tensor, y: Tensor) -> Kernel:
         kernel = kernel(x, y)
         if not isinstance(kernel, Kernel):
             raise TypeError(f"kernel: the function of (x, y) returned {type(kernel).__name__}; accepted: a Kernel")
-    return kernel.at(x.shape[-1])
+    return kernel.checked().at(x.shape[-1])
 
 
 class KernelModule(nn.Module):

@@ -17,8 +17,10 @@ class CudaGraph(Generic[Out]):
     one records it. From then on the inputs are copied to where the recording reads, and it is replayed. Inputs of other
     shapes begin anew.
 
-    The tensors that come out are overwritten by the next call. Of what `run` leaves elsewhere only the memory stays:
-    let it set gradients to None before `backward()` and return them, for the caller to put them back in their places.
+    The tensors that come out are overwritten by the next call. Side effects in Python are not repeated: let `run`
+    return everything that is needed, gradients too (set to None before `backward()`, for the caller to put back in
+    their places). Numbers of Python, such as a learning rate or a weight in the loss, keep the value that they had when
+    it was recorded; what shall change must be in a tensor.
     Random numbers differ from call to call, as without a graph, and follow `torch.manual_seed`. `run` must not look at
     numbers (`item()`), and what comes out must not require a gradient, as that would keep the stream of an earlier
     call.

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-_GET_MNIST = """Get the file, with .gz, from https://ossci-datasets.s3.amazonaws.com/mnist/ and pass its folder as \
-root, or leave root out to download through scikit-learn's fetch_openml('mnist_784')"""
+_GET_MNIST = """Get the four files, with .gz, from https://ossci-datasets.s3.amazonaws.com/mnist/ and pass their \
+folder as root"""
+_OR_DOWNLOAD = ", or leave root out to download through scikit-learn's fetch_openml('mnist_784')"
 _GET_CIFAR10 = """Get cifar-10-binary.tar.gz or cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html\
 , unpack it and pass the folder as root"""
 KEYS = {
@@ -52,9 +53,11 @@ def _read_idx(root: Path, stem: str, dims: int) -> np.ndarray:
     names = [f"{stem}{dot}idx{dims}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     path = next((root / name for name in names if (root / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"mnist: {root} holds none of {', '.join(names)}. {_GET_MNIST}")
+        raise FileNotFoundError(f"mnist: {root} holds none of {', '.join(names)}. {_GET_MNIST}{_OR_DOWNLOAD}")
     usual = f"{60000 if stem.startswith('train') else 10000}{'x28x28' if dims == 3 else ''}"
-    with _reading(path, f"magic number {2048 + dims}, sizes (officially {usual}) and as many bytes", _GET_MNIST):
+    with _reading(
+        path, f"magic number {2048 + dims}, sizes (officially {usual}) and as many bytes", _GET_MNIST + _OR_DOWNLOAD
+    ):
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data  # some downloads unpack but keep the name
         magic, *sizes = struct.unpack_from(f">{1 + dims}I", data)

@@ -13,6 +13,7 @@ computes in the dtype of its parameters.
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -41,6 +42,7 @@ Score = Callable[[Tensor], Tensor] | Tensor | None
 
 ESTIMATORS = ("unbiased", "biased", "linear", "block")
 CHUNK = 2**15  # points between two reports of progress
+FORGOTTEN = 100  # losses without a step of the critic, after which there is a warning
 
 
 def mmd(
@@ -317,9 +319,14 @@ class MMDLoss(KernelModule):
         one_of("estimator", estimator, ESTIMATORS)
         self.estimator, self.block_size, self.backend = estimator, block_size, backend
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """MMD^2 of x [N, D] and y [M, D]: a scalar."""
-        return mmd(x, y, self.kernel, self.estimator, block_size=self.block_size, backend=self.backend)
+    def forward(
+        self, x: Tensor, y: Tensor, *, x_weights: Tensor | None = None, y_weights: Tensor | None = None
+    ) -> Tensor:
+        """MMD^2 of x [N, D] and y [M, D], with weights of the points [N] and [M] if given: a scalar."""
+        return mmd(
+            x, y, self.kernel, self.estimator, block_size=self.block_size, x_weights=x_weights, y_weights=y_weights,
+            backend=self.backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel}, estimator={self.estimator!r}"
@@ -404,6 +411,7 @@ class AdversarialLoss(nn.Module):
             raise ValueError(f"penalty: got {penalty!r}; accepted: 0 or more")
         self.dim, self.kind, self.critic, self.penalty = dim, kind, critic, penalty
         self.critic_lr, self.critic_betas, self.critic_steps = critic_lr, critic_betas, critic_steps
+        self._calls = 0  # of `forward` with a gradient since `critic_loss`
 
     @property
     def report_name(self) -> str:
@@ -412,6 +420,14 @@ class AdversarialLoss(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The encoder's loss: a scalar, with a gradient to x but none to the critic."""
         x, y = self._samples(x, y)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._calls += 1
+            if self._calls == FORGOTTEN:
+                warnings.warn(
+                    f"AdversarialLoss: {FORGOTTEN} losses in a row without a step of the critic, which the optimizer "
+                    "of the encoder does not train: before each, take one on critic_loss (see AdversarialLoss)",
+                    stacklevel=2,
+                )
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
         on_x = self._scores(functional_call(self.critic, frozen, (x,)), x)
         if self.kind == "js":
@@ -420,6 +436,7 @@ class AdversarialLoss(nn.Module):
 
     def critic_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The critic's loss: a scalar, with a gradient to the critic but none to x and y."""
+        self._calls = 0
         x, y = (sample.detach() for sample in self._samples(x, y))
         on_x, on_y = self._scores(self.critic(x), x), self._scores(self.critic(y), y)
         if self.kind == "js":

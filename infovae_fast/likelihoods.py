@@ -17,8 +17,9 @@ params[:, c::C] are those of channel c alone.
 * Differentiable in params, and in x except for categorical and mixture, constant inside a bin. NaN in, NaN out.
 * `draw` is the inverse distribution function (a bit is 1 where u < p): the same x for the same params and uniforms in
   (0, 1). A temperature divides logits and multiplies scales and deviations: below 1 it draws likelier images.
-* TypeError for anything but floating-point tensors, ValueError for shapes, names and numbers. Values are not checked,
-  lest a GPU wait for the host: all but the Gaussian need x in [0, 1], a tensor std must be positive.
+* TypeError for anything but floating-point tensors, ValueError for shapes, names and numbers. All but the Gaussian
+  need x in [0, 1]: the classes check that on the CPU (on a GPU it would wait for the host). A tensor std must be
+  positive.
 """
 
 import math
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from infovae_fast.arguments import Reduction, float32_or_better, number, reduced
+from infovae_fast.backends import on_host
 from infovae_fast.logistic_mixture import conditional_mean, discretized_logistic_mixture_nll, split_params
 
 TINY = torch.finfo(torch.float32).tiny
@@ -99,7 +101,7 @@ class Bernoulli(Likelihood):
         return data_channels
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        return bernoulli_nll(params, x)
+        return bernoulli_nll(params, _unit(x))
 
     def mean(self, params: Tensor) -> Tensor:
         return float32_or_better(params=params)[0].sigmoid()
@@ -134,6 +136,8 @@ class Gaussian(Likelihood):
     squash: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.squash, bool):
+            raise ValueError(f"squash: got {self.squash!r}; accepted: True or False")
         number("min_std", self.min_std, float, above=0)
         number("std", 1.0 if self.std is None else self.std, float, above=0)
 
@@ -182,7 +186,7 @@ class Categorical(Likelihood):
         return self.levels * data_channels
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        return categorical_nll(params, x, levels=self.levels)
+        return categorical_nll(params, _unit(x), levels=self.levels)
 
     def mean(self, params: Tensor) -> Tensor:
         p = _by_level(float32_or_better(params=params)[0], self.levels).softmax(1)  # [N, levels, C, *S]
@@ -227,7 +231,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return (3 if data_channels == 1 else 10) * self.mixtures
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        params, x = float32_or_better(params=params, x=x)
+        params, x = float32_or_better(params=params, x=_unit(x))
         split_params(params, x.shape[1] if x.ndim > 1 else None, self.mixtures)  # refuses any other K
         return discretized_logistic_mixture_nll(params, x, levels=self.levels)
 
@@ -277,7 +281,7 @@ def likelihood_from_config(config: Mapping[str, Any]) -> Likelihood:
     kinds: dict[str, Any] = {kind.name: kind for kind in (Bernoulli, Gaussian, Categorical, DiscretizedLogisticMixture)}
     options = dict(config)
     name = options.pop("name", None)
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"likelihood name={name!r} is unknown; accepted: {', '.join(map(repr, kinds))}")
     accepted = [field.name for field in fields(kinds[name])]
     if unknown := sorted(options.keys() - accepted):
@@ -319,6 +323,16 @@ def inside(uniforms: Tensor, dtype: torch.dtype) -> Tensor:
 def _none_or_nan(logits: Tensor) -> Tensor:
     """0 [N, 1, ...], or NaN where a logit is."""
     return torch.where(logits.isnan().any(1, keepdim=True), logits.new_full((), math.nan), 0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x; ValueError if it is seen to leave [0, 1] by more than rounding."""
+    if isinstance(x, Tensor) and x.is_floating_point() and on_host(x) and x.numel():
+        least, most = (t.item() for t in x.detach().aminmax())
+        if least < -1e-3 or most > 1 + 1e-3:
+            accepted = "in [0, 1] (of bytes, / 255; of [-1, 1], (x + 1) / 2), or the Gaussian likelihood"
+            raise ValueError(f"x: got values from {least:g} to {most:g}; accepted: {accepted}")
+    return x
 
 
 def _same_shape(**tensors: Tensor) -> list[Tensor]:

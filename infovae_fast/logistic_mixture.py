@@ -21,7 +21,8 @@ those to the coefficients those to the means that they move:
 * x is rounded to the levels, half to even; values outside [0, 1] are far from every mean. NaN in, NaN out.
 * Value and gradient are finite as long as (y - mu)/s is (in float32: all log-scales from -60 up, |mu| up to 1000).
 * Computed and returned in float32 or better (float64 stays), under autocast too; a pixel's error is a few roundings of
-  1 + its nll. The sums over pixels of the fast backends are float64.
+  1 + its nll, and of mu / s: a component far narrower than a bin whose mean is at an edge tells its side no better. The
+  sums over pixels of the fast backends are float64.
 
 The reference is differentiable, twice, to params; x has the gradient zero. The fast backends compute the first
 derivatives in the same pass as the value and keep them for the backward pass, in the layout of params; "auto" takes the

@@ -56,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infovae_fast.arguments import number
+from infovae_fast.arguments import is_integer, number
 from infovae_fast.backends import Backend, check_name, choose, native_missing, transforms, triton_missing
 
 AUTOCAST = ("cuda",)  # devices whose autocast counts
@@ -501,7 +501,7 @@ def _check_mask(mask: Mask) -> None:
             raise ValueError(f"{name}: got {getattr(mask, name)!r}; accepted: " + ", ".join(map(repr, choices)))
     for name, step in (("kernel_size", 2), ("data_channels", 1)):
         size = getattr(mask, name)
-        if not isinstance(size, int) or isinstance(size, bool):
+        if not is_integer(size):
             raise TypeError(f"{name}: got {size!r} ({type(size).__name__}); accepted: one int")
         if size < 1 or (size - 1) % step:
             raise ValueError(f"{name}: got {size}; accepted: 1, {1 + step}, {1 + 2 * step}, ...")

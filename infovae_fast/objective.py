@@ -64,10 +64,15 @@ class Objective(nn.Module):
         prior_samples: how many points of the prior to compare with; default as many as the batch has.
         allow_negative: accept a negative weight of the divergence, which rewards mismatch with the prior.
 
+    `strength`, None or a tensor [] on the model's device, is a factor of both weights: for a warm-up it goes from 0 to
+    1 as training begins. (A CUDA graph reads the tensor anew at every replay; alpha and lambda_ it keeps as they were.)
+
     Raises:
         TypeError: not a number, not a module.
         ValueError: not finite; a negative weight of the divergence; a weight without a divergence.
     """
+
+    strength: Tensor | None
 
     def __init__(
         self,
@@ -86,11 +91,14 @@ class Objective(nn.Module):
         if prior_samples is not None and not (is_integer(prior_samples) and prior_samples >= 1):
             accepted = "accepted: an integer, 1 or more, or None for the batch size"
             raise ValueError(f"prior_samples: got {prior_samples!r}; {accepted}")
-        self.alpha, self.lambda_, self.divergence, self.prior_samples = alpha, lambda_, divergence, prior_samples
+        self.alpha, self.lambda_ = float(alpha), float(lambda_)
+        self.divergence, self.prior_samples = divergence, prior_samples
+        self.register_buffer("strength", None, persistent=False)
         if self.divergence_weight < 0 and not allow_negative:
             raise ValueError(
                 f"alpha + lambda - 1 = {self.divergence_weight:g} (alpha={alpha:g}, lambda_={lambda_:g}): a negative "
-                "weight rewards mismatch of q(z) and p(z); choose lambda_ >= 1 - alpha, or pass allow_negative=True"
+                "weight rewards mismatch of q(z) and p(z); choose lambda_ >= 1 - alpha, or build "
+                "Objective(..., allow_negative=True)"
             )
         if self.divergence_weight != 0 and divergence is None:
             raise ValueError(
@@ -134,15 +142,16 @@ class Objective(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(t.shape)}; {accepted}")
         if kl is None and self.kl_weight != 0:
             raise ValueError(f"alpha={self.alpha:g} weighs the KL term, but it is not defined here; use alpha=1")
+        strength: Tensor | float = 1.0 if self.strength is None else self.strength
         loss = reconstruction.mean()
         if self.kl_weight != 0:
-            loss = loss + self.kl_weight * kl.mean()  # type: ignore[union-attr]
+            loss = loss + strength * (self.kl_weight * kl.mean())  # type: ignore[union-attr]
         divergence = None
         if self.divergence is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence_weight != 0):
                 divergence = self._divergence(z, prior)
             if self.divergence_weight != 0:
-                loss = loss + self.divergence_weight * divergence
+                loss = loss + strength * (self.divergence_weight * divergence)
         return Terms(
             loss=loss,
             reconstruction=reconstruction.mean().detach(),
@@ -185,9 +194,20 @@ def mmd_vae(
     kernel: Any = None,
     estimator: str = "unbiased",
     prior_samples: int | None = None,
+    closed_form: bool = False,
     backend: str = "auto",
 ) -> Objective:
-    """MMD between q(z) and p(z). kernel: as in `mmd`, or a configuration such as {"name": "imq", "bandwidth": 1.0}."""
+    """MMD between q(z) and p(z).
+
+    Args:
+        kernel: as in `mmd`, or a configuration such as {"name": "imq", "bandwidth": 1.0}.
+        closed_form: to N(0, I) without a sample of it (`mmd_to_normal`): less noise. For that prior, and kernels that
+            are RBF, IMQ or RationalQuadratic; estimator and prior_samples must be left as they are.
+    """
+    if closed_form:
+        if prior_samples is not None or estimator != "unbiased":
+            raise ValueError("closed_form: got an estimator or prior_samples too; accepted: without, as none is drawn")
+        return Objective(alpha, lambda_, NormalMMDLoss(_kernel(kernel), backend=backend))
     loss = MMDLoss(_kernel(kernel), estimator, backend=backend)  # type: ignore[arg-type]
     return Objective(alpha, lambda_, loss, prior_samples=prior_samples)
 
@@ -200,7 +220,14 @@ def stein_vae(lambda_: float = 1000.0, alpha: float = 1.0, *, kernel: Any = None
 def aae(
     dim: int, lambda_: float = 100.0, alpha: float = 1.0, *, kind: str = "js", critic_lr: float = 1e-3
 ) -> Objective:
-    """An adversarial divergence, with a critic that training updates: `AdversarialLoss` in `dim` dimensions."""
+    """An adversarial divergence: `AdversarialLoss` in `dim` dimensions.
+
+    `InfoVAETraining` trains its critic; in a loop of your own, a step of it goes before every step of the model:
+
+        critic = objective.divergence.critic_optimizer()
+        z, prior = model.encode(x).rsample(), model.prior.sample(len(x))
+        critic.zero_grad(); objective.divergence.critic_loss(z, prior).backward(); critic.step()
+    """
     return Objective(alpha, lambda_, AdversarialLoss(dim, kind=kind, critic_lr=critic_lr))  # type: ignore[arg-type]
 
 

@@ -34,10 +34,13 @@ _ACCEPTED = "positive numbers whose squares are neither 0 nor infinite"
 class Kernel:
     """A mixture of scales of one radial function; use `RBF`, `IMQ` or `RationalQuadratic`.
 
+    Or a kernel of your own: a subclass with `phi` and `dphi`, for the reference.
+
     Args:
         bandwidth: a positive length, a sequence of them (a mixture), or a tensor of shape [] or [S], which may require
             a gradient. `None` stands for sqrt(D), D the dimension of the samples: two points of N(0, I) are sqrt(2 D)
-            apart on average, so that RBF is exp(-1) there. `at` fills it in.
+            apart on average, so that RBF is exp(-1) there. `at` fills it in. One for each coordinate it is not: divide
+            the samples by those.
         weights: one weight a scale; default 1/S each. They need not sum to 1 (phi(0) is their sum).
 
     Raises:
@@ -57,14 +60,20 @@ class Kernel:
                     f"bandwidth: got a {b.dtype} tensor of shape {tuple(b.shape)}; accepted: "
                     "a floating-point tensor of shape [] (one scale) or [S] (a mixture)"
                 )
-            if on_host(b) and not ((b > 0) & _is_length(at_least_float32(b).square())).all():
-                raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}")
+            self.checked()
         elif self.bandwidth is not None:
             object.__setattr__(self, "bandwidth", _lengths("bandwidth", self.bandwidth))
         if self.weights is not None:
             object.__setattr__(self, "weights", _numbers("weights", self.weights))
             if len(self.weights) != self._count:
                 raise ValueError(f"weights: got {len(self.weights)} for {self._count} bandwidths; give one a bandwidth")
+
+    def checked(self) -> "Kernel":
+        """The kernel; ValueError where a tensor bandwidth, which may have learnt since, is seen to be no length."""
+        b = self.bandwidth
+        if isinstance(b, Tensor) and on_host(b) and not ((b > 0) & _is_length(at_least_float32(b).square())).all():
+            raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}; one that is learnt, as exp(t)")
+        return self
 
     @property
     def _count(self) -> int:

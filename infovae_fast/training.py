@@ -70,11 +70,15 @@ def lay_out(optimizer: torch.optim.Optimizer) -> None:
 class InfoVAETraining(pl.LightningModule):
     """Adam on the objective of an `InfoVAE`; an adversarial divergence has its critic updated before every step.
 
+    For a `lightning.pytorch.Trainer`, with any loader of images, or of tuples that begin with them.
+
     Args:
         model: the model. Its critic, if it has one, has an optimiser of its own.
         lr: learning rate of Adam. gradient_clip: largest norm of the gradient, or None.
         seed: of the noise, see the module's text.
         dynamic_binarization: draw every batch anew from Bernoulli with the grey values as probabilities.
+        warmup_epochs: the weights of the KL term and of the divergence grow linearly to what they are over so many
+            epochs, from the first step on; validation has all of them. None: they are there at once.
         cuda_graph: on a GPU, loss and gradients as a CUDA graph, for models and divergences that do not look at
             numbers (see `CudaGraph`); not with a critic, nor where layers are computed again (`checkpoint_layers`).
     """
@@ -87,12 +91,15 @@ class InfoVAETraining(pl.LightningModule):
         gradient_clip: float | None = None,
         seed: int = 0,
         dynamic_binarization: bool = False,
+        warmup_epochs: float | None = None,
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the critic's step stands between the encoder's
         self.model, self.lr, self.gradient_clip, self.seed = model, lr, gradient_clip, seed
-        self.dynamic_binarization = dynamic_binarization
+        self.dynamic_binarization, self.warmup_epochs = dynamic_binarization, warmup_epochs
+        if warmup_epochs is not None:
+            model.objective.strength = torch.zeros(())
         again = any(getattr(module, "checkpoint_layers", False) for module in model.modules())
         usual = cuda_graph and self._adversary is None and not again
         self._graph = CudaGraph(self._gradients) if usual else None
@@ -118,8 +125,9 @@ class InfoVAETraining(pl.LightningModule):
         torch.manual_seed(_stream(self.seed, self.current_epoch))
         self._means = _Means()
 
-    def training_step(self, x: Tensor, index: int) -> None:
-        x = binarize(x) if self.dynamic_binarization else x
+    def training_step(self, batch: Any, index: int) -> None:
+        x = self._images(batch)
+        self._weigh(self.current_epoch + (index + 1) / self.trainer.num_training_batches)
         try:
             if self._adversary is not None:
                 self._critic_steps(self._adversary, x)
@@ -166,14 +174,28 @@ class InfoVAETraining(pl.LightningModule):
                 self._diverged(", ".join(f"{name} {value.item():g}" for name, value in means.items()))
             )
 
-    def validation_step(self, x: Tensor, index: int) -> None:
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+    def validation_step(self, batch: Any, index: int) -> None:
+        self._weigh(math.inf)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(_stream(self.seed, -1 - index))
+            x = self._images(batch)
             try:
-                terms = self.model.loss(binarize(x) if self.dynamic_binarization else x)
+                terms = self.model.loss(x)
             except ValueError as error:
                 self._explain(error, not self._validated, x)
         self._val_means.add(terms, len(x))
+
+    def _images(self, batch: Any) -> Tensor:
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        return binarize(x) if self.dynamic_binarization else x
+
+    def on_fit_end(self) -> None:
+        self.model.objective.strength = None
+
+    def _weigh(self, epochs: float) -> None:
+        """Gives the weights the strength that they have after so many epochs."""
+        if (strength := self.model.objective.strength) is not None and self.warmup_epochs is not None:
+            strength.fill_(min(1.0, epochs / self.warmup_epochs))
 
     def _critic_steps(self, adversary: AdversarialLoss, x: Tensor) -> None:
         optimizer = self._optimizers()[1]
@@ -369,6 +391,7 @@ def train(
     evaluate_every: int = 1,
     batch_size: int = 100,
     lr: float = 1e-3,
+    warmup_epochs: float | None = None,
     gradient_clip: float | None = None,
     precision: Precision = "32-true",
     cuda_graph: bool = True,
@@ -400,6 +423,7 @@ def train(
         evaluate_every: epochs between two validations and checkpoints.
         batch_size: images a step.
         lr: learning rate of Adam.
+        warmup_epochs: let the weights of the KL term and of the divergence grow from 0 over so many epochs, or null.
         gradient_clip: largest norm of the gradient, or null.
         precision: "32-true", or "bf16-mixed": bfloat16 in convolutions and products of matrices, for GPUs; weights, z
             and the loss stay float32.
@@ -458,6 +482,7 @@ def train(
         gradient_clip=config["gradient_clip"],
         seed=config["seed"],
         dynamic_binarization=config["binarize"] == "dynamic",
+        warmup_epochs=config["warmup_epochs"],
         cuda_graph=config["cuda_graph"],
     )
     batches = ImageDataModule(images, config["batch_size"], seed=config["seed"])
@@ -502,7 +527,7 @@ def _check_settings(config: dict[str, Any]) -> None:
         "train_size": (Integral | None, 0, "an integer, 1 or more"),
         "seed": (Integral, -1, "an integer, 0 or more"),
         "lr": (Real, 0, "a positive number"),
-        "gradient_clip": (Real | None, 0, "a positive number"),
+        "gradient_clip warmup_epochs": (Real | None, 0, "a positive number"),
         "alpha lambda_": (Real | None, -math.inf, "a finite number"),
     }
     for names, (kind, above, accepted) in kinds.items():
@@ -573,7 +598,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "preset" not in config:
         raise ValueError(f"{path} is not the config.json of a run: it has no key 'preset'")
     # Runs of an earlier version do not name these.
-    config = {name: signature(train).parameters[name].default for name in ("precision", "cuda_graph")} | config
+    new = ("precision", "cuda_graph", "warmup_epochs")
+    config = {name: signature(train).parameters[name].default for name in new} | config
     if lacking := [name for name in signature(train).parameters if name not in {"resume", "progress", *config}]:
         raise ValueError(f"{path} is not complete: it has no key {', '.join(map(repr, lacking))}")
     try:
@@ -595,8 +621,8 @@ def without_inf(content: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes the file whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Writes the file whole or not at all; numbers and arrays of NumPy as Python's."""
+    write_bytes(path, (json.dumps(content, indent=1, default=lambda value: value.tolist()) + "\n").encode())
 
 
 def _resumed_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class MMDTest(NamedTuple):
 def mmd_test(
     x: Tensor,
     y: Tensor,
-    kernel: KernelLike = None,
+    kernel: KernelLike = "median_rbf",
     *,
     permutations: int = 1000,
     seed: int = 0,
@@ -58,12 +58,13 @@ def mmd_test(
     Exact for independent points and every sample size: where the distributions are equal, p <= a happens with
     probability at most a. That needs a kernel that does not know the labels: one chosen to tell this x from this y
     apart would favour the observed labelling over all others. Hence a function of (x, y), and a preset such as
-    "median_rbf", gets the joint sample, sorted and then in random order, split into N and M points. A kernel that was
-    fitted to data needs other data than these.
+    "median_rbf", is called with a random split of the joint sample, so that it cannot see which points are x. Do not
+    give a kernel that was fitted to these same data.
 
     Args:
         x: [N, D], floating point, N >= 2. y: [M, D], same dtype and device, M >= 2.
-        kernel: as in `mmd`, but see above; default RBF with b = sqrt(D).
+        kernel: as in `mmd`, but see above. The default takes the median distance as its bandwidth; None, as in `mmd`,
+            is sqrt(D), for samples that should be N(0, I).
         permutations: how many relabellings; the smallest possible p is 1 / (1 + permutations).
         seed: of the relabellings, drawn on the CPU: the same on every device.
         progress: called as progress(tiles done, all tiles).

@@ -429,9 +429,17 @@ def _sizes(s: Sequence[Tensor], pad: Sequence[int]) -> tuple[int, int, int]:
     return height + pad[2] + pad[3], width + pad[0] + pad[1], sum(t.shape[1] for t in s)
 
 
+def _fits(f: Tensor) -> None:
+    """Within an image kernels count in 32 bits."""
+    if f.shape[1:].numel() >= 2**31:
+        shape = tuple(f.shape)
+        raise ValueError(f"f: got shape {shape}; accepted: fewer than 2^31 numbers an image; use backend='reference'")
+
+
 @torch.library.custom_op("infovae_fast::gated_residual_triton", mutates_args=())
 def gated_residual(s: Tensor, f: Tensor, bias: Tensor | None, condition: Tensor | None) -> Tensor:
     out, pixels = _new(s, *s.shape), s.shape[2] * s.shape[3]
+    _fits(f)
     sizes = tile(vectors([s], s.shape[1]), s.dtype.itemsize, pixels)
     blocks, chunks = triton.cdiv(pixels, sizes["R"]), triton.cdiv(sizes["G"], sizes["C"])
     bias, condition = _flat(bias), _flat(condition)
@@ -451,6 +459,7 @@ def gated_residual_gradients(
     """To f, to the bias and to the condition."""
     n, channels, height, width = f.shape
     pixels = height * width
+    _fits(f)
     sizes = tile(vectors([upstream], channels // 2), f.dtype.itemsize, pixels)
     bias, condition = _flat(bias), _flat(condition)
     to_f, steps = _new(f, *f.shape), max(1, min(STEPS, triton.cdiv(pixels, sizes["R"])))

@@ -294,9 +294,20 @@ class Points:
         self.right = _shaped(self._right, clouds, rows * parts, dp) if right else None  # of g u, tile by tile
 
 
-@lru_cache(4096)  # the weights of the clouds change with their sizes; a CUDA graph goes on reading those it met
-def table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+_of_graphs: list[Tensor] = []  # tables that CUDA graphs go on reading
+
+
+@lru_cache(4096)  # the weights of the clouds change with their sizes
+def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers on the device; they stay there."""
+    found = _table(numbers, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_graphs.append(found)
+    return found
 
 
 def sums(

@@ -122,6 +122,16 @@ def test_errors_are_one_line(run, tmp_path):
         assert says in fails("evaluate", unfinished) and says in fails("report", json.dumps([str(unfinished)]))
 
 
+def test_a_report_takes_folders_one_by_one(monkeypatch):
+    given = []
+    monkeypatch.setattr("infovae_fast.report.write_report", lambda runs, out, n_samples: given.append((runs, out)))
+    cli.main(["report", "runs/a", "--out", "there", "runs/b, c"])
+    cli.main(["report", "runs/a"])
+    cli.main(["report", "[runs/a, runs/b]", "--out=there"])
+    wanted = [(["runs/a", "runs/b, c"], "there"), (["runs/a"], "report"), (["runs/a", "runs/b"], "there")]
+    assert [(list(runs), out) for runs, out in given] == wanted
+
+
 def test_bad_options_and_config_keys(tmp_path, capsys):
     for args in (["train", "--lamda=3"], ["train", "--epochs=many"], ["trian"], ["train", "--binarize=often"]):
         with pytest.raises(SystemExit) as stop:

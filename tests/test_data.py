@@ -145,7 +145,7 @@ def test_mnist_offline(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
-    with pytest.raises(RuntimeError, match=r"offline\? \(.*no route.*\)\. Get the file.*https://.*as root"):
+    with pytest.raises(RuntimeError, match=r"offline\? \(.*no route.*\)\. Get the four files.*https://.*as root$"):
         load_data("mnist")
 
 

@@ -295,6 +295,52 @@ def test_own_modules(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_saved_is_the_model_as_it_is(tmp_path):
+    """Weights that were set since are saved; a part that was put in place of another is refused."""
+    model = InfoVAE.from_config(SHAPE, 2, objective={"name": "mmd_vae", "kernel": {"name": "imq"}})
+    model.objective.alpha, model.objective.lambda_ = 0.5, 7.0
+    deepcopy(model).save_pretrained(tmp_path)
+    loaded = InfoVAE.from_pretrained(tmp_path)
+    assert (loaded.objective.alpha, loaded.objective.lambda_) == (0.5, 7.0)
+    assert isinstance(loaded.objective.divergence.kernel, IMQ) and model.config["objective"]["name"] == "mmd_vae"
+    model.objective, model.likelihood = unregularized(), Gaussian()
+    with pytest.raises(ValueError, match="likelihood, objective: not what the configuration made any more"):
+        model.save_pretrained(tmp_path)
+    model = InfoVAE.from_config(SHAPE, 2, objective="elbo")
+    model.objective.alpha = 0.5
+    with pytest.raises(
+        ValueError, match=r"are \(0\.5, 1\.0\) now and were \(0\.0, 1\.0\), but the preset 'elbo' has no al"
+    ):
+        model.save_pretrained(tmp_path)
+    model.objective.alpha = 0.0
+    model.save_pretrained(tmp_path)
+
+
+def test_images_of_codes():
+    model = InfoVAE.from_config(SHAPE, 2, encoder={"name": "mlp", "batch_norm": True})
+    z = model.encode(images()).mu
+    assert torch.equal(model.images(z), model.likelihood.mean(model.decode(z))) and model.training
+    assert set(model.images(z, mean=False).unique().tolist()) == {0.0, 1.0}
+    drawn = InfoVAE.from_config(SHAPE, 2, decoder={"name": "pixelcnn", "layers": 2, "maps": 4})
+    assert not torch.equal(*(drawn.images(z.detach(), mean=False) for _ in range(2)))
+    assert torch.equal(*(drawn.reconstruct(images()) for _ in range(2)))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mu, self.logvar = nn.Linear(64, 2), nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.mu(x.flatten(1)), self.logvar(x.flatten(1))
+
+
+def test_an_encoder_of_two_heads():
+    encoder, x = TwoHeads(), images()
+    posterior = InfoVAE(encoder, nn.Identity(), 2).encode(x)
+    assert torch.equal(posterior.mu, encoder(x)[0]) and torch.equal(posterior.logvar, encoder(x)[1])
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -364,6 +410,14 @@ def test_a_saved_model_keeps_its_dtype(tmp_path):
     model.encoder[-1].bias.data[0] = 1 + 1e-12
     model.save_pretrained(tmp_path)
     assert InfoVAE.from_pretrained(tmp_path).encoder[-1].bias[0].item() == 1 + 1e-12
+
+
+def test_a_saved_model_keeps_the_dtype_of_each_part(tmp_path):
+    model = InfoVAE.from_config(SHAPE, 2)
+    model.decoder.half()
+    model.save_pretrained(tmp_path)
+    loaded = InfoVAE.from_pretrained(tmp_path)
+    assert loaded.decoder[0].weight.dtype == torch.half and loaded.encoder[-1].weight.dtype == torch.float32
 
 
 def test_pictures_are_made_in_eval_mode():
@@ -463,7 +517,24 @@ def test_refusals():
             InfoVAE.from_config(SHAPE, latent_dim)
     with pytest.raises(ValueError, match="shape: got 784; accepted"):
         InfoVAE.from_config(784)
+    for part, value in (("likelihood", "gaussian"), ("prior", torch.distributions.Normal(0, 1)), ("objective", "elbo")):
+        with pytest.raises(TypeError, match=rf"{part}: got .*names are for InfoVAE.from_config"):
+            InfoVAE(nn.Identity(), nn.Identity(), 2, **{part: value})
+    with pytest.raises(ValueError, match=r"latent_dim: got 4\.0; accepted: an integer"):
+        InfoVAE(nn.Identity(), nn.Identity(), 4.0)
     model = InfoVAE.from_config(SHAPE, 2)
+    with pytest.raises(TypeError, match=r"x: got dtype torch\.uint8; accepted: a floating-point tensor"):
+        model.loss((255 * images()).byte())
+    for likelihood in ("bernoulli", "categorical", "discretized_logistic_mixture"):
+        other = InfoVAE.from_config(SHAPE, 2, likelihood=likelihood)
+        for x, got in ((255 * images(), "from 0.* to 25"), (2 * images() - 1, "from -0.9.* to 0.9")):
+            with pytest.raises(ValueError, match=rf"x: got values {got}.*; accepted: in \[0, 1\]"):
+                other.loss(x)
+    assert InfoVAE.from_config(SHAPE, 2, likelihood="gaussian").loss(255 * images()).loss.isfinite()
+    sampler = InfoVAE(model.encoder, model.decoder, 2, prior=SamplerPrior(2, lambda n: torch.rand(n, 2)))
+    with pytest.raises(ValueError, match="needs the density of the prior, and SamplerPrior has none; accepted: 'prior"):
+        sampler.log_likelihood(images())
+    assert sampler.log_likelihood(images(), proposal="prior").log_likelihood.isfinite().all()
     with pytest.raises(ValueError, match="n_samples and chunk: got 0 and 10"):
         model.log_likelihood(images(), 0)
     with pytest.raises(ValueError, match="interpolate: got shapes"):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from infovae_fast import AdversarialLoss, MMDLoss, SteinLoss, objective
+from infovae_fast import IMQ, AdversarialLoss, MMDLoss, SteinLoss, objective
 from infovae_fast.divergences import mmd, stein_direction
 from infovae_fast.models import GaussianMixture, Posterior, SamplerPrior, StandardNormal, Uniform
 from infovae_fast.normal_prior import NormalMMDLoss, mmd_to_normal
@@ -208,6 +208,21 @@ def test_configurations():
     assert made.divergence.kernel.bandwidth == (1.0, 2.0)
     assert objective_from_config({"name": "aae", "kind": "wgan-gp"}, dim=5).divergence.critic[0].in_features == 5
     assert objective_from_config("wae", dim=D).divergence.kernel == "wae_imq"
+    exact = objective_from_config({"name": "mmd_vae", "closed_form": True, "kernel": {"name": "imq"}}, dim=D)
+    assert isinstance(exact.divergence, NormalMMDLoss) and isinstance(exact.divergence.kernel, IMQ)
+    with pytest.raises(ValueError, match="closed_form: got an estimator or prior_samples too"):
+        objective.mmd_vae(closed_form=True, estimator="biased")
+
+
+def test_strength_is_a_factor_of_both_weights(batch):
+    _, _posterior, z, nll = batch
+    kl = torch.rand(len(z), dtype=z.dtype)
+    made = Objective(0.25, 10.0, NormalMMDLoss())
+    divergence = mmd_to_normal(z)
+    for strength in (0.0, 0.3, 1.0):
+        made.strength = torch.tensor(strength, dtype=z.dtype)
+        near(made(nll, kl, z, StandardNormal(D)).loss, nll.mean() + strength * (0.75 * kl.mean() + 9.25 * divergence))
+    assert not made.state_dict()
 
 
 def test_refusals():

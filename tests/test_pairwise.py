@@ -535,6 +535,7 @@ good = torch.ones(4, 2)
         (1.0, TypeError, "b: got float"),
         (good.long(), TypeError, r"b: got dtype torch.int64; accepted: floating point; convert with b.float\(\)"),
         (good.bool(), TypeError, "b: got dtype torch.bool"),
+        (good.to(torch.float8_e5m2), TypeError, "b: got dtype torch.float8_e5m2; accepted: 16 bits or more"),
         (good.double(), TypeError, "b: got dtype torch.float64, but a is torch.float32"),
         (good[0], ValueError, r"b: got shape \(2,\); accepted: \[N, D\]; reshape with b.reshape"),
         (good[0, 0], ValueError, r"b: got shape \(\); accepted: \[N, D\]"),

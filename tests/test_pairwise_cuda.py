@@ -93,7 +93,7 @@ def test_few_coordinates_of_many_points_on_tensor_cores(kernel):
     for d in (7, 16):
         x, y, v = clouds(1030, 20, d)
         a = torch.rand(1030) - 0.3
-        for inputs in ((x, y), (x, y, None, a), (x, y, v)):
+        for inputs in ((x, y), (x, y, None, a), (x, y, v), (x, y, v, a)):
             if cuda_limits(*inputs[:3], kernel=kernel):
                 continue
             for out, truth in zip(*both_ways(*inputs, kernel=kernel, potentials=True), strict=True):
@@ -265,6 +265,8 @@ def test_what_has_no_room_is_said():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"18 coordinates .*, 32 scales and 65535 clouds"):
             run(torch.randn(4, 19).double())
+        with pytest.raises(RuntimeError, match=r"18 coordinates .* weights of points\), 32 scales"):
+            run(x := torch.randn(4, 19), None, x, x[:, 0])
         with pytest.raises(RuntimeError, match=r"18 coordinates .*, 32 scales and 65535 clouds"):
             run(torch.randn(4, 3), kernel=RBF([1.0 + k for k in range(400)]))
 

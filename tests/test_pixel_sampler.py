@@ -75,14 +75,14 @@ def test_a_pixel_at_a_time_without_z_and_in_single_precision(name, backend):
     sample = sampler(name, 4, 5, backend, inputs=0)
     x = torch.rand(3, 1, 4, 5, dtype=torch.float64).to(oracle.device)
     torch.testing.assert_close(sample.params(None, x), sample.decoder(None, x), rtol=1e-12, atol=1e-12)
-    assert torch.equal(sample.sample(n=4), sample.sample(n=4, strategy="naive"))
+    assert torch.equal(sample.sample(n=4, seed=0), sample.sample(n=4, strategy="naive", seed=0))
     truth = sample.decoder(None, x)
     sample.decoder.float()
     torch.testing.assert_close(sample.params(None, x.float()).double(), truth, rtol=1e-5, atol=1e-5)
     for dtype in (torch.float32, torch.bfloat16):
         sample.decoder.to(dtype)
         for strategy in ("naive", "cached", "fixed_point"):
-            drawn = sample.sample(n=2, strategy=strategy)
+            drawn = sample.sample(n=2, strategy=strategy, seed=0)
             assert drawn.dtype == dtype and bool(((drawn == 0) | (drawn == 1)).all())
 
 
@@ -105,9 +105,12 @@ def test_autocast_changes_no_sample(strategy, monkeypatch):
     sample = sampler("grey", 6, 7, "auto")
     sample.decoder.float()
     z = codes(3).float()
-    wanted, params = sample.sample(z, strategy=strategy), sample.params(z, torch.zeros(3, *sample.image_shape).to(z))
+    wanted, params = (
+        sample.sample(z, strategy=strategy, seed=0),
+        sample.params(z, torch.zeros(3, *sample.image_shape).to(z)),
+    )
     with torch.autocast(oracle.device, torch.bfloat16):
-        assert torch.equal(sample.sample(z, strategy=strategy), wanted)
+        assert torch.equal(sample.sample(z, strategy=strategy, seed=0), wanted)
         assert torch.equal(sample.params(z, torch.zeros(3, *sample.image_shape).to(z)), params)
 
 
@@ -154,7 +157,7 @@ def test_images_do_not_depend_on_the_number_of_threads(backend):
     z, found = codes(7), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append((sample.sample(z), sample.params(z, found[0][0] if found else sample.sample(z))))
+        found.append((sample.sample(z, seed=0), sample.params(z, found[0][0] if found else sample.sample(z, seed=0))))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -192,11 +195,11 @@ def test_samples_follow_the_enumerated_table(name):
 def test_fixed_point_says_which_rows_are_final():
     sample = sampler("grey", 6, 5)
     seen = []
-    sample.sample(codes(2), strategy="fixed_point", callback=lambda *rows: seen.append(rows))
+    sample.sample(codes(2), strategy="fixed_point", callback=lambda *rows: seen.append(rows), seed=0)
     assert seen == sorted(seen) and seen[-1] == (6, 6) and len(seen) <= 31
     for strategy in ("naive", "cached"):
         seen.clear()
-        sample.sample(codes(2), strategy=strategy, callback=lambda *rows: seen.append(rows))
+        sample.sample(codes(2), strategy=strategy, callback=lambda *rows: seen.append(rows), seed=0)
         assert seen == [(i, 6) for i in range(1, 7)]
 
 
@@ -271,10 +274,12 @@ def test_uniforms_of_float64_stay_inside(strategy):
 
 def test_seeds_codes_and_temperatures_of_other_types():
     sample, z = sampler("grey", 3, 4), codes(3)
-    assert torch.equal(sample.sample(z, temperature=torch.tensor(0.5)), sample.sample(z, temperature=0.5))
+    assert torch.equal(
+        sample.sample(z, temperature=torch.tensor(0.5), seed=0), sample.sample(z, temperature=0.5, seed=0)
+    )
     for seed in (np.int64(5), torch.tensor(5)):
         assert torch.equal(sample.sample(z, seed=5), sample.sample(z, seed=seed))
-    assert torch.equal(sample.sample(z.float()), sample.sample(z.float().double()))
+    assert torch.equal(sample.sample(z.float(), seed=0), sample.sample(z.float().double(), seed=0))
 
 
 # In-painting and temperature
@@ -288,11 +293,13 @@ def test_known_pixels_stay_and_others_heed_them(name, strategy):
     known = torch.rand(6, channels, 3, 4, dtype=torch.float64).round()
     mask = torch.rand(1, 1, 3, 4) < 0.5
     hidden = known.masked_fill(~mask, math.nan)  # what is not known is not read
-    x = sample.sample(z, known=hidden, known_mask=mask, strategy=strategy)
+    x = sample.sample(z, known=hidden, known_mask=mask, strategy=strategy, seed=0)
     assert torch.equal(torch.where(mask, x, 0), torch.where(mask, known, 0)) and x.isfinite().all()
-    wanted = sample.sample(z, known=known, known_mask=mask, strategy="naive")
+    wanted = sample.sample(z, known=known, known_mask=mask, strategy="naive", seed=0)
     torch.testing.assert_close(x, wanted, rtol=0, atol=1e-12)
-    everything = sample.sample(z, known=known, known_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool), strategy=strategy)
+    everything = sample.sample(
+        z, known=known, known_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool), strategy=strategy, seed=0
+    )
     assert torch.equal(everything, known)
     free = sample.sample(z, seed=9, strategy=strategy)
     assert torch.equal(free, sample.sample(z, seed=9, known=free, known_mask=mask, strategy=strategy))
@@ -303,16 +310,16 @@ def test_colours_can_be_known_one_by_one_where_they_are_ordered():
     mask = torch.tensor([True, False, True]).view(1, 3, 1, 1)
     known = torch.ones(4, 3, 2, 3, dtype=torch.float64)
     z = codes(4)
-    x = sample.sample(z, known=known, known_mask=mask)
+    x = sample.sample(z, known=known, known_mask=mask, seed=0)
     assert bool((x[:, [0, 2]] == 1).all()) and torch.equal(
-        x, sample.sample(z, known=known, known_mask=mask, strategy="naive")
+        x, sample.sample(z, known=known, known_mask=mask, strategy="naive", seed=0)
     )
 
 
 def test_a_low_temperature_draws_the_likeliest_bits():
     sample = sampler("grey", 3, 3)
     z = codes(1)
-    cold = sample.sample(z, 20, temperature=1e-9)
+    cold = sample.sample(z, 20, temperature=1e-9, seed=0)
     assert torch.equal(cold, cold[:1].expand_as(cold))
     assert torch.equal(cold, (sample.decoder(z.expand(20, -1), cold) > 0).double())
 
@@ -324,20 +331,22 @@ def test_models_and_decoders():
     vae = InfoVAE.from_config((1, 4, 4), 2, decoder={"name": "pixelcnn", "layers": 2, "maps": 4, "first_kernel": 3})
     z = torch.randn(3, 2)
     whole, parts = PixelSampler(vae), PixelSampler(vae.decoder, Bernoulli())
-    assert torch.equal(whole.sample(z), parts.sample(z)) and whole.sample(z).dtype == torch.float32
-    assert not whole.sample(z).requires_grad
+    assert (
+        torch.equal(whole.sample(z, seed=0), parts.sample(z, seed=0)) and whole.sample(z, seed=0).dtype == torch.float32
+    )
+    assert not whole.sample(z, seed=0).requires_grad
     own = PixelSampler(Own(), Bernoulli())
-    assert torch.equal(own.sample(z), own.sample(z, strategy="naive"))
+    assert torch.equal(own.sample(z, seed=0), own.sample(z, strategy="naive", seed=0))
 
 
 def test_weights_that_training_changed_are_used():
     sample = sampler("grey", 3, 3)
     z = codes(8)
-    before = sample.sample(z)
+    before = sample.sample(z, seed=0)
     for parameter in sample.decoder.parameters():
         parameter.data.mul_(-3)
-    assert not torch.equal(sample.sample(z), before)
-    assert torch.equal(sample.sample(z), sample.sample(z, strategy="naive"))
+    assert not torch.equal(sample.sample(z, seed=0), before)
+    assert torch.equal(sample.sample(z, seed=0), sample.sample(z, strategy="naive", seed=0))
 
 
 def test_refusals():
@@ -345,7 +354,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"got a decoder MLPDecoder, which is not autoregressive: .* InfoVAE\.sample"):
         PixelSampler(vae)
     decoder = GatedPixelCNN(2, (1, 3, 4), layers=2, maps=4)
-    with pytest.raises(ValueError, match="likelihood: got None; accepted: the likelihood"):
+    with pytest.raises(ValueError, match="likelihood: got None; accepted: the one that"):
         PixelSampler(decoder)
     mixture = DiscretizedLogisticMixture(3)
     with pytest.raises(ValueError, match=r"orders 3 colours, which .* draws together: build it with data_channels=1"):
@@ -378,19 +387,30 @@ def test_refusals():
     ):
         with pytest.raises(TypeError, match=message):
             sample.sample(z, **call)
+    for n in (-1, 2.0):
+        with pytest.raises(ValueError, match=rf"n: got {n}; accepted: an integer, 0 or more"):
+            sample.uniforms(n)
+    for wrong, got in (([1, 2], "list"), (torch.ones(3, 1, 3, 4).long(), "dtype torch.int64")):
+        with pytest.raises(TypeError, match=rf"x: got {got}; accepted: a floating-point tensor"):
+            sample.params(z, wrong)
+    for likelihood, wanted in ((Categorical(5), 5), (Gaussian(std=None), 2)):
+        with pytest.raises(ValueError, match=rf"needs params of {wanted} channels, but the decoder has 1"):
+            PixelSampler(decoder, likelihood)
+    with pytest.raises(ValueError, match="likelihood: got 'bernoulli'; accepted: the one that the decoder was"):
+        PixelSampler(decoder, "bernoulli")
     with pytest.raises(TypeError, match="z: got list; accepted: a floating-point tensor"):
-        sample.sample([[0.0, 0.0]])
+        sample.sample([[0.0, 0.0]], seed=0)
     with pytest.raises(ValueError, match="backend='gpu' is unknown; accepted: 'auto'"):
         PixelSampler(decoder, Bernoulli(), backend="gpu")
     with pytest.raises(ValueError, match="z and n: got neither"):
-        sample.sample()
+        sample.sample(seed=0)
     with pytest.raises(ValueError, match=r"z: got None; accepted: \[N, 2\]"):
-        sample.sample(n=2)
+        sample.sample(n=2, seed=0)
     old = PixelSampler(GatedPixelCNN(2, (1, 3, 4), variant="infovae2017", layers=2, maps=4), Bernoulli(), backend="cpp")
     with pytest.raises(RuntimeError, match="it has no kernels for variant 'infovae2017'"):
         old.sample(z)
     with pytest.raises(ValueError, match="'cached' knows GatedPixelCNN and PixelCNNPlusPlus, not Own"):
-        PixelSampler(Own(), Bernoulli()).sample(z, strategy="cached")
+        PixelSampler(Own(), Bernoulli()).sample(z, strategy="cached", seed=0)
     colour = PixelSampler(GatedPixelCNN(2, (30, 3, 4), 3, 1, layers=2, maps=4), mixture)
     with pytest.raises(ValueError, match="known_mask: differs between the channels of a pixel"):
         colour.sample(z, known=x, known_mask=torch.tensor([True, False, False]).view(1, 3, 1, 1))
@@ -400,7 +420,7 @@ def test_empty_batches():
     for likelihood in (Bernoulli(), Categorical(3)):
         sample = PixelSampler(GatedPixelCNN(2, (likelihood.channels(1), 3, 4), layers=2, maps=4), likelihood)
         for strategy in ("naive", "cached", "fixed_point"):
-            assert sample.sample(torch.randn(0, 2), strategy=strategy).shape == (0, 1, 3, 4)
+            assert sample.sample(torch.randn(0, 2), strategy=strategy, seed=0).shape == (0, 1, 3, 4)
 
 
 def test_fixed_point_ends_with_all_rows():
@@ -412,6 +432,31 @@ def test_fixed_point_ends_with_all_rows():
     assert (0, 1) in calls  # the only pass changed the pixel
 
 
+def test_without_a_seed_every_draw_is_another():
+    sample, z = PixelSampler(GatedPixelCNN(2, (1, 3, 4), layers=2, maps=4), Bernoulli()), torch.randn(4, 2)
+    assert not torch.equal(sample.sample(z), sample.sample(z))
+    torch.manual_seed(3)
+    first = sample.sample(z)
+    torch.manual_seed(3)
+    assert torch.equal(sample.sample(z), first)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_nan_is_seen_where_the_decoder_sees_it(backend):
+    """With colours in order, "cached" keeps what later colours of the pixel before left, times weights of zero."""
+    net = GatedPixelCNN(0, (3, 2, 20), 3, 3, layers=2, maps=3, first_kernel=3).eval()
+    x = torch.rand(2, 3, 2, 20)
+    x[0, 0, 0, 3] = x[1, 2, 0, 5] = math.nan
+    sample = PixelSampler(net, Bernoulli(), backend=backend)
+    wanted = net(None, x).isnan()
+    assert torch.equal(sample.params(None, x).isnan(), wanted) and 0 < wanted.sum() < wanted.numel()
+    bits = x.round()
+    known = torch.ones(1, 1, 2, 20, dtype=torch.bool)
+    known[..., 10:] = False
+    drawn = [sample.sample(n=2, known=bits, known_mask=known, seed=0, strategy=name) for name in ("cached", "naive")]
+    assert torch.equal(drawn[0].isnan(), drawn[1].isnan())
+
+
 @pytest.mark.parametrize("name", ["grey", "levels", "mixture"])
 def test_nan_params_draw_nan(name, backend):
     """One NaN among the logits of a choice is enough; and it is drawn as often as it takes, not more."""
@@ -419,7 +464,7 @@ def test_nan_params_draw_nan(name, backend):
     drawing.decoder.head[-1].bias.data[: 3 if name == "levels" else 1] = math.nan
     for strategy in ("cached", "naive", "fixed_point"):
         callback = None if strategy != "fixed_point" else lambda *at: passes.append(at)
-        assert drawing.sample(codes(2), strategy=strategy, callback=callback).isnan().all()
+        assert drawing.sample(codes(2), strategy=strategy, callback=callback, seed=0).isnan().all()
     assert len(passes) < 12
 
 
@@ -428,7 +473,7 @@ def test_the_smallest_temperature_draws_the_likeliest_level(backend):
     bias = drawing.decoder.head[-1].bias.data
     bias.zero_(), drawing.decoder.head[-1].weight.data.zero_()
     bias[3:6] = 50  # level 1 of each colour
-    assert (drawing.sample(codes(2), temperature=1e-37) == 0.5).all()
+    assert (drawing.sample(codes(2), temperature=1e-37, seed=0) == 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -439,7 +484,7 @@ def test_half_precision_models_draw_their_own_codes(options, dtype):
     z = model.encode(x).mu
     assert z.dtype == torch.float32
     for strategy in ("cached", "naive", "fixed_point"):
-        assert PixelSampler(model).sample(z, strategy=strategy).dtype == dtype
+        assert PixelSampler(model).sample(z, strategy=strategy, seed=0).dtype == dtype
     assert PixelSampler(model).params(z, x).isfinite().all()
 
 
@@ -450,17 +495,17 @@ def test_a_decoder_without_parameters():
         def forward(self, z, x):
             return torch.zeros_like(x)
 
-    assert PixelSampler(Half(), Bernoulli()).sample(torch.zeros(3, 1)).shape == (3, 1, 2, 2)
+    assert PixelSampler(Half(), Bernoulli()).sample(torch.zeros(3, 1), seed=0).shape == (3, 1, 2, 2)
 
 
 def test_numbers_of_images_that_are_none():
     drawing = sampler("grey", 3, 4)
-    assert len(drawing.sample(codes(1), n=np.int64(2))) == 2
+    assert len(drawing.sample(codes(1), n=np.int64(2), seed=0)) == 2
     for n in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"n: got {n}; accepted: an integer, 0 or more"):
-            drawing.sample(codes(1), n=n)
+            drawing.sample(codes(1), n=n, seed=0)
     with pytest.raises(ValueError, match=r"z: got shape .* for n=0"):
-        drawing.sample(codes(4), n=0)
+        drawing.sample(codes(4), n=0, seed=0)
 
 
 def test_a_backend_of_the_environment_that_draws_nothing_is_passed_over():
@@ -472,7 +517,7 @@ decoder = {"name": "pixelcnn", "layers": 2, "maps": 4, "variant": "infovae2017"}
 model = InfoVAE.from_config((1, 4, 4), 2, decoder=decoder)
 assert model.sample(2).shape == (2, 1, 4, 4)
 try:
-    PixelSampler(model, backend="cpp").sample(torch.zeros(1, 2))
+    PixelSampler(model, backend="cpp").sample(torch.zeros(1, 2), seed=0)
 except RuntimeError as error:
     assert "cannot run pixel_sampler" in str(error), error
 else:

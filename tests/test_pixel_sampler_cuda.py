@@ -160,7 +160,7 @@ def test_levels_are_those_of_the_cpu(likelihood, channels, groups):
     z, known, mask = torch.randn(5, 2).double(), bits(model, 5), torch.rand(5, 1, 3, 4) < 0.3
     for dtype in (torch.float64, torch.float32):
         model.to(dtype)
-        for drawing in ({"seed": 1}, {"temperature": 0.6}, {"known": known, "known_mask": mask}):
+        for drawing in ({"seed": 1}, {"temperature": 0.6, "seed": 0}, {"known": known, "known_mask": mask, "seed": 0}):
             samplers = (PixelSampler(model, likelihood, backend=name) for name in ("cuda", "reference"))
             out, truth = (sampler.sample(z.to(dtype), **drawing) for sampler in samplers)
             torch.testing.assert_close(out, truth, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-15)
@@ -175,7 +175,7 @@ def test_known_pixels_stay_and_others_heed_them():
         model, likelihood, codes = model_of(name, (4, 5))
         z, known = codes(6), torch.rand(6, *model.image_shape, dtype=torch.float64)
         mask = torch.rand(6, *model.image_shape) < 0.5  # colours one by one
-        drawing = {"z": z, "n": 6, "known": known.masked_fill(~mask, math.nan), "known_mask": mask}
+        drawing = {"z": z, "n": 6, "known": known.masked_fill(~mask, math.nan), "known_mask": mask, "seed": 0}
         x = PixelSampler(model, likelihood, backend="cuda").sample(**drawing)
         assert torch.equal(x[mask], known[mask]) and bool(((x == 0) | (x == 1) | mask).all())
         assert torch.equal(x, PixelSampler(model, likelihood, backend="reference").sample(**drawing))
@@ -209,7 +209,7 @@ def test_the_bits_do_not_depend_on_the_order_of_threads_and_blocks(monkeypatch):
     results = []
     for order in ("forward", "reverse", "shuffle:1", "shuffle:2"):
         monkeypatch.setenv("SIMT_ORDER", order)
-        x = sampler.sample(z)
+        x = sampler.sample(z, seed=0)
         results.append((x, sampler.params(z, x)))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -227,8 +227,8 @@ def test_the_future_is_not_read_and_nan_stays_visible():
 def test_empty_batches_and_the_callback():
     model, likelihood, codes = model_of("grey", (3, 4))
     sampler, seen = PixelSampler(model, likelihood, backend="cuda"), []
-    assert sampler.sample(codes(0)).shape == (0, 1, 3, 4) == sampler.params(codes(0), bits(model, 0)).shape
-    sampler.sample(codes(2), callback=lambda *rows: seen.append(rows))
+    assert sampler.sample(codes(0), seed=0).shape == (0, 1, 3, 4) == sampler.params(codes(0), bits(model, 0)).shape
+    sampler.sample(codes(2), callback=lambda *rows: seen.append(rows), seed=0)
     assert seen == [(3, 3)]
 
 
@@ -236,7 +236,7 @@ def test_what_has_no_room_is_said(simulated):
     def refusal(likelihood, **options):
         sampler = PixelSampler(GatedPixelCNN(0, (likelihood.channels(1), 3, 4), **options), likelihood, backend="cuda")
         with pytest.raises(RuntimeError) as error:
-            sampler.sample(n=1)
+            sampler.sample(n=1, seed=0)
         return str(error.value)
 
     assert "it draws for Bernoulli, Categorical, Discr" in refusal(Gaussian(), layers=2, maps=4)

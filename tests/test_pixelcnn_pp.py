@@ -471,18 +471,20 @@ def test_a_copy_that_was_given_trained_weights_keeps_them():
 
 def test_samples_are_drawn_in_eval_mode_and_there_may_be_none():
     model, likelihood, _ = network("bits", 3, 5, inputs=0)
-    assert PixelSampler(model, likelihood).sample(n=0, strategy="cached").shape == (0, 1, 3, 5)
+    assert PixelSampler(model, likelihood).sample(n=0, strategy="cached", seed=0).shape == (0, 1, 3, 5)
     x = torch.rand(2, 1, 3, 5, dtype=torch.float64)
-    drawn = PixelSampler(model, likelihood).sample(n=8), PixelSampler(model, likelihood).params(None, x)
+    drawn = PixelSampler(model, likelihood).sample(n=8, seed=0), PixelSampler(model, likelihood).params(None, x)
     training = PixelSampler(model.train(), likelihood)
-    assert all(torch.equal(training.sample(n=8, strategy=name), drawn[0]) for name in ("auto", "naive", "fixed_point"))
+    assert all(
+        torch.equal(training.sample(n=8, strategy=name, seed=0), drawn[0]) for name in ("auto", "naive", "fixed_point")
+    )
     assert torch.equal(training.params(None, x), drawn[1]) and model.training
     with pytest.raises(ValueError, match=r"z: got \(3, 2\); accepted: None, as this decoder has inputs=0"):
-        PixelSampler(model.eval(), likelihood).sample(torch.randn(3, 2))
+        PixelSampler(model.eval(), likelihood).sample(torch.randn(3, 2), seed=0)
     with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 3, 4\); accepted: \[N, C, H, W\]"):
         PixelSampler(model.eval(), likelihood).params(None, torch.rand(2, 1, 3, 4))
     with pytest.raises(RuntimeError, match="no kernels for PixelCNNPlusPlus in this version"):
-        PixelSampler(model.eval(), likelihood, backend="cpp").sample(n=2, strategy="cached")
+        PixelSampler(model.eval(), likelihood, backend="cpp").sample(n=2, strategy="cached", seed=0)
 
 
 @pytest.mark.parametrize(

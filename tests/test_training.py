@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -120,6 +121,35 @@ def test_a_run_that_was_interrupted_is_the_same_run(tmp_path, preset, monkeypatc
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert curve(tmp_path / "whole", "val_loss") == curve(tmp_path / "parts", "val_loss")
     assert curve(tmp_path / "whole", "train_loss") == curve(tmp_path / "parts", "train_loss")
+
+
+def test_weights_grow_in_the_warm_up(tmp_path, monkeypatch):
+    """3 steps an epoch, of 2 epochs; resumed they go on, and the rest of the run has all of them."""
+    seen, loss = [], InfoVAE.loss
+
+    def watched(self, x):
+        seen.append((self.training, self.objective.strength.item()))
+        return loss(self, x)
+
+    monkeypatch.setattr(InfoVAE, "loss", watched)
+    options = {"preset": "elbo", "warmup_epochs": 2.0} | SMALL
+    folder = train(out=str(tmp_path / "run"), epochs=1, **options)
+    train(resume=str(folder), epochs=3)
+    trained = [strength for training, strength in seen if training]
+    assert trained == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1, 1])
+    assert all(strength == 1 for training, strength in seen if not training)
+    with pytest.raises(ValueError, match="warmup_epochs: got 0; accepted: a positive number"):
+        train(out=str(tmp_path / "other"), **options | {"warmup_epochs": 0})
+
+
+def test_batches_may_have_labels():
+    images = torch.rand(8, 1, 4, 4)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(8)), batch_size=4)
+    module = InfoVAETraining(InfoVAE.from_config((1, 4, 4), 2))
+    before = module.model.encoder[-1].weight.clone()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet).fit(module, loader, loader)
+    assert not torch.equal(before, module.model.encoder[-1].weight)
 
 
 class Pretended(CudaGraph):
@@ -357,6 +387,13 @@ def test_settings_that_do_not_fit_each_other_are_no_divergence_and_leave_no_run(
     with pytest.raises(ValueError, match=r"few\.npy: got a test set of one image; accepted: two or more"):
         train(str(tmp_path / "few.npy"), epochs=1, out=out, **SMALL | {"train_size": None, "batch_size": 4})
     train(out=out, epochs=1, **SMALL)
+
+
+def test_settings_may_be_numbers_of_numpy(tmp_path):
+    options = {"latent_dim": np.int64(2), "lr": np.float32(0.25), "objective": {"lambda_": np.float64(3)}}
+    folder = train(out=str(tmp_path / "run"), epochs=1, **SMALL | options)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["latent_dim"], config["lr"], config["objective"]) == (2, 0.25, {"lambda_": 3.0})
 
 
 def test_a_config_may_hold_anything(tmp_path):

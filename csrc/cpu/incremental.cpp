@@ -77,6 +77,13 @@ struct Network {
     void pixel(int64_t j, int64_t group, int64_t first, int64_t count, T* f, T* gated) const {
         const int64_t maps = q.maps, count_layers = int64_t(q.layers.size()), row = (count_layers + 2) * maps;
         T* const memory = q.memory + first * row;
+        if (group == 0 && q.groups > 1) {  // what is left of another pixel has no weight, but NaN times that is NaN
+            std::fill_n(memory, count * row, T(0));
+            for (const auto& layer : q.layers) {
+                T* const here = layer.state + first * layer.stride + (layer.reach + j) * layer.channels;
+                for (int64_t s = 0; s < count; ++s) std::fill_n(here + s * layer.stride, layer.channels, T(0));
+            }
+        }
         for (int64_t l = 0; l < count_layers; ++l) {
             const auto& layer = q.layers[l];
             const Padded<T>& h = horizontal[l];

@@ -582,9 +582,9 @@ Plan<T> plan(const PixelImages<T>& q, int processors, size_t shared) {
 }
 
 template <typename T, int I>
-cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
+cudaError_t launch_images(const Plan<T>& p, cudaStream_t stream) {
     if constexpr (I > 1) {
-        if (p.images < I) return launch<T, I / 2>(p, stream);
+        if (p.images < I) return launch_images<T, I / 2>(p, stream);
     }
     const auto kernel = images_kernel<T, I, rows_of_thread(I)>;
     if (const cudaError_t error = allow_shared(kernel, p.shared)) return error;
@@ -610,7 +610,7 @@ const char* images_cuda(const PixelImages<T>& images, void* workspace, int proce
     if (p.error != nullptr || p.blocks == 0) return p.error;
     p.work.workspace = static_cast<T*>(workspace);
     const auto queue = static_cast<cudaStream_t>(stream);
-    return text_of(launch<T, kMaxImages<T>>(p, queue));
+    return text_of(launch_images<T, kMaxImages<T>>(p, queue));
 }
 
 #define INSTANTIATE(T)                                                                    \

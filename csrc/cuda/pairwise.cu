@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_of_processor<T, DP, R, ONE, 
             energy += times * potential * double(own_weight[r]);
             at[0] += potential;
             if (force) {
-                at[kThreads] += (WITH_V ? 1.0 : after) * double(x.G[r]);
+                at[kThreads] += after * double(x.G[r]);
 #pragma unroll
                 for (int c = 0; c < DP; ++c) at[(2 + c) * kThreads] += after * double(x.S[r][c]);
             }
@@ -357,14 +357,12 @@ struct Plan {
 };
 
 template <typename T, int DP, int R, bool ONE, bool WITH_V>
-cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
+cudaError_t launch_pairs(const Plan<T>& p, cudaStream_t stream) {
     const auto kernel = pairwise_kernel<T, DP, R, ONE, WITH_V>;
     const size_t tile = kTile * Layout<T, DP>::stride * sizeof(T);
     cudaLaunchConfig_t config{};
     config.dynamicSmemBytes = R * (DP + 2) * kThreads * sizeof(double) + tile * (WITH_V ? 2 : 1);
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes));
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = allow_shared(kernel, config.dynamicSmemBytes)) return error;
     config.gridDim = dim3(unsigned(p.work.blocks), unsigned(p.clouds), 1);
     config.blockDim = dim3(kThreads, 1, 1);
     config.stream = stream;
@@ -372,24 +370,28 @@ cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
 }
 
 template <typename T, int DP>
-cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
+cudaError_t launch_pairs(const Plan<T>& p, cudaStream_t stream) {
     const bool one = p.work.rbf && p.work.scales == 1;
-    if (p.work.v != nullptr) return one ? launch<T, DP, 1, true, true>(p, stream) : launch<T, DP, 1, false, true>(p, stream);
-    if constexpr (sizeof(T) == 4 && DP <= kManyMaxDim) {
-        if (p.many) return one ? launch<T, DP, 4, true, false>(p, stream) : launch<T, DP, 2, false, false>(p, stream);
+    if (p.work.v != nullptr) {
+        return one ? launch_pairs<T, DP, 1, true, true>(p, stream) : launch_pairs<T, DP, 1, false, true>(p, stream);
     }
-    return one ? launch<T, DP, 1, true, false>(p, stream) : launch<T, DP, 1, false, false>(p, stream);
+    if constexpr (sizeof(T) == 4 && DP <= kManyMaxDim) {
+        if (p.many) {
+            return one ? launch_pairs<T, DP, 4, true, false>(p, stream) : launch_pairs<T, DP, 2, false, false>(p, stream);
+        }
+    }
+    return one ? launch_pairs<T, DP, 1, true, false>(p, stream) : launch_pairs<T, DP, 1, false, false>(p, stream);
 }
 
 template <typename T>
-cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
+cudaError_t launch_pairs(const Plan<T>& p, cudaStream_t stream) {
     const int d = p.work.d;
     if constexpr (sizeof(T) == 8) {
-        return d <= 6 ? launch<T, 6>(p, stream) : launch<T, 18>(p, stream);
+        return d <= 6 ? launch_pairs<T, 6>(p, stream) : launch_pairs<T, 18>(p, stream);
     } else {
-        if (d <= 2) return launch<T, 2>(p, stream);
-        if (d <= 6) return launch<T, 6>(p, stream);
-        return d <= 10 ? launch<T, 10>(p, stream) : launch<T, 18>(p, stream);
+        if (d <= 2) return launch_pairs<T, 2>(p, stream);
+        if (d <= 6) return launch_pairs<T, 6>(p, stream);
+        return d <= 10 ? launch_pairs<T, 10>(p, stream) : launch_pairs<T, 18>(p, stream);
     }
 }
 
@@ -397,7 +399,7 @@ cudaError_t launch(const Plan<T>& p, cudaStream_t stream) {
 template <typename T>
 bool by_products(const PairwiseProblem<T>& q) {
     if (sizeof(T) == 8 || q.d > kCudaMaxProductsDim) return false;
-    if (q.v != nullptr && (!q.radial.rbf || q.radial.weight.size() > 1)) return false;
+    if (q.v != nullptr && (!q.radial.rbf || q.radial.weight.size() > 1 || q.a != nullptr || q.b != nullptr)) return false;
     int device = 0, major = 0;
     const bool known = cudaGetDevice(&device) == cudaSuccess &&
                        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
@@ -420,7 +422,8 @@ const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, con
                           int processors, void* stream, const Affine<T>& affine) {
     const bool products = by_products(problem);
     if ((problem.d > kCudaMaxDim && !products) || int(problem.radial.weight.size()) > kCudaMaxScales || clouds > 65535) {
-        return "at most 18 coordinates (of float 128 from compute capability 8.0 on, with v and several scales 18), 32 scales and 65535 clouds";
+        return "at most 18 coordinates (of float 128 from compute capability 8.0 on, but where v comes with several scales or "
+               "weights of points), 32 scales and 65535 clouds";
     }
     if constexpr (sizeof(T) == 4) {
         if (products) return pairwise_products(problem, clouds, lengths, workspace, processors, stream, affine);
@@ -433,7 +436,7 @@ const char* pairwise_cuda(const PairwiseProblem<T>& problem, int64_t clouds, con
     p.work.energies = reinterpret_cast<double*>(memory + p.counter_bytes);
     p.work.partials = reinterpret_cast<T*>(memory + p.counter_bytes + p.energy_bytes);
     cudaError_t error = cudaMemsetAsync(workspace, 0, p.counter_bytes, static_cast<cudaStream_t>(stream));
-    if (error == cudaSuccess) error = launch(p, static_cast<cudaStream_t>(stream));
+    if (error == cudaSuccess) error = launch_pairs(p, static_cast<cudaStream_t>(stream));
     return text_of(error);
 }
 

@@ -25,9 +25,11 @@ def check_sizes(given: dict[str, Any], **least: int) -> None:
     for name, at_least in ({"inputs": 0, "image_channels": 1, "spatial_maps": 1} | least).items():
         if not is_integer(given[name]) or given[name] < at_least:
             raise ValueError(f"{name}: got {given[name]!r}; accepted: an integer, {at_least} or more")
-    shape = given["shape"]
-    if len(shape) != 3 or not all(is_integer(size) and size >= 1 for size in shape):
-        raise ValueError(f"shape: got {tuple(shape)}; accepted: (P, height, width)")
+    shape, keep = given["shape"], given["checkpoint_layers"]
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(is_integer(size) and size >= 1 for size in shape):
+        raise ValueError(f"shape: got {shape!r}; accepted: (P, height, width)")
+    if not isinstance(keep, bool):
+        raise ValueError(f"checkpoint_layers: got {keep!r}; accepted: True or False")
 
 
 def check_code(decoder: Any, z: Tensor | None) -> None:
@@ -54,6 +56,6 @@ def _check_type(decoder: Any, name: str, t: Any) -> None:
         return
     floating(name, t)
     own = decoder.head[-1].bias.dtype  # its parameters may not be listed: replicas have none
-    wider = name == "x" and own.itemsize < t.dtype.itemsize  # images in float32 do for a decoder in half precision
+    wider = name == "x" and own.itemsize < 4 and t.dtype == torch.float32  # will do for a decoder in half precision
     if t.dtype != own and not wider and not torch.is_autocast_enabled(t.device.type):
         raise TypeError(f"{name}: got dtype {t.dtype}, but the decoder is {own}; convert one of them")

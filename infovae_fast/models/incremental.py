@@ -142,6 +142,10 @@ class Incremental:
     def _pixel(self, j: int, group: int) -> Tensor:
         """The horizontal stack and the head at column j: params [n, P/G]."""
         weights, state, own, layers = self.weights, self.state, self._slice(self.maps, group), len(self.bases)
+        if group == 0 and self.groups > 1:  # what is left of another pixel has no weight, but NaN times that is NaN
+            self.memory.zero_()
+            for reach, h in zip(self.reaches, state, strict=True):
+                h.unflatten(1, (reach + self.width, -1))[:, reach + j].zero_()
         o, s, t = self.memory.split([layers * self.maps, self.maps, self.maps], 1)
         o = o.unflatten(1, (layers, self.maps))
         for layer, table in enumerate(weights.layers):

@@ -9,6 +9,7 @@ ones only. What then is drawn, is drawn pixel by pixel (`PixelSampler`).
 import json
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infovae_fast.arguments import codes_of_images
+from infovae_fast.arguments import codes_of_images, floating
 from infovae_fast.files import write_bytes
 from infovae_fast.likelihoods import Bernoulli, Likelihood, likelihood_from_config
 from infovae_fast.models.incremental import Callback
 from infovae_fast.models.networks import DECODERS, ENCODERS, build, evaluating, like
 from infovae_fast.models.pixel_sampler import PixelSampler
 from infovae_fast.models.priors import PRIORS, Posterior, Prior, StandardNormal
-from infovae_fast.objective import Objective, Terms, mmd_vae, objective_from_config
+from infovae_fast.objective import PRESETS, Objective, Terms, mmd_vae, objective_from_config
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -50,16 +51,22 @@ class InfoVAE(nn.Module):
     Build it from names with `InfoVAE.from_config`, which makes it possible to save it, or from modules of your own:
 
     Args:
-        encoder: a module [N, C, H, W] -> [N, 2 D], the mean and log-variance of q(z|x).
+        encoder: a module [N, C, H, W] -> [N, 2 D], the mean and log-variance of q(z|x), or the two as a pair.
         decoder: a module [N, D] -> [N, K, H, W], K = likelihood.channels(C); or ([N, D], [N, C, H, W]) -> the same,
             with attributes autoregressive = True and image_shape = (C, H, W).
         latent_dim: D.
         likelihood: `Bernoulli()` (default), `Gaussian()`, `Categorical()` or `DiscretizedLogisticMixture()`.
         prior: a `Prior` in D dimensions; default N(0, I).
         objective: an `Objective`; default `mmd_vae()`.
+
+    Images x are float [N, C, H, W], in [0, 1] but for `Gaussian`, which takes any.
+
+    Raises:
+        TypeError, ValueError: what is none of these (names are for `from_config`); a prior of another dimension.
     """
 
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None  # of `from_config`, and what it made:
+    _made: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -72,7 +79,17 @@ class InfoVAE(nn.Module):
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.latent_dim = encoder, decoder, latent_dim
+        if not _is_count(latent_dim):
+            raise ValueError(f"latent_dim: got {latent_dim!r}; accepted: an integer, 1 or more")
+        for name, part, needs in (
+            ("likelihood", likelihood, "nll"),
+            ("prior", prior, "dim"),
+            ("objective", objective, "forward"),
+        ):
+            if part is not None and not hasattr(part, needs):
+                accepted = f"an object like those of infovae_fast, with {needs}; names are for InfoVAE.from_config"
+                raise TypeError(f"{name}: got {part!r}; accepted: {accepted}")
+        self.encoder, self.decoder, self.latent_dim = encoder, decoder, int(latent_dim)
         self.likelihood = likelihood or Bernoulli()
         self.prior = prior or StandardNormal(latent_dim)
         self.objective = objective or mmd_vae()
@@ -139,15 +156,23 @@ class InfoVAE(nn.Module):
             objective=objective_from_config(objective, latent_dim),
         )
         model.config = _plain(config)
+        model._made = {part: getattr(model, part) for part in parts} | {"weights": model._weights}
         return model
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        return self.objective.alpha, self.objective.lambda_
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z|x) for images x [N, C, H, W], in float32 or better."""
+        floating("x", x)
         parameters = self.encoder(x)
+        if isinstance(parameters, tuple) and len(parameters) == 2:
+            parameters = torch.cat(parameters, 1)
         if parameters.shape != (len(x), 2 * self.latent_dim):
             raise ValueError(
                 f"the encoder returned shape {tuple(parameters.shape)}; accepted: {(len(x), 2 * self.latent_dim)}, "
-                "the mean and log-variance of q(z|x)"
+                "the mean and log-variance of q(z|x), or a pair of the two"
             )
         # Half precision, of the weights or by autocast, would leave z and the densities few digits, and overflow.
         digits = torch.promote_types(torch.promote_types(parameters.dtype, like(self.encoder).dtype), torch.float32)
@@ -199,9 +224,18 @@ class InfoVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at z = mu(x), [N, C, H, W], in eval mode; see `sample` for an autoregressive decoder's."""
+        """The mean of p(x|z) at z = mu(x), [N, C, H, W], in eval mode.
+
+        For an autoregressive decoder's mean see `sample`; the draw is of one seed.
+        """
         with evaluating(self):
-            return self._images(self.encode(x).mu)
+            return self._images(self.encode(x).mu, seed=0)
+
+    @torch.no_grad()
+    def images(self, z: Tensor, *, mean: bool = True, callback: Callback | None = None) -> Tensor:
+        """Images of codes z [N, D], [N, C, H, W], in eval mode: the mean of p(x|z), or a draw; see `sample`."""
+        with evaluating(self):
+            return self._images(z, mean, callback=callback)
 
     @torch.no_grad()
     def sample(self, n: int, *, mean: bool = True, callback: Callback | None = None) -> Tensor:
@@ -212,11 +246,7 @@ class InfoVAE(nn.Module):
                 p(x|z), which is the mean of p(x|z) on average over the draws.
             callback: called as callback(done, H) with the number of rows drawn, by an autoregressive decoder only.
         """
-        z = self.prior.sample(n)
-        with evaluating(self):
-            if self.autoregressive:
-                return self._images(z, mean, seed=int(torch.randint(2**62, ())), callback=callback)
-            return self._images(z, mean)
+        return self.images(self.prior.sample(n), mean=mean, callback=callback)
 
     def _images(self, z: Tensor, mean: bool = True, **drawing: Any) -> Tensor:
         if self.autoregressive:
@@ -269,6 +299,11 @@ class InfoVAE(nn.Module):
             raise ValueError(f"n_samples and chunk: got {n_samples} and {chunk}; accepted: 1 or more")
         if proposal not in ("posterior", "prior"):
             raise ValueError(f"proposal: got {proposal!r}; accepted: 'posterior', 'prior'")
+        if proposal == "posterior" and not getattr(self.prior, "has_density", True):
+            raise ValueError(
+                f"proposal: got 'posterior', which needs the density of the prior, and {type(self.prior).__name__} has "
+                "none; accepted: 'prior'"
+            )
         with evaluating(self):
             return self._log_likelihood(x, n_samples, chunk, self.encode(x) if proposal == "posterior" else None)
 
@@ -300,7 +335,8 @@ class InfoVAE(nn.Module):
         """Writes config.json and model.safetensors into the folder; each file appears whole or not at all.
 
         Raises:
-            ValueError: the model was built from modules, not by `from_config`: save its `state_dict()` instead.
+            ValueError: the model was built from modules, not by `from_config`, or has other parts now: save its
+                `state_dict()` instead.
         """
         from safetensors.torch import save
 
@@ -309,15 +345,38 @@ class InfoVAE(nn.Module):
                 "this model was built from modules of your own, which a config.json cannot describe: build it with "
                 "InfoVAE.from_config, or save model.state_dict() with safetensors.torch.save_file"
             )
+        config = self._described()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: t.contiguous().cpu() for name, t in self.state_dict().items()}
         write_bytes(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        write_bytes(folder / CONFIG_FILE, json.dumps(self.config, indent=1).encode())
+        write_bytes(folder / CONFIG_FILE, json.dumps(config, indent=1).encode())
+
+    def _described(self) -> dict[str, Any]:
+        """The configuration of the model as it is: alpha and lambda may have been set since it was made."""
+        made, config = self._made or {}, dict(self.config or {})
+        weights = made.get("weights")
+        if others := [name for name, part in made.items() if name != "weights" and getattr(self, name) is not part]:
+            raise ValueError(
+                f"{', '.join(others)}: not what the configuration made any more; accepted: a model as from_config made "
+                "it, or save model.state_dict() with safetensors.torch.save_file"
+            )
+        if weights not in (None, self._weights):
+            objective = config["objective"]
+            options = {"name": objective} if isinstance(objective, str) else dict(objective)
+            known = {"alpha": self.objective.alpha, "lambda_": self.objective.lambda_}
+            if unknown := set(known) - set(signature(PRESETS[options["name"]]).parameters):
+                raise ValueError(
+                    f"objective: alpha and lambda_ are {self._weights} now and were {weights}, but the preset "
+                    f"{options['name']!r} has no {' and '.join(sorted(unknown))}; accepted: those that it had, or a "
+                    "preset that has both, as 'mmd_vae'"
+                )
+            config["objective"] = options | known
+        return config
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "InfoVAE":
-        """The model that `save_pretrained` wrote, in its dtype; nothing in the files is executed.
+        """The model that `save_pretrained` wrote, its parts in their dtypes; nothing in the files is executed.
 
         Raises:
             FileNotFoundError: a file is missing. ValueError: a file is damaged or does not fit the configuration.
@@ -338,9 +397,10 @@ class InfoVAE(nn.Module):
             raise ValueError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
         try:
             weights = load_file(folder / WEIGHTS_FILE)
-            dtypes = {t.dtype for t in weights.values() if t.is_floating_point()}
-            if len(dtypes) == 1:
-                model.to(dtypes.pop())
+            for name, part in model.named_children():  # a decoder may be in half precision and its encoder not
+                found = {t.dtype for key, t in weights.items() if key.startswith(f"{name}.") and t.is_floating_point()}
+                if len(found) == 1:
+                    part.to(found.pop())
             model.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or of another model: {error}") from error

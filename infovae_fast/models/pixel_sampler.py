@@ -135,11 +135,18 @@ class PixelSampler:
                 f"got a decoder {type(decoder).__name__}, which is not autoregressive: its pixels are independent "
                 "given z; use likelihood.sample(decoder(z)), or InfoVAE.sample"
             )
-        if likelihood is None:
-            raise ValueError("likelihood: got None; accepted: the likelihood that the decoder was trained with")
+        if likelihood is None or not hasattr(likelihood, "draw"):
+            raise ValueError(f"likelihood: got {likelihood!r}; accepted: the one that the decoder was trained with")
         self.decoder, self.likelihood, self.image_shape = decoder, likelihood, tuple(decoder.image_shape)
         self.backend = backend
         joint, channels = likelihood.joint_channels, self.image_shape[0]
+        if isinstance(decoder, GatedPixelCNN | PixelCNNPlusPlus):
+            given, wanted = len(decoder.head[-1].bias), likelihood.channels(channels)
+            if given != wanted:
+                raise ValueError(
+                    f"likelihood: {type(likelihood).__name__} needs params of {wanted} channels, but the decoder has "
+                    f"{given}; accepted: the likelihood that it was trained with"
+                )
         self.groups = getattr(decoder, "data_channels", 1 if joint else channels)
         if joint and self.groups > 1:
             raise ValueError(
@@ -157,7 +164,7 @@ class PixelSampler:
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         temperature: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         uniforms: Tensor | None = None,
         callback: Callback | None = None,
         strategy: str = "auto",
@@ -171,7 +178,7 @@ class PixelSampler:
             known_mask: bool, broadcast to [n, C, H, W]: True where `known` counts. The logistic mixture, which draws
                 the channels of a pixel together, needs the same for all channels.
             temperature: above 0; see `likelihoods`.
-            seed: of the uniforms.
+            seed: of the uniforms; None: one drawn from PyTorch's own generator.
             uniforms: [n, U, H, W] in [0, 1) instead, U = likelihood.uniforms(C); used in float32, 0 as the next number.
             callback: called as callback(done, H) with the number of rows that are final; for "cuda" once.
             strategy: "auto" is "cached" where that can run, else "fixed_point".
@@ -187,7 +194,11 @@ class PixelSampler:
         if strategy == "cached":
             self._check_cached()
         known, mask = self._known(n, known, known_mask)
-        u, g = self.uniforms(n, seed) if uniforms is None else self._given(uniforms, n), self.groups
+        if uniforms is None:
+            u = self.uniforms(n, int(torch.randint(2**62, ())) if seed is None else seed)
+        else:
+            u = self._given(uniforms, n)
+        g = self.groups
 
         def choose(i: int, j: int, group: int, params: Tensor) -> Tensor:
             """[n, P/G] of a pixel's group -> its channels [n, C/G]."""
@@ -212,12 +223,16 @@ class PixelSampler:
 
     def uniforms(self, n: int, seed: int = 0, *, first: int = 0) -> Tensor:
         """The uniforms [n, U, H, W] of samples first .. first + n - 1."""
+        for name, value in (("n", n), ("first", first)):
+            if not is_integer(value) or value < 0:
+                raise ValueError(f"{name}: got {value!r}; accepted: an integer, 0 or more")
         return pixel_uniforms(self._uniforms_shape(n), seed, first=first, device=self._like.device)
 
     @torch.no_grad()
     @_alike
     def params(self, z: Tensor | None, x: Tensor) -> Tensor:
         """decoder(z, x) as "cached" computes it, a pixel and colour at a time: [N, P, H, W], equal but for rounding."""
+        floating("x", x)
         z, n = self._codes(z, len(x))
         self._check_cached()
         if x.shape[1:] != self.image_shape:

@@ -277,7 +277,7 @@ def _start_as_2017(network: nn.Module) -> None:
 
 
 def _check_sizes(given: dict[str, Any]) -> None:
-    check_sizes(given, layers=1, maps=1)
+    check_sizes(given, layers=1, maps=1, first_kernel=1, kernel=1)
     one_of("variant", given["variant"], ("gated", "infovae2017"))
     shape, channels, groups = given["shape"], given["image_channels"], given["data_channels"]
     if groups not in (1, channels):

@@ -40,6 +40,7 @@ Source: Salimans et al., arXiv 1701.05517, github.com/openai/pixel-cnn; Salimans
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -141,10 +142,11 @@ class PixelCNNPlusPlus(nn.Module):
         """The first pass of training: sets g and biases, unless they come from another object that was trained."""
         given = not all(isinstance(p, nn.Parameter) for p in self.parameters())  # by torch.func.functional_call
         blind = torch.compiler.is_compiling() or transforms() is not None
-        if blind or (given and self._untouched()):
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # every rank has other images
+        if blind or ((given or shared) and self._untouched()):
             raise RuntimeError(
-                "PixelCNNPlusPlus sets its weights in its first pass of training, which compilers, torch.func and "
-                "weights given from outside do not allow: call initialise(z, x) before"
+                "PixelCNNPlusPlus sets its weights in its first pass of training, which compilers, torch.func, weights "
+                "given from outside and several processes do not allow: call initialise(z, x) before"
             )
         if not given:
             if self._untouched():
@@ -340,8 +342,8 @@ class _Streams(nn.Module):
 def _check_sizes(given: dict[str, Any]) -> None:
     check_name(given["backend"])
     check_sizes(given, blocks=1, maps=1)
-    if not 0 <= given["dropout"] < 1:
-        raise ValueError(f"dropout: got {given['dropout']}; accepted: a probability, at least 0 and below 1")
+    if not isinstance(given["dropout"], Real) or not 0 <= float(given["dropout"]) < 1:
+        raise ValueError(f"dropout: got {given['dropout']!r}; accepted: a probability, at least 0 and below 1")
     if given["data_channels"] != 1:
         raise ValueError(
             f"data_channels: got {given['data_channels']}; accepted: 1, as PixelCNN++ does not order the colours of a "
