@@ -1,8 +1,8 @@
 # make demo     set up, then train on real digits: demo/report.html
 # make test     set up, then every check and every test but the slow ones, which are compilations for more GPUs
 # make test-all all of them
-# make bench    set up, then measure against the competitors that are installed: benchmarks/results/here.jsonl, the table
-#               and picture of README.md (an hour; after a kill it goes on where it was)
+# make bench    set up, then measure against the competitors that are installed: benchmarks/results/here.jsonl, the tables
+#               and the picture of README.md and docs/speed.md (an hour; after a kill it goes on where it was)
 # make gpu-check  on a machine with a GPU: build for it, test on it, compute-sanitizer, ceilings, benchmarks (build/gpu_check)
 # make clean    remove what was built (not .venv, whose downloads take minutes)
 #
@@ -31,12 +31,13 @@ test test-all: .venv/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(SELECTED)
 
 bench: .venv/.built
-	$(BIN)/python -m benchmarks.run --grid --resume --out build/bench.jsonl
+	@wrong=0; \
+	$(BIN)/python -m benchmarks.run --grid --resume --out build/bench.jsonl || wrong=1; \
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
-	  $(BIN)/python -m benchmarks.run --grid --resume --compile --out build/bench.jsonl
-	$(BIN)/python -m benchmarks.masked_conv --compile --out build/bench.jsonl
-	@mv build/bench.jsonl benchmarks/results/here.jsonl
-	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl
+	  $(BIN)/python -m benchmarks.run --grid --resume --compile --out build/bench.jsonl || wrong=1; \
+	$(BIN)/python -m benchmarks.masked_conv --compile --resume --out build/bench.jsonl || wrong=1; \
+	cp build/bench.jsonl benchmarks/results/here.jsonl && \
+	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl && exit $$wrong
 
 gpu-check: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu_check

@@ -3,24 +3,24 @@
 Value and gradient of the MMD of N = M points do 8 D N^2 flops in matrix products, if the pairs of one cloud are visited
 once, and 2 N^2 exponentials; the value alone half the flops, a Stein direction 3 D N^2 and a quarter of the
 exponentials. Their times at the rates that PyTorch reaches make the bound: the sum on a CPU, where both use the same
-units, the longer one on a GPU. A product that keeps float32's digits is float32, or three of TF32; bfloat16 needs one.
-The rates are `mm` of square matrices, `exp` of what stays in the cache (on a GPU in registers), and a copy; all take
-turns with ours in one process; medians.
+units, the longer one on a GPU. (On a CPU it binds code that takes its exponentials from PyTorch. Ours are several times
+as fast, so that with few coordinates it ends before that.) A product that keeps float32's digits is float32, or three
+of TF32; bfloat16 needs one. The rates are `mm` of square matrices, `exp` of what stays in the cache (on a GPU in
+registers), and a copy; all take turns with ours in one process; medians.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import pairwise
-from benchmarks.clock import machine, measure
+from benchmarks.clock import measure
 from benchmarks.pairwise import Case
+from benchmarks.rows import Results, options_of
 from benchmarks.run import errors
 
 ROUNDS = 9
@@ -93,10 +93,8 @@ def bound(case: Case, rates: dict[str, float], device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
-    device = options.device
+    options = options_of(parser, resume=False)
+    device, results = options.device, Results(options)
     ours = pairwise.IMPLEMENTATIONS[pairwise.OURS].run
     for case in CASES[device]:
         work, x_y = ceilings(device), case.inputs(device)
@@ -112,11 +110,8 @@ def main() -> None:
         reached = f"bound {least:.4g} s, {least / seconds['ours']:.0%}, error {found['error']:.1e}"
         print(f"N={case.n} D={case.d}: {seconds['ours']:.4g} s, {reached}")
         print("  " + ", ".join(f"{name} {rate / 1e9:,.1f}e9/s" for name, rate in rates.items()), flush=True)
-        if options.out:
-            row = {"op": "bound", "n": case.n, "d": case.d, "seconds": seconds["ours"], "bound": least, "rates": rates}
-            row |= found | machine(device)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        row = {"op": "bound", "n": case.n, "d": case.d, "seconds": seconds["ours"], "bound": least, "rates": rates}
+        results.add([row | found])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ KERNEL_TESTS = sorted(
     )
     for path in ROOT.glob(f"tests/test_{stem}*.py")
 )
-ALONE = {"pairwise_alone": "300", "masked_conv_alone": "4", "resident_alone": "3"}  # and points or images to check
+# And points or images to check: points enough for all kernels.
+ALONE = {"pairwise_alone": "1100", "masked_conv_alone": "4", "resident_alone": "3"}
 
 
 def commands(out: Path, tests: str) -> dict[str, list[str]]:
@@ -76,8 +77,8 @@ def commands(out: Path, tests: str) -> dict[str, list[str]]:
         "bound": [f"{python} -m benchmarks.bound --device cuda --out {rows}"],
         "bench": [
             f"{python} -m benchmarks.run --device cuda --compile --resume --memory 40 --out {rows}",
-            f"{python} -m benchmarks.masked_conv --device cuda --compile --out {rows}",
-            f"{python} -m benchmarks.models --device cuda --out {rows}",
+            f"{python} -m benchmarks.masked_conv --device cuda --compile --resume --out {rows}",
+            f"{python} -m benchmarks.models --device cuda --resume --out {rows}",
             *compiled(),
             *(f"{to} $(git describe --always --dirty) >> {rows}" for to in programs.values()),
         ],

@@ -21,11 +21,9 @@ on), and above twice the error of what people write, is not timed; neither is on
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -33,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.clock import captured, machine, measure
+from benchmarks.clock import captured, measure
+from benchmarks.rows import Inaccurate, Results, options_of
 from infovae_fast import Bernoulli, GatedPixelCNN, PixelSampler, discretized_logistic_mixture_nll
 from infovae_fast.masked_conv import MaskedConv2d, from_dense, gated, masked_conv2d, to_dense
 from infovae_fast.models.pixelcnn import R64
@@ -52,14 +51,11 @@ class Implementation(NamedTuple):
     error: float | None = None
 
 
-class Inaccurate(Exception):
-    pass
-
-
 def begin() -> None:
     """The same numbers every time; float32 means float32."""
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # of its convolutions the fastest
 
 
 def cropped(conv: MaskedConv2d) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -276,11 +272,9 @@ def bench(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
     parser.add_argument("--compile", action="store_true", help="also the step and the nll by torch.compile (minutes)")
     parser.add_argument("--only", choices=("conv", "step", "sample", "nll"), help="these cases alone")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
+    options = options_of(parser)
     device = options.device
     dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
     layers, step, samples = (64, 32, (1, 16, 128)) if device == "cpu" else (128, 128, (16, 128, 1024))  # batches
@@ -300,15 +294,14 @@ def main() -> None:
     for what, layout in (("nll", torch.contiguous_format), ("nll channels-last", torch.channels_last)):
         add(what, step, True, torch.float32, nll_case, layout, step, options.compile)
         cases[-1][0].update(op="logistic_mixture", d=10)
-    refused = False
+    results = Results(options)
     for what, case in cases:
-        if options.only and not what["what"].startswith(options.only):
+        if (options.only and not what["what"].startswith(options.only)) or results.has(what):
             continue
         try:
             rows = bench(what, case(), {"naive": 28 * 28} if what["what"] == "sample R64" else {}, device)
         except Inaccurate as why:
-            print(f"{what['dtype']} {why}", flush=True)
-            refused = True
+            results.refuse(what["dtype"], why)
             continue
         ours = rows[0]["median_s"]
         for row in rows:
@@ -317,11 +310,8 @@ def main() -> None:
             name = f"{row['what']:<17} N={row['n']:<4} {row['dtype']:<8} {mode:<20} {row['implementation']:<14}"
             error_found = f"  error {row['error']:.1e}" if "error" in row else ""
             print(f"{name} {time_taken}{error_found}", flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write("".join(json.dumps(row | machine(device)) + "\n" for row in rows))
-    sys.exit(refused)
+        results.add(rows)
+    sys.exit(results.refused)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ void run(const Case& one, int n, bool time, const char* commit) {
         }
         of_bias.compare(to_bias[o], all);
     }
-    double largest = 0;
+    double largest[2] = {0, 0};  // of the forward pass, and of all
     const std::pair<const char*, const Errors*> all[] = {
         {"f", &of_f}, {"out", &of_out}, {"x", &of_x}, {"weight", &of_weight}, {"bias", &of_bias},
         {"condition", &of_condition}, {"link", &of_values}, {"link's weight", &of_link_weight}};
@@ -218,10 +218,11 @@ void run(const Case& one, int n, bool time, const char* commit) {
                          errors->relative(), name);
             std::exit(1);
         }
-        largest = std::max(largest, errors->relative());
+        const bool forward = errors == &of_f || errors == &of_out;
+        for (int k = forward ? 0 : 1; k < 2; ++k) largest[k] = std::max(largest[k], errors->relative());
     }
     if (!time) {
-        std::printf("%s, %s: error %.1e\n", one.what, half_precision ? "bfloat16" : "float32", largest);
+        std::printf("%s, %s: error %.1e\n", one.what, half_precision ? "bfloat16" : "float32", largest[1]);
     } else {
         cudaDeviceProp device;
         check(cudaGetDeviceProperties(&device, 0));
@@ -236,7 +237,7 @@ void run(const Case& one, int n, bool time, const char* commit) {
             std::printf("\"dtype\": \"%s\", \"implementation\": \"infovae_fast alone\", \"median_s\": %.4e, ",
                         half_precision ? "bfloat16" : "float32", median);
             std::printf("\"p20_s\": %.4e, \"p80_s\": %.4e, \"rounds\": %zu, \"error\": %.2e, ", times[times.size() / 5],
-                        times[times.size() - 1 - times.size() / 5], times.size(), largest);
+                        times[times.size() - 1 - times.size() / 5], times.size(), largest[gradient]);
             std::printf("\"device\": \"%s\", \"cuda\": \"%d.%d\", \"commit\": \"%s\"}\n", device.name, CUDART_VERSION / 1000,
                         CUDART_VERSION % 1000 / 10, commit);
         }
@@ -248,8 +249,8 @@ void run(const Case& one, int n, bool time, const char* commit) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const bool time = count < 3 || std::string(arguments[1]) != "check";
-    const int n = time ? kBatch : std::atoi(arguments[2]);
+    const int images = checked(count, arguments), n = images > 0 ? images : kBatch;
+    const bool time = images == 0;
     const Case cases[] = {
         {"V 64 gate", 64, 128, 0, true, window(1, false)},   {"H 64 gate link", 64, 128, 128, true, window(1, true)},
         {"1x1 64->128", 64, 128, 0, false, {{0, 0}}},         {"7x7 V 64", 64, 64, 0, false, window(3, false)},

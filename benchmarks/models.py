@@ -17,26 +17,24 @@ whole network ten times that of a layer) or `MOST_DIFFERENT` is not timed, nor t
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.clock import captured, machine, measure
-from benchmarks.masked_conv import LARGEST_ERROR, MOST_DIFFERENT, Inaccurate
+from benchmarks.clock import captured, measure
+from benchmarks.masked_conv import LARGEST_ERROR, MOST_DIFFERENT
+from benchmarks.rows import OURS, Inaccurate, Results, options_of
 from infovae_fast import DiscretizedLogisticMixture, InfoVAE, PixelSampler
 from infovae_fast.models.networks import PAPER_PIXELCNN_ENCODER
 from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from infovae_fast.models.pixelcnn_pp import PIXELCNN_PP, PixelCNNPlusPlus
 
-OURS = "infovae_fast"
 DECODERS = {"R64": R64, "paper": PAPER_PIXELCNN}
 EPOCH = 60_000  # images
 LEARNING = 20  # steps after which the loss must be smaller
@@ -111,7 +109,7 @@ def plus_plus_error(decoder: PixelCNNPlusPlus, x: Tensor) -> float:
 @torch.no_grad()
 def redrawn(sampler: PixelSampler, z: Tensor | None, n: int) -> float:
     """The share of the numbers of n samples that a pass of the decoder over them draws otherwise."""
-    x = sampler.sample(z, n, strategy="cached")
+    x = sampler.sample(z, n, seed=0, strategy="cached")
     again = sampler.likelihood.draw(sampler.decoder(z, x), sampler.uniforms(n))
     if not (found := (again != x).float().mean().item()) <= MOST_DIFFERENT:
         raise Inaccurate(f"samples: {found:.0%} of their numbers are drawn otherwise: not timed")
@@ -259,28 +257,24 @@ def bench(what: dict[str, Any], runs: Runs, rounds: int, device: str) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file")
     parser.add_argument(
         "--only", default="", help="cases with one of these in their name and dtype: train,epoch bfloat16"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
+    options = options_of(parser)
     torch.backends.cudnn.allow_tf32 = False
-    refused = False
-    for what, case, rounds in cases(options.device):
-        if not any(part in f"{what['what']} {what['dtype']}" for part in options.only.split(",")):
+    results, every = Results(options), cases(options.device)
+    names = [f"{what['what']} {what['dtype']}" for what, _, _ in every]
+    chosen = [any(part in name for part in options.only.split(",")) for name in names]
+    if not any(chosen):
+        parser.error(f"--only: got {options.only!r}; accepted: parts of {', '.join(names)}")
+    for what, case, rounds in (case for case, wanted in zip(every, chosen, strict=True) if wanted):
+        if results.has(what):
             continue
         try:
-            rows = bench(what, case(), rounds, options.device)
+            results.add(bench(what, case(), rounds, options.device))
         except Inaccurate as why:
-            print(f"{what['what']} {what['dtype']} {why}", flush=True)
-            refused = True
-            continue
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write("".join(json.dumps(row | machine(options.device)) + "\n" for row in rows))
-    sys.exit(refused)
+            results.refuse(f"{what['what']} {what['dtype']}", why)
+    sys.exit(results.refused)
 
 
 if __name__ == "__main__":

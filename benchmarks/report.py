@@ -1,23 +1,31 @@
-"""The speed tables of the README from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl ...`.
+"""The speed tables from measured rows: `python -m benchmarks.report benchmarks/results/NAME.jsonl ...`.
 
-Replaces what stands between the markers `<!-- speed -->` and `<!-- /speed -->` of README.md (`pairwise`) and between
-those of `speed masked_conv`, and draws docs/speed.png: the cases of the first, and time against N. A cell is a ratio of
-medians of one run; the newest rows of a case and a malloc count. Columns without a row are left out. All rows of a CPU
-must be of one, which the first table names. Rows of a GPU go
-to tables of their own, `speed on a GPU`, `speed masked_conv on a GPU` and `speed models on a GPU`, which name it: each
-is of the last file that has rows for it, but the rates of the bound may be of another.
+Replaces what stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` of README.md and docs/speed.md:
+
+    speed                        `pairwise` on a CPU, which it names: all rows of a CPU must be of one
+    speed masked_conv            layers, steps, samples and the nll of PixelCNNs there
+    speed on a GPU               `pairwise` on a GPU; `speed on a GPU, in short` has some of its rows
+    speed masked_conv on a GPU   layers and the nll there
+    speed models on a GPU        whole models
+
+and draws docs/speed.png: the cases of the first table, and time against N. A cell is a ratio of medians of one run; the
+newest rows of a case and a malloc count. Columns without a row are left out, and tables. A table of a GPU is of the
+last file that has rows for it, but the rates of the bound may be of another.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import pairwise
 from benchmarks.bound import bound
-from benchmarks.pairwise import OURS
+from benchmarks.rows import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 COLUMNS = (  # title, implementation, malloc
     ("eager, expanded", "eager expanded", "default"),
     ("eager, `cdist`", "eager cdist", "default"),
@@ -45,15 +53,17 @@ Rows = dict[tuple[Case, str, str], dict[str, Any]]  # of case, implementation, m
 README: list[Case] = [(case.what, case.n, case.d) for case in pairwise.README]
 
 
+def device_of(rows: Iterable[dict[str, Any]]) -> str:
+    devices = {row["device"] for row in rows}
+    if len(devices) > 1:
+        raise SystemExit(f"rows of several devices: got {', '.join(sorted(devices))}; accepted: files of one of them")
+    return devices.pop()
+
+
 def table(rows: Rows) -> str:
     columns = [column for column in COLUMNS if any((case, *column[1:]) in rows for case in README)]
-    devices = {row["device"] for row in rows.values()}
-    if len(devices) > 1:
-        raise SystemExit(
-            f"rows of several devices: got {', '.join(sorted(devices))}; accepted: the files of one at a time"
-        )
     head = [
-        f"value and gradient to x ({devices.pop()})",
+        f"value and gradient to x ({device_of(rows.values())})",
         "ours",
         *(title for title, _, _ in columns),
         "gradient error: ours, eager",
@@ -69,7 +79,7 @@ def table(rows: Rows) -> str:
         ours = rows.get((case, OURS, "default")) or rows[case, OURS, "tuned"]
         errors = [ours, rows.get((case, "eager expanded", "default")) or rows.get((case, "eager expanded", "tuned"))]
         what, n, d = case
-        name = f"{NAMES[what]}, N = {n:,}" + ("" if what == "stein" else f" = M, D = {d}")
+        name = f"{NAMES[what]}, N = {'' if what == 'stein' else 'M = '}{n:,}, D = {d}"
         lines.append(
             f"| {name} | {duration(ours)} | "
             + " | ".join(cells)
@@ -84,6 +94,7 @@ def conv_table(rows: list[dict[str, Any]]) -> str:
     """One line for each case of benchmarks/masked_conv.py, the newest rows of each."""
     titles = {"dense": "dense, masked", "cropped": "cropped", "eager": "eager", "torch.compile": "`torch.compile`"}
     titles |= {"plain cached": "cached, in PyTorch", "naive": "naive"}
+    device = device_of(rows)
     cases: dict[tuple[str, int, bool], dict[str, float]] = {}
     for row in rows:
         if row.get("dtype", "float32") != "float32":
@@ -92,7 +103,7 @@ def conv_table(rows: list[dict[str, Any]]) -> str:
         if row["implementation"] == "infovae_fast":  # the first of its run
             cases[case] = {}
         cases[case][row["implementation"]] = row["median_s"]
-    lines = ["| | ours | " + " | ".join(titles.values()) + " |", "|" + "---|" * (len(titles) + 2)]
+    lines = [f"| {device} | ours | " + " | ".join(titles.values()) + " |", "|" + "---|" * (len(titles) + 2)]
     for (what, n, gradient), times in cases.items():
         ours = times["infovae_fast"]
         ratios = [times[name] / ours if name in times else None for name in titles]
@@ -132,16 +143,16 @@ def lines_of(head: list[str], cells: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def gpu_table(rows: list[dict[str, Any]], rates: dict[str, float] | None) -> str:
+def gpu_table(rows: list[dict[str, Any]], rates: dict[str, float] | None, cases: list[pairwise.Case]) -> str:
     found, graph = newest(rows), f"{OURS} graph"
-    head = [rows[-1]["device"], "ours", "as a CUDA graph", "kernels alone", "bound, reached", "eager, expanded"]
-    head += ["`torch.compile`", "KeOps", "gradient error: ours, alone, eager"]
+    head = [device_of(rows), "ours", "as a CUDA graph", "kernels alone", "bound, reached", "eager, expanded"]
+    head += ["`torch.compile`", "KeOps", "graph: eager to ours", "gradient error: ours, alone, eager"]
     table = []
-    for case in pairwise.GPU_CASES:
+    for case in cases:
         by = found.get((case.what, case.n, case.d, case.gradient, case.dtype), {})
         if OURS not in by:
             continue
-        name = f"{NAMES[case.what]}, N = {case.n:,}" + ("" if case.what == "stein" else " = M") + f", D = {case.d}"
+        name = f"{NAMES[case.what]}, N = {'' if case.what == 'stein' else 'M = '}{case.n:,}, D = {case.d}"
         name += ("" if case.gradient else ", value alone") + ("" if case.dtype == "float32" else f", {case.dtype}")
         known = [by.get(k, {}).get("error") for k in (OURS, ALONE, "eager expanded")]
         errors = ", ".join("–" if e is None else f"{e:.0e}" for e in known)
@@ -150,14 +161,15 @@ def gpu_table(rows: list[dict[str, Any]], rates: dict[str, float] | None) -> str
         least = bound(case, rates, "cuda") if rates and case.what in ("rbf", "stein") else None
         known = least is not None and least > SHORTEST_BOUND_S
         cells.append(f"{duration({'median_s': least})}, {least / best:.0%}" if known else "–")
-        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile", "KeOps")] + [errors]
+        cells += [ratio(by.get(k), by[OURS]) for k in ("eager expanded", "torch.compile", "KeOps")]
+        cells += [ratio(by.get("eager expanded graph"), by.get(graph)), errors]
         table.append([name, *cells])
     return lines_of(head, table)
 
 
 def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
     head = [
-        rows[-1]["device"],
+        device_of(rows),
         "ours",
         "as a CUDA graph",
         "cropped",
@@ -181,7 +193,7 @@ def gpu_conv_table(rows: list[dict[str, Any]]) -> str:
 
 
 def models_table(rows: list[dict[str, Any]]) -> str:
-    head, table = [rows[-1]["device"], "ours", "as a CUDA graph", "naive", "error"], []
+    head, table = [device_of(rows), "ours", "as a CUDA graph", "naive", "error"], []
     for (what, n, _, _, dtype), by in newest(rows).items():
         cells = [duration(by[OURS]), duration(by.get(f"{OURS} graph")), ratio(by.get("naive"), by[OURS])]
         cells.append(f"{by[OURS]['error']:.0e}" if "error" in by[OURS] else "–")
@@ -189,12 +201,20 @@ def models_table(rows: list[dict[str, Any]]) -> str:
     return lines_of(head, table)
 
 
-def replaced(text: str, marker: str, table: str) -> str:
-    before, start, rest = text.partition(f"<!-- {marker} -->\n")
-    _, end, after = rest.partition(f"<!-- /{marker} -->")
-    if not (start and end):
-        raise SystemExit(f"README.md has no <!-- {marker} --> .. <!-- /{marker} -->")
-    return f"{before}{start}{table}\n{end}{after}"
+def put(tables: dict[str, str]) -> None:
+    """Every table into the pages that have its markers."""
+    missing, texts = set(tables), {page: page.read_text() for page in PAGES}
+    for page in PAGES:
+        for name, table in tables.items():
+            before, start, rest = texts[page].partition(f"<!-- {name} -->\n")
+            _, end, after = rest.partition(f"<!-- /{name} -->")
+            if start and end:
+                texts[page] = f"{before}{start}{table}\n{end}{after}"
+                missing.discard(name)
+    if missing:
+        raise SystemExit(f"no page has <!-- {' --> or <!-- '.join(sorted(missing))} --> and its end")
+    for page, text in texts.items():
+        page.write_text(text)
 
 
 def plot(rows: Rows, path: Path) -> None:
@@ -234,7 +254,10 @@ def plot(rows: Rows, path: Path) -> None:
 
 
 def main() -> None:
-    files = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in sys.argv[1:]]
+    names = sys.argv[1:]
+    if missing := [name for name in names if not Path(name).is_file()] or ([] if names else ["no file"]):
+        sys.exit(f"got {', '.join(missing)}; accepted: files of rows, as {sorted(map(str, RESULTS.glob('*.jsonl')))}")
+    files = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in names]
     every = [row for file in files for row in file if "cuda" not in row]
 
     def on_gpu(*ops: str) -> list[dict[str, Any]]:
@@ -250,22 +273,21 @@ def main() -> None:
             rows = {key: old for key, old in rows.items() if (key[0], key[2]) != (case, malloc)}
         rows[case, name, malloc] = row
     convs = [row for row in every if row["op"] in ("masked_conv", "logistic_mixture")]
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    tables = {}
     if rows:
-        text = replaced(text, "speed", table(rows))
+        tables["speed"] = table(rows)
         plot(rows, ROOT / "docs" / "speed.png")
     if convs:
-        text = replaced(text, "speed masked_conv", conv_table(convs))
+        tables["speed masked_conv"] = conv_table(convs)
     if some := on_gpu("pairwise"):
-        text = replaced(
-            text, "speed on a GPU", gpu_table(some, next((row["rates"] for row in on_gpu("bound")[::-1]), None))
-        )
+        rates = next((row["rates"] for row in on_gpu("bound")[::-1]), None)
+        tables["speed on a GPU"] = gpu_table(some, rates, pairwise.GPU_CASES)
+        tables["speed on a GPU, in short"] = gpu_table(some, rates, pairwise.GPU_README)
     if some := on_gpu("masked_conv", "logistic_mixture"):
-        text = replaced(text, "speed masked_conv on a GPU", gpu_conv_table(some))
+        tables["speed masked_conv on a GPU"] = gpu_conv_table(some)
     if some := on_gpu("models"):
-        text = replaced(text, "speed models on a GPU", models_table(some))
-    readme.write_text(text)
+        tables["speed models on a GPU"] = models_table(some)
+    put(tables)
 
 
 if __name__ == "__main__":

@@ -120,8 +120,8 @@ void positive(Numbers& x) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const bool time = count < 3 || std::string(arguments[1]) != "check";
-    const int n = time ? kCodes : std::atoi(arguments[2]), images = std::min(n, kImages);
+    const int codes = checked(count, arguments), n = codes > 0 ? codes : kCodes, images = std::min(n, kImages);
+    const bool time = codes == 0;
     std::vector<Half> table;
     std::vector<Layer> layers(kLayers);
     for (int l = 0; l < kLayers; ++l) {

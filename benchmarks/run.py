@@ -10,11 +10,10 @@ or of phi(0) / N where that is larger: about the standard deviation of an unbias
 """
 
 import argparse
-import json
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import pairwise
-from benchmarks.clock import machine, measure, peak_mib
+from benchmarks.clock import measure, peak_mib
+from benchmarks.rows import Inaccurate, Results, options_of
 
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # of the gradient, relative to its largest component
 VALUE_ERROR = 1e-5
@@ -84,7 +84,7 @@ def bench(
         truth = pairwise.truth(case, implementation.estimator, device)
         rows[name] = errors(out, truth)
         if name.startswith(pairwise.OURS) and not right(case, rows[name], truth[1]):
-            raise SystemExit(f"{case} {name}: {rows[name]}, not timed")
+            raise Inaccurate(f"{name}: {rows[name]}, not timed")
         rows[name]["memory_mib"] = None if before is None or after is None else after - before
         rounds[name] = min(MOST_ROUNDS, int((README_S if case in pairwise.README else GRID_S) / seconds))
         if implementation.floats != (0, 0):  # the first call found no memory kept by malloc
@@ -105,62 +105,68 @@ def bench(
     return [{"op": "pairwise", **asdict(case), "implementation": name, **row} for name, row in rows.items()]
 
 
-def measured(path: Path, here: dict[str, Any]) -> set[tuple[pairwise.Case, str]]:
-    """The cases and implementations that have a row of the same device, commit, malloc and threads."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {
-        (
-            pairwise.Case(row["what"], row["n"], row["d"], row["gradient"], row.get("dtype", "float32")),
-            row["implementation"],
-        )
-        for row in rows
-        if row["op"] == "pairwise" and all(row[key] == here[key] for key in ("device", "commit", "malloc", "threads"))
-    }
+def selected(options: argparse.Namespace) -> list[pairwise.Case]:
+    if options.device != "cpu":
+        cases = pairwise.GPU_CASES
+    else:
+        cases = pairwise.README if options.bar else pairwise.GRID if options.grid else pairwise.CASES
+    if options.only:
+        every = {f"{c.what},{c.n},{c.d}": c for c in pairwise.README} if options.device == "cpu" else {}
+        every |= {f"{c.what},{c.n},{c.d}": c for c in cases}
+        if options.only not in every:
+            raise SystemExit(f"--only: got {options.only}; accepted: {', '.join(every)}")
+        return [every[options.only]]
+    found = [case for case in cases if options.least <= case.n <= options.most]
+    if not found:
+        raise SystemExit(f"--least {options.least}, --most {options.most}: no case has so many points")
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        mode = ("" if row["gradient"] else "value ") + ("" if row["dtype"] == "float32" else row["dtype"])
+        problem = f"{row['what']:<6} N={row['n']:<6} D={row['d']:<4} {mode:<8} {row['implementation']:<18}"
+        time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / rows[0]['median_s']:7.1f}x"
+        error, value = (f"{row[key]:.1e}" if key in row else "  –    " for key in ("error", "value_error"))
+        memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+        print(f"{problem} {time_taken}  error {error}  value {value} {memory:>7} MiB", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines to this file, case by case")
-    parser.add_argument("--resume", action="store_true", help="skip the cases that --out has from the same commit")
     parser.add_argument("--compile", action="store_true", help="also torch.compile (some seconds a case)")
     parser.add_argument("--without", default="", help="implementations to leave out, as 'KeOps,GeomLoss KeOps'")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--bar", action="store_true", help="only the cases of the README")
-    which.add_argument("--grid", action="store_true", help="N = 16 .. 65,536, D = 2 .. 512, value alone too (long)")
-    which.add_argument("--only", metavar="WHAT,N,D", help="one case of the README, as rbf,256,10")
+    which.add_argument("--bar", action="store_true", help="only the cases of the README (of a CPU)")
+    which.add_argument("--grid", action="store_true", help="N = 16 .. 65,536, D = 2 .. 512 (of a CPU; long)")
+    which.add_argument("--only", metavar="WHAT,N,D", help="one case, as rbf,256,10")
     parser.add_argument("--cold", action="store_true", help="a call a turn, the caches filled with other things before")
     parser.add_argument("--least", type=int, default=2, help="smallest N")
-    parser.add_argument("--most", type=int, default=2**16, help="largest N")
+    parser.add_argument("--most", type=int, default=10**6, help="largest N")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a call may take; default 8")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has cases of its own")
-    options = parser.parse_args()
+    options = options_of(parser)
     if options.cold and (options.out or options.device != "cpu"):
         parser.error("--cold prints times of a CPU; they do not go to a file with those of calls in a row")
-    here, installed = machine(options.device), implementations(options.compile, options.device)
-    if unknown := set(filter(None, options.without.split(","))) - set(installed):
-        parser.error(f"--without: got {', '.join(sorted(unknown))}; accepted: {', '.join(installed)}")
-    installed = {name: i for name, i in installed.items() if name not in options.without.split(",")}
-    done = measured(options.out, here) if options.resume else set()
-    cases = pairwise.README if options.bar or options.only else pairwise.GRID if options.grid else pairwise.CASES
-    for case in cases if options.device == "cpu" else pairwise.GPU_CASES:
-        some = {name: i for name, i in installed.items() if feasible(case, i, options.memory)}
-        if options.only and options.only != f"{case.what},{case.n},{case.d}":
+    if (options.bar or options.grid) and options.device != "cpu":
+        parser.error("--bar and --grid are cases of a CPU; a GPU has cases of its own")
+    installed = implementations(options.compile, options.device)
+    left_out = set(filter(None, options.without.split(",")))
+    if wrong := left_out - (set(installed) - {pairwise.OURS}):
+        accepted = ", ".join(name for name in installed if name != pairwise.OURS)
+        parser.error(f"--without: got {', '.join(sorted(wrong))}; accepted: {accepted}")
+    results = Results(options)
+    for case in selected(options):
+        some = {k: i for k, i in installed.items() if k not in left_out and feasible(case, i, options.memory)}
+        if results.has({"op": "pairwise", **asdict(case)}, some):
             continue
-        if not options.least <= case.n <= options.most or {(case, name) for name in some} <= done:
+        try:
+            rows = bench(case, some, options.device, options.cold)
+        except Inaccurate as why:
+            results.refuse(str(case), why)
             continue
-        rows = bench(case, some, options.device, options.cold)
-        ours = rows[0]["median_s"]
-        for row in rows:
-            mode = ("" if case.gradient else "value ") + ("" if case.dtype == "float32" else case.dtype)
-            problem = f"{case.what:<6} N={case.n:<6} D={case.d:<4} {mode:<8} {row['implementation']:<18}"
-            time_taken = f"{row['median_s'] * 1e3:10.3f} ms  {row['median_s'] / ours:7.1f}x"
-            error, value = (f"{row[key]:.1e}" if key in row else "  –    " for key in ("error", "value_error"))
-            memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
-            print(f"{problem} {time_taken}  error {error}  value {value} {memory:>7} MiB", flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write("".join(json.dumps(row | here) + "\n" for row in rows))
+        show(rows)
+        results.add(rows)
+    sys.exit(results.refused)
 
 
 if __name__ == "__main__":

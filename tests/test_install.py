@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import infovae_fast
 
@@ -182,6 +183,20 @@ def test_cuda_build_without_its_parts_is_an_error_that_helps(checkout):
         r"INFOVAE_FAST_BUILD=cuda cannot be built: (this version has no CUDA sources|torch .* without CUDA)",
         done.stderr,
     )
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_own.md").read_text(), re.DOTALL)
+    space: dict = {"__name__": "your_own"}
+    for block in blocks:
+        exec(compile(block, "your_own.md", "exec"), space)
+    assert len(blocks) == 7 and space["pictures"].shape == (4, 1, 8, 8)
+    assert space["critic"].kernel.log_bandwidth.grad is not None
+    readme = (ROOT / "README.md").read_text().replace("mmd(z, y, progress=print) ", "mmd(z, y) ")
+    losses, _, pixelcnn = (part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:3])
+    exec(losses, {"encoder": lambda x: x, "x": torch.randn(20, 3), "y": torch.randn(30, 3), "w": torch.rand(20)})
+    exec(pixelcnn.replace("torch.rand(16, ", "torch.rand(2, "), {})
 
 
 def test_mirror_rule():
