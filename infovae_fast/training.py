@@ -190,11 +190,12 @@ class InfoVAETraining(pl.LightningModule):
         return binarize(x) if self.dynamic_binarization else x
 
     def on_fit_end(self) -> None:
-        self.model.objective.strength = None
+        if self.warmup_epochs is not None:
+            self.model.objective.strength = None
 
     def _weigh(self, epochs: float) -> None:
         """Gives the weights the strength that they have after so many epochs."""
-        if (strength := self.model.objective.strength) is not None and self.warmup_epochs is not None:
+        if self.warmup_epochs is not None and (strength := self.model.objective.strength) is not None:
             strength.fill_(min(1.0, epochs / self.warmup_epochs))
 
     def _critic_steps(self, adversary: AdversarialLoss, x: Tensor) -> None:

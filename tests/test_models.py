@@ -409,7 +409,8 @@ def test_a_saved_model_keeps_its_dtype(tmp_path):
     model = InfoVAE.from_config(SHAPE, 2).double()
     model.encoder[-1].bias.data[0] = 1 + 1e-12
     model.save_pretrained(tmp_path)
-    assert InfoVAE.from_pretrained(tmp_path).encoder[-1].bias[0].item() == 1 + 1e-12
+    loaded = InfoVAE.from_pretrained(tmp_path)
+    assert loaded.encoder[-1].bias[0].item() == 1 + 1e-12 and loaded.sample(2).dtype == torch.float64
 
 
 def test_a_saved_model_keeps_the_dtype_of_each_part(tmp_path):

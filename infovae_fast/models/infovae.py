@@ -397,10 +397,10 @@ class InfoVAE(nn.Module):
             raise ValueError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
         try:
             weights = load_file(folder / WEIGHTS_FILE)
-            for name, part in model.named_children():  # a decoder may be in half precision and its encoder not
-                found = {t.dtype for key, t in weights.items() if key.startswith(f"{name}.") and t.is_floating_point()}
-                if len(found) == 1:
-                    part.to(found.pop())
+            for name, part in [("", model), *model.named_children()]:  # a decoder may be in half precision alone
+                own = {t.dtype for key, t in weights.items() if key.startswith(name) and t.is_floating_point()}
+                if len(own) == 1:
+                    part.to(own.pop())
             model.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or of another model: {error}") from error
