@@ -16,6 +16,7 @@ from infovae_fast.models.pixelcnn import PAPER_PIXELCNN, R64
 from tests.oracle import check, near
 from tests.simt import ARCHITECTURES, ptxas
 from tests.simt import incremental as simt
+from tests.test_pixel_sampler import nan_where_the_decoder_has_it
 from tests.test_pixelcnn import Launches, network
 
 ON_GPU = torch.cuda.is_available() and native_missing("cuda") is None
@@ -179,6 +180,12 @@ def test_known_pixels_stay_and_others_heed_them():
         x = PixelSampler(model, likelihood, backend="cuda").sample(**drawing)
         assert torch.equal(x[mask], known[mask]) and bool(((x == 0) | (x == 1) | mask).all())
         assert torch.equal(x, PixelSampler(model, likelihood, backend="reference").sample(**drawing))
+
+
+def test_nan_is_seen_where_the_decoder_sees_it(monkeypatch):
+    for order in ("forward", "reverse", "shuffle:1"):
+        monkeypatch.setenv("SIMT_ORDER", order)
+        nan_where_the_decoder_has_it("cuda")
 
 
 def test_an_image_does_not_depend_on_the_others(simulated):

@@ -346,6 +346,16 @@ __device__ __forceinline__ void horizontal_row(const Work<T>& w, int i, int64_t 
             expect(base_of(k / lines, j + 1) + k % lines * line);
         }
         const int64_t pixels = int64_t(w.height) * w.width, pixel = int64_t(i) * w.width + j;
+        if (w.groups > 1) {  // what is left of another pixel has no weight, but NaN times that is NaN
+            for (int k = w.memory + thread; k < w.drawn; k += kThreads) scratch[k] = T(0);
+            for (int e = thread; e < w.channels * I; e += kThreads) {
+                put(state, first_place, w.first_reach, w.channels, e / I, e % I, T(0));
+            }
+            for (int e = thread; e < (w.layers - 1) * maps * I; e += kThreads) {
+                put(state + first_size + e / (maps * I) * size, place, w.reach, maps, e / I % maps, e % I, T(0));
+            }
+            __syncthreads();
+        }
         for (int group = 0; group < w.groups; ++group) {
             // The products: gate 0, step 0, gate 1, .., gate L - 1, then the head's three.
             for (int p = 0; p < 2 * w.layers + 2; ++p) {
