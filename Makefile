@@ -37,7 +37,8 @@ bench: .venv/.built
 	  $(BIN)/python -m benchmarks.run --grid --resume --compile --out build/bench.jsonl || wrong=1; \
 	$(BIN)/python -m benchmarks.masked_conv --compile --resume --out build/bench.jsonl || wrong=1; \
 	cp build/bench.jsonl benchmarks/results/here.jsonl && \
-	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl && exit $$wrong
+	$(BIN)/python -m benchmarks.report benchmarks/results/here.jsonl && \
+	if [ $$wrong = 0 ]; then rm build/bench.jsonl; else exit 1; fi
 
 gpu-check: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu_check

@@ -18,6 +18,7 @@ from infovae_fast.cuda_graph import CudaGraph
 SHORTEST_S = 1e-3  # timed are as many calls in a row as take this long,
 MOST_CALLS = 200  # but not more
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}  # a malloc that keeps memory
+CODE = ("infovae_fast", "kernels", "csrc", "setup.py", "benchmarks/*.py")  # what times depend on
 COLD_MIB = 64  # that are touched before a cold call: more than the caches of a CPU hold
 
 
@@ -89,11 +90,16 @@ def processor() -> str:
     return ", ".join([name, *more])
 
 
+def git(*command: str) -> str:
+    root = Path(__file__).resolve().parent.parent
+    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What a row says about where it was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    commit = git("describe", "--always")
+    if commit and git("status", "--porcelain", "--", *CODE):
+        commit += "-dirty"
     here = {
         "device": processor(),
         "threads": torch.get_num_threads(),

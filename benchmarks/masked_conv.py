@@ -296,7 +296,8 @@ def main() -> None:
         cases[-1][0].update(op="logistic_mixture", d=10)
     results = Results(options)
     for what, case in cases:
-        if (options.only and not what["what"].startswith(options.only)) or results.has(what):
+        also = ["torch.compile"] if options.compile and what["what"].startswith(("step", "nll")) else []
+        if (options.only and not what["what"].startswith(options.only)) or results.has(what, ["infovae_fast", *also]):
             continue
         try:
             rows = bench(what, case(), {"naive": 28 * 28} if what["what"] == "sample R64" else {}, device)

@@ -111,8 +111,7 @@ def selected(options: argparse.Namespace) -> list[pairwise.Case]:
     else:
         cases = pairwise.README if options.bar else pairwise.GRID if options.grid else pairwise.CASES
     if options.only:
-        every = {f"{c.what},{c.n},{c.d}": c for c in pairwise.README} if options.device == "cpu" else {}
-        every |= {f"{c.what},{c.n},{c.d}": c for c in cases}
+        every = {f"{c.what},{c.n},{c.d}": c for c in [*cases, *(pairwise.README if options.device == "cpu" else ())]}
         if options.only not in every:
             raise SystemExit(f"--only: got {options.only}; accepted: {', '.join(every)}")
         return [every[options.only]]

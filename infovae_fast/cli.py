@@ -126,20 +126,23 @@ def _refuse_beside_resume(args: Sequence[str]) -> None:
 
 
 def _one_list(args: Sequence[str]) -> list[str]:
-    """`report a b` as `report '["a", "b"]'`."""
+    """`report a b` as `report '["a", "b"]'`, which stands where the first of them did."""
     command, *rest = args or [""]
-    folders, options = list[str](), list[str]()
+    folders, found = list[str](), [command]
+    place = None
     while command == "report" and rest:
         arg = rest.pop(0)
-        if not arg.startswith("-"):
-            folders.append(arg)
+        if arg.startswith("-") and arg != "--":
+            found.append(arg)
+            if rest and "=" not in arg and arg not in ("-h", "--help", "--print_config"):
+                found.append(rest.pop(0))
             continue
-        options.append(arg)
-        if rest and "=" not in arg and arg not in ("-h", "--help", "--print_config"):
-            options.append(rest.pop(0))
-    if not folders or (len(folders) == 1 and folders[0].startswith("[")):
+        place = len(found) if place is None else place
+        folders += [arg] if arg != "--" else rest
+        rest = [] if arg == "--" else rest
+    if place is None or (len(folders) == 1 and folders[0].startswith("[")):
         return list(args)
-    return [command, json.dumps(folders), *options]
+    return [*found[:place], json.dumps(folders), *found[place:]]
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -382,6 +382,8 @@ class AdversarialLoss(nn.Module):
         TypeError, ValueError: wrong types, shapes, dtypes, devices, an unknown kind, neither dim nor critic.
     """
 
+    _backwards = 0  # through `forward` since `critic_loss`
+
     def __init__(
         self,
         dim: int | None = None,
@@ -411,7 +413,6 @@ class AdversarialLoss(nn.Module):
             raise ValueError(f"penalty: got {penalty!r}; accepted: 0 or more")
         self.dim, self.kind, self.critic, self.penalty = dim, kind, critic, penalty
         self.critic_lr, self.critic_betas, self.critic_steps = critic_lr, critic_betas, critic_steps
-        self._calls = 0  # of `forward` with a gradient since `critic_loss`
 
     @property
     def report_name(self) -> str:
@@ -420,23 +421,28 @@ class AdversarialLoss(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The encoder's loss: a scalar, with a gradient to x but none to the critic."""
         x, y = self._samples(x, y)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._calls += 1
-            if self._calls == FORGOTTEN:
-                warnings.warn(
-                    f"AdversarialLoss: {FORGOTTEN} losses in a row without a step of the critic, which the optimizer "
-                    "of the encoder does not train: before each, take one on critic_loss (see AdversarialLoss)",
-                    stacklevel=2,
-                )
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
         on_x = self._scores(functional_call(self.critic, frozen, (x,)), x)
         if self.kind == "js":
-            return F.softplus(-on_x).mean()
-        return self._scores(functional_call(self.critic, frozen, (y,)), y).mean() - on_x.mean()
+            loss = F.softplus(-on_x).mean()
+        else:
+            loss = self._scores(functional_call(self.critic, frozen, (y,)), y).mean() - on_x.mean()
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(self._count)
+        return loss
+
+    def _count(self, gradient: Tensor) -> None:
+        self._backwards += 1
+        if self._backwards == FORGOTTEN:
+            warnings.warn(
+                f"AdversarialLoss: {FORGOTTEN} backward passes without a step of the critic, which the encoder's "
+                "optimizer does not train: before each, take one on critic_loss (see AdversarialLoss)",
+                stacklevel=1,
+            )
 
     def critic_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The critic's loss: a scalar, with a gradient to the critic but none to x and y."""
-        self._calls = 0
+        self._backwards = 0
         x, y = (sample.detach() for sample in self._samples(x, y))
         on_x, on_y = self._scores(self.critic(x), x), self._scores(self.critic(y), y)
         if self.kind == "js":

@@ -330,7 +330,7 @@ def _unit(x: Tensor) -> Tensor:
     if isinstance(x, Tensor) and x.is_floating_point() and on_host(x) and x.numel():
         least, most = (t.item() for t in x.detach().aminmax())
         if least < -1e-3 or most > 1 + 1e-3:
-            accepted = "in [0, 1] (of bytes, / 255; of [-1, 1], (x + 1) / 2), or the Gaussian likelihood"
+            accepted = "in [0, 1] (x / 255 of bytes, (x + 1) / 2 of [-1, 1], x.clamp(0, 1)), or the Gaussian likelihood"
             raise ValueError(f"x: got values from {least:g} to {most:g}; accepted: {accepted}")
     return x
 

@@ -64,15 +64,15 @@ class Objective(nn.Module):
         prior_samples: how many points of the prior to compare with; default as many as the batch has.
         allow_negative: accept a negative weight of the divergence, which rewards mismatch with the prior.
 
-    `strength`, None or a tensor [] on the model's device, is a factor of both weights: for a warm-up it goes from 0 to
-    1 as training begins. (A CUDA graph reads the tensor anew at every replay; alpha and lambda_ it keeps as they were.)
+    `strength`, None or a tensor [] on the model's device, is a factor of both weights, for a warm-up from 0 to 1. (A
+    CUDA graph reads the tensor anew at every replay; alpha and lambda_ it keeps as they were.)
 
     Raises:
         TypeError: not a number, not a module.
         ValueError: not finite; a negative weight of the divergence; a weight without a divergence.
     """
 
-    strength: Tensor | None
+    strength: Tensor | None = None
 
     def __init__(
         self,
@@ -93,7 +93,6 @@ class Objective(nn.Module):
             raise ValueError(f"prior_samples: got {prior_samples!r}; {accepted}")
         self.alpha, self.lambda_ = float(alpha), float(lambda_)
         self.divergence, self.prior_samples = divergence, prior_samples
-        self.register_buffer("strength", None, persistent=False)
         if self.divergence_weight < 0 and not allow_negative:
             raise ValueError(
                 f"alpha + lambda - 1 = {self.divergence_weight:g} (alpha={alpha:g}, lambda_={lambda_:g}): a negative "
@@ -142,16 +141,15 @@ class Objective(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(t.shape)}; {accepted}")
         if kl is None and self.kl_weight != 0:
             raise ValueError(f"alpha={self.alpha:g} weighs the KL term, but it is not defined here; use alpha=1")
-        strength: Tensor | float = 1.0 if self.strength is None else self.strength
         loss = reconstruction.mean()
         if self.kl_weight != 0:
-            loss = loss + strength * (self.kl_weight * kl.mean())  # type: ignore[union-attr]
+            loss = loss + self._strengthened(self.kl_weight * kl.mean())  # type: ignore[union-attr]
         divergence = None
         if self.divergence is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence_weight != 0):
                 divergence = self._divergence(z, prior)
             if self.divergence_weight != 0:
-                loss = loss + strength * (self.divergence_weight * divergence)
+                loss = loss + self._strengthened(self.divergence_weight * divergence)
         return Terms(
             loss=loss,
             reconstruction=reconstruction.mean().detach(),
@@ -159,6 +157,9 @@ class Objective(nn.Module):
             divergence=None if divergence is None else divergence.detach(),
             divergence_name=self.divergence_name,
         )
+
+    def _strengthened(self, term: Tensor) -> Tensor:
+        return term if self.strength is None else self.strength * term
 
     def _divergence(self, z: Tensor, prior: Any) -> Tensor:
         if isinstance(self.divergence, SteinLoss):

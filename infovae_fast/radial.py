@@ -39,8 +39,8 @@ class Kernel:
     Args:
         bandwidth: a positive length, a sequence of them (a mixture), or a tensor of shape [] or [S], which may require
             a gradient. `None` stands for sqrt(D), D the dimension of the samples: two points of N(0, I) are sqrt(2 D)
-            apart on average, so that RBF is exp(-1) there. `at` fills it in. One for each coordinate it is not: divide
-            the samples by those.
+            apart on average, so that RBF is exp(-1) there. `at` fills it in. It is not a length for each coordinate:
+            for that divide the samples by the lengths.
         weights: one weight a scale; default 1/S each. They need not sum to 1 (phi(0) is their sum).
 
     Raises:
@@ -71,8 +71,11 @@ class Kernel:
     def checked(self) -> "Kernel":
         """The kernel; ValueError where a tensor bandwidth, which may have learnt since, is seen to be no length."""
         b = self.bandwidth
-        if isinstance(b, Tensor) and on_host(b) and not ((b > 0) & _is_length(at_least_float32(b).square())).all():
-            raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}; one that is learnt, as exp(t)")
+        if isinstance(b, Tensor) and on_host(b):
+            numbers = torch.finfo(torch.promote_types(b.dtype, torch.float32))
+            lengths = b.detach().reshape(-1).tolist()
+            if not all(v > 0 and numbers.smallest_normal * numbers.eps <= v * v <= numbers.max for v in lengths):
+                raise ValueError(f"bandwidth: got {b.tolist()}; accepted: {_ACCEPTED}; one that is learnt, as exp(t)")
         return self
 
     @property
@@ -309,10 +312,6 @@ def _dimension(dim: int) -> int:
     if not is_integer(dim) or dim < 1:
         raise ValueError(f"dim: got {dim!r}; accepted: an integer, 1 or more")
     return dim
-
-
-def _is_length(square: Tensor) -> Tensor:
-    return (square > 0) & square.isfinite()
 
 
 def _is_finite(number: Any) -> bool:

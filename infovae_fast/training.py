@@ -98,11 +98,11 @@ class InfoVAETraining(pl.LightningModule):
         self.automatic_optimization = False  # the critic's step stands between the encoder's
         self.model, self.lr, self.gradient_clip, self.seed = model, lr, gradient_clip, seed
         self.dynamic_binarization, self.warmup_epochs = dynamic_binarization, warmup_epochs
-        if warmup_epochs is not None:
-            model.objective.strength = torch.zeros(())
+        self._strength: Tensor | None
+        self.register_buffer("_strength", None if warmup_epochs is None else torch.zeros(()), persistent=False)
         again = any(getattr(module, "checkpoint_layers", False) for module in model.modules())
-        usual = cuda_graph and self._adversary is None and not again
-        self._graph = CudaGraph(self._gradients) if usual else None
+        self.cuda_graph = cuda_graph and self._adversary is None and not again
+        self._graph: CudaGraph[Any] | None = None
         self._validated = False
 
     @property
@@ -118,6 +118,9 @@ class InfoVAETraining(pl.LightningModule):
         return adam if adversary is None else [adam, adversary.critic_optimizer()]
 
     def on_train_start(self) -> None:
+        self._graph = CudaGraph(self._gradients) if self.cuda_graph else None  # one of an earlier fit reads old memory
+        if self.warmup_epochs is not None and not math.isfinite(self.trainer.num_training_batches):
+            raise ValueError("warmup_epochs: got a loader without a length; accepted: one that has it, or None")
         for optimizer in self.trainer.optimizers:
             lay_out(optimizer)
 
@@ -127,7 +130,9 @@ class InfoVAETraining(pl.LightningModule):
 
     def training_step(self, batch: Any, index: int) -> None:
         x = self._images(batch)
-        self._weigh(self.current_epoch + (index + 1) / self.trainer.num_training_batches)
+        if self._strength is not None and self.warmup_epochs is not None:
+            epochs = self.current_epoch + (index + 1) / self.trainer.num_training_batches
+            self._strength.fill_(min(1.0, epochs / self.warmup_epochs))
         try:
             if self._adversary is not None:
                 self._critic_steps(self._adversary, x)
@@ -151,7 +156,12 @@ class InfoVAETraining(pl.LightningModule):
 
     def _gradients(self, x: Tensor) -> tuple[Terms, list[Tensor | None]]:
         """The terms of a batch, and the gradient to each of the model's parameters."""
-        terms = self.model.loss(x)
+        objective = self.model.objective
+        objective.strength = self._strength
+        try:
+            terms = self.model.loss(x)
+        finally:
+            objective.strength = None
         self.zero_grad()
         self._backward(terms.loss)
         return replace(terms, loss=terms.loss.detach()), [p.grad for p in self.model.parameters()]
@@ -175,7 +185,6 @@ class InfoVAETraining(pl.LightningModule):
             )
 
     def validation_step(self, batch: Any, index: int) -> None:
-        self._weigh(math.inf)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(_stream(self.seed, -1 - index))
             x = self._images(batch)
@@ -188,15 +197,6 @@ class InfoVAETraining(pl.LightningModule):
     def _images(self, batch: Any) -> Tensor:
         x = batch[0] if isinstance(batch, tuple | list) else batch
         return binarize(x) if self.dynamic_binarization else x
-
-    def on_fit_end(self) -> None:
-        if self.warmup_epochs is not None:
-            self.model.objective.strength = None
-
-    def _weigh(self, epochs: float) -> None:
-        """Gives the weights the strength that they have after so many epochs."""
-        if self.warmup_epochs is not None and (strength := self.model.objective.strength) is not None:
-            strength.fill_(min(1.0, epochs / self.warmup_epochs))
 
     def _critic_steps(self, adversary: AdversarialLoss, x: Tensor) -> None:
         optimizer = self._optimizers()[1]

@@ -22,7 +22,7 @@ from torch import Tensor
 from infovae_fast.arguments import at_least_float32, is_integer
 from infovae_fast.clouds import KernelLike, check_result, kernel_of, refuse_non_finite, samples
 from infovae_fast.pairwise import squared_distances
-from infovae_fast.radial import Kernel
+from infovae_fast.radial import RBF, Kernel, median_rbf
 
 TILE_NUMBERS = 2**21  # in a tile of the kernel matrix, and in the labels that meet it
 
@@ -45,7 +45,7 @@ class MMDTest(NamedTuple):
 def mmd_test(
     x: Tensor,
     y: Tensor,
-    kernel: KernelLike = "median_rbf",
+    kernel: KernelLike = None,
     *,
     permutations: int = 1000,
     seed: int = 0,
@@ -63,8 +63,8 @@ def mmd_test(
 
     Args:
         x: [N, D], floating point, N >= 2. y: [M, D], same dtype and device, M >= 2.
-        kernel: as in `mmd`, but see above. The default takes the median distance as its bandwidth; None, as in `mmd`,
-            is sqrt(D), for samples that should be N(0, I).
+        kernel: as in `mmd`, but see above; the default is RBF with the median distance between two points as its
+            bandwidth (`median_rbf`), or sqrt(D) where that is 0.
         permutations: how many relabellings; the smallest possible p is 1 / (1 + permutations).
         seed: of the relabellings, drawn on the CPU: the same on every device.
         progress: called as progress(tiles done, all tiles).
@@ -87,9 +87,10 @@ def mmd_test(
     z = torch.cat([x, y])  # [L, D]
     generator = torch.Generator().manual_seed(int(seed))
     shuffled = torch.randperm(len(z), generator=generator).to(z.device)
-    if not isinstance(kernel, Kernel | None):  # in an order that does not know the labels either
+    if not isinstance(kernel, Kernel):  # in an order that does not know the labels either
         shuffled = torch.unique(z, dim=0, return_inverse=True)[1].argsort(stable=True)[shuffled]
-    kernel = kernel_of(kernel, *z[shuffled].split([len(x), len(y)]))
+    halves = z[shuffled].split([len(x), len(y)])
+    kernel = _median_or_usual(*halves) if kernel is None else kernel_of(kernel, *halves)
     if len(x) > len(y):  # the statistic is symmetric, and sum_yy, a difference, is accurate where it is the larger one
         x, y = y, x
         z = torch.cat([x, y])
@@ -98,6 +99,13 @@ def mmd_test(
     check_result(statistics, x=x, y=y)
     reached = int((statistics[1:] >= statistics[0] - (rounding[1:] + rounding[0])).sum())
     return MMDTest(statistics[0].item(), (reached + 1) / (permutations + 1), permutations, statistics[1:])
+
+
+def _median_or_usual(x: Tensor, y: Tensor) -> Kernel:
+    try:
+        return median_rbf(x, y)
+    except ValueError:  # more than half of the distances are 0
+        return RBF().at(x.shape[1])
 
 
 def _labels(n: int, m: int, permutations: int, generator: torch.Generator) -> Tensor:

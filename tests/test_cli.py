@@ -122,13 +122,18 @@ def test_errors_are_one_line(run, tmp_path):
         assert says in fails("evaluate", unfinished) and says in fails("report", json.dumps([str(unfinished)]))
 
 
-def test_a_report_takes_folders_one_by_one(monkeypatch):
+def test_a_report_takes_folders_one_by_one(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr("infovae_fast.report.write_report", lambda runs, out, n_samples: given.append((runs, out)))
     cli.main(["report", "runs/a", "--out", "there", "runs/b, c"])
     cli.main(["report", "runs/a"])
     cli.main(["report", "[runs/a, runs/b]", "--out=there"])
+    cli.main(["report", "--out", "there", "--", "runs/a", "-b"])
+    config = tmp_path / "c.yaml"
+    config.write_text("runs: [x1, x2]\nout: elsewhere\n")
+    cli.main(["report", "--config", str(config), "y1"])
     wanted = [(["runs/a", "runs/b, c"], "there"), (["runs/a"], "report"), (["runs/a", "runs/b"], "there")]
+    wanted += [(["runs/a", "-b"], "there"), (["y1"], "elsewhere")]
     assert [(list(runs), out) for runs, out in given] == wanted
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from infovae_fast import IMQ, Bernoulli, Gaussian, InfoVAE, mmd
+from infovae_fast import IMQ, RBF, Bernoulli, Gaussian, InfoVAE, MMDLoss, mmd
 from infovae_fast.models import GaussianMixture, Posterior, Prior, SamplerPrior, StandardNormal, Uniform
 from infovae_fast.models.networks import PAPER_FEW_SAMPLES, PAPER_PIXELCNN_ENCODER
 from infovae_fast.objective import PRESETS, unregularized
@@ -296,24 +296,34 @@ def test_own_modules(tmp_path):
 
 
 def test_what_is_saved_is_the_model_as_it_is(tmp_path):
-    """Weights that were set since are saved; a part that was put in place of another is refused."""
+    """Weights that were set since are saved; what else the objective has become is told; another network is refused."""
     model = InfoVAE.from_config(SHAPE, 2, objective={"name": "mmd_vae", "kernel": {"name": "imq"}})
     model.objective.alpha, model.objective.lambda_ = 0.5, 7.0
     deepcopy(model).save_pretrained(tmp_path)
     loaded = InfoVAE.from_pretrained(tmp_path)
     assert (loaded.objective.alpha, loaded.objective.lambda_) == (0.5, 7.0)
     assert isinstance(loaded.objective.divergence.kernel, IMQ) and model.config["objective"]["name"] == "mmd_vae"
-    model.objective, model.likelihood = unregularized(), Gaussian()
-    with pytest.raises(ValueError, match="likelihood, objective: not what the configuration made any more"):
-        model.save_pretrained(tmp_path)
-    model = InfoVAE.from_config(SHAPE, 2, objective="elbo")
-    model.objective.alpha = 0.5
-    with pytest.raises(
-        ValueError, match=r"are \(0\.5, 1\.0\) now and were \(0\.0, 1\.0\), but the preset 'elbo' has no al"
-    ):
-        model.save_pretrained(tmp_path)
-    model.objective.alpha = 0.0
+    beta = InfoVAE.from_config(SHAPE, 2, objective="beta_vae")
+    beta.objective.alpha, beta.objective.lambda_ = np.float32(-1), torch.tensor(2.0)
+    beta.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["objective"] == {"name": "beta_vae", "beta": 2.0}
+    model.likelihood = Bernoulli()  # the same
     model.save_pretrained(tmp_path)
+    for change in ({"prior_samples": 500}, {"divergence": MMDLoss(RBF(1.0))}, {"alpha": 0.2, "lambda_": 0.5}):
+        changed = deepcopy(model)
+        for name, value in change.items():
+            setattr(changed.objective, name, value)
+        with pytest.warns(UserWarning, match="config.json has the objective .*, which this no longer is"):
+            changed.save_pretrained(tmp_path)
+        InfoVAE.from_pretrained(tmp_path)
+    model.objective, model.likelihood = unregularized(), Gaussian()
+    with pytest.raises(ValueError, match="likelihood: not what the configuration made any more"):
+        model.save_pretrained(tmp_path)
+    elbo = InfoVAE.from_config(SHAPE, 2, objective="elbo")
+    elbo.objective.alpha = 0.5  # as KL annealing does
+    with pytest.warns(UserWarning, match="config.json has the objective 'elbo', which this no longer is"):
+        elbo.save_pretrained(tmp_path)
+    assert InfoVAE.from_pretrained(tmp_path).objective.alpha == 0
 
 
 def test_images_of_codes():

@@ -128,7 +128,8 @@ def test_weights_grow_in_the_warm_up(tmp_path, monkeypatch):
     seen, loss = [], InfoVAE.loss
 
     def watched(self, x):
-        seen.append((self.training, self.objective.strength.item()))
+        strength = self.objective.strength
+        seen.append((self.training, 1.0 if strength is None else strength.item()))
         return loss(self, x)
 
     monkeypatch.setattr(InfoVAE, "loss", watched)
@@ -138,8 +139,14 @@ def test_weights_grow_in_the_warm_up(tmp_path, monkeypatch):
     trained = [strength for training, strength in seen if training]
     assert trained == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1, 1])
     assert all(strength == 1 for training, strength in seen if not training)
+    assert InfoVAE.from_pretrained(folder / "model").objective.strength is None
     with pytest.raises(ValueError, match="warmup_epochs: got 0; accepted: a positive number"):
         train(out=str(tmp_path / "other"), **options | {"warmup_epochs": 0})
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(lambda: torch.rand(1, 4, 4), None)
 
 
 def test_batches_may_have_labels():
@@ -147,9 +154,19 @@ def test_batches_may_have_labels():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(8)), batch_size=4)
     module = InfoVAETraining(InfoVAE.from_config((1, 4, 4), 2))
     before = module.model.encoder[-1].weight.clone()
+    strengths: list = []
+    module.model.objective.register_forward_pre_hook(lambda objective, _: strengths.append(objective.strength))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet).fit(module, loader, loader)
-    assert not torch.equal(before, module.model.encoder[-1].weight)
+    assert not torch.equal(before, module.model.encoder[-1].weight) and strengths == [None] * 6
+    warm = InfoVAETraining(module.model, warmup_epochs=1)
+    for _ in range(2):  # each fit has its own
+        strengths.clear()
+        pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet).fit(warm, loader)
+        assert module.model.objective.strength is None and len(strengths) == 2 and strengths[1] == 1
+    endless = pl.Trainer(max_steps=2, accelerator="cpu", enable_model_summary=False, **quiet)
+    with pytest.raises(ValueError, match="warmup_epochs: got a loader without a length"):
+        endless.fit(warm, torch.utils.data.DataLoader(Endless(), batch_size=4))
 
 
 class Pretended(CudaGraph):

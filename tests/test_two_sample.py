@@ -60,7 +60,7 @@ def test_every_relabelling_is_the_double_loop(relabellings, book, n, m):
 
 
 @pytest.mark.parametrize(("n", "m"), [(40, 30), (30, 40), (300, 3)])
-@pytest.mark.parametrize("kernel", [None, IMQ(), RationalQuadratic([0.5, 2.0], 2.5), "wae_imq", "median_rbf"], ids=str)
+@pytest.mark.parametrize("kernel", [RBF(), IMQ(), RationalQuadratic([0.5, 2.0], 2.5), "wae_imq", "median_rbf"], ids=str)
 def test_the_statistic_is_mmd(kernel, n, m):
     x, y = samples(n, m)
     found = mmd_test(x, y, kernel, permutations=5)
@@ -360,6 +360,13 @@ def test_non_finite_samples_are_named_and_counted(kernel, value):
         mmd_test(bad, x, kernel)
     with pytest.raises(ValueError, match="x: 6 of 6 points hold NaN or infinity"):
         mmd_test(0 * x + value, y, kernel)
+
+
+def test_the_default_kernel_has_the_scale_of_the_samples():
+    x, y = torch.randn(80, 2) * 1000, torch.randn(80, 2) * 1000 + 1500
+    assert mmd_test(x, y).statistic == mmd_test(x, y, "median_rbf").statistic and mmd_test(x, y).p_value < 0.01
+    bits = (torch.rand(60, 3) < 0.05).float()  # of which most are equal
+    assert mmd_test(bits, bits.flip(0)).p_value == 1
 
 
 def test_a_statistic_that_is_nan_is_never_significant():

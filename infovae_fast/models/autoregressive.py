@@ -26,7 +26,8 @@ def check_sizes(given: dict[str, Any], **least: int) -> None:
         if not is_integer(given[name]) or given[name] < at_least:
             raise ValueError(f"{name}: got {given[name]!r}; accepted: an integer, {at_least} or more")
     shape, keep = given["shape"], given["checkpoint_layers"]
-    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(is_integer(size) and size >= 1 for size in shape):
+    sizes = tuple(shape) if hasattr(shape, "__len__") else ()
+    if len(sizes) != 3 or not all(is_integer(size) and size >= 1 for size in sizes):
         raise ValueError(f"shape: got {shape!r}; accepted: (P, height, width)")
     if not isinstance(keep, bool):
         raise ValueError(f"checkpoint_layers: got {keep!r}; accepted: True or False")

@@ -8,6 +8,7 @@ ones only. What then is drawn, is drawn pixel by pixel (`PixelSampler`).
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from numbers import Integral
@@ -86,7 +87,7 @@ class InfoVAE(nn.Module):
             ("prior", prior, "dim"),
             ("objective", objective, "forward"),
         ):
-            if part is not None and not hasattr(part, needs):
+            if part is not None and (isinstance(part, type) or not hasattr(part, needs)):
                 accepted = f"an object like those of infovae_fast, with {needs}; names are for InfoVAE.from_config"
                 raise TypeError(f"{name}: got {part!r}; accepted: {accepted}")
         self.encoder, self.decoder, self.latent_dim = encoder, decoder, int(latent_dim)
@@ -156,19 +157,15 @@ class InfoVAE(nn.Module):
             objective=objective_from_config(objective, latent_dim),
         )
         model.config = _plain(config)
-        model._made = {part: getattr(model, part) for part in parts} | {"weights": model._weights}
+        model._made = {part: getattr(model, part) for part in parts if part != "objective"}
         return model
-
-    @property
-    def _weights(self) -> tuple[float, float]:
-        return self.objective.alpha, self.objective.lambda_
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z|x) for images x [N, C, H, W], in float32 or better."""
         floating("x", x)
         parameters = self.encoder(x)
-        if isinstance(parameters, tuple) and len(parameters) == 2:
-            parameters = torch.cat(parameters, 1)
+        if isinstance(parameters, tuple | list):
+            parameters = torch.cat(list(parameters), 1)
         if parameters.shape != (len(x), 2 * self.latent_dim):
             raise ValueError(
                 f"the encoder returned shape {tuple(parameters.shape)}; accepted: {(len(x), 2 * self.latent_dim)}, "
@@ -353,26 +350,34 @@ class InfoVAE(nn.Module):
         write_bytes(folder / CONFIG_FILE, json.dumps(config, indent=1).encode())
 
     def _described(self) -> dict[str, Any]:
-        """The configuration of the model as it is: alpha and lambda may have been set since it was made."""
-        made, config = self._made or {}, dict(self.config or {})
-        weights = made.get("weights")
-        if others := [name for name, part in made.items() if name != "weights" and getattr(self, name) is not part]:
+        """The configuration of the model as it is."""
+        config, made = dict(self.config or {}), self._made or {}
+        if others := [name for name, part in made.items() if getattr(self, name) != part]:
             raise ValueError(
                 f"{', '.join(others)}: not what the configuration made any more; accepted: a model as from_config made "
                 "it, or save model.state_dict() with safetensors.torch.save_file"
             )
-        if weights not in (None, self._weights):
-            objective = config["objective"]
-            options = {"name": objective} if isinstance(objective, str) else dict(objective)
-            known = {"alpha": self.objective.alpha, "lambda_": self.objective.lambda_}
-            if unknown := set(known) - set(signature(PRESETS[options["name"]]).parameters):
-                raise ValueError(
-                    f"objective: alpha and lambda_ are {self._weights} now and were {weights}, but the preset "
-                    f"{options['name']!r} has no {' and '.join(sorted(unknown))}; accepted: those that it had, or a "
-                    "preset that has both, as 'mmd_vae'"
-                )
-            config["objective"] = options | known
+        config["objective"] = self._described_objective(config["objective"])
         return config
+
+    def _described_objective(self, made: dict[str, Any] | str) -> dict[str, Any] | str:
+        """With the alpha and lambda of now. What else has changed no configuration tells: a warning, as it only counts
+        where training goes on."""
+        now, options = self.objective, {"name": made} if isinstance(made, str) else dict(made)
+        accepted = signature(PRESETS[options["name"]]).parameters
+        try:
+            weights = {"alpha": float(now.alpha), "lambda_": float(now.lambda_)}
+            weights |= {"beta": weights["lambda_"]}
+            options |= {name: weights[name] for name in weights if name in accepted}
+            with torch.random.fork_rng(devices=[]):  # a critic has weights
+                old, new = (objective_from_config(config, self.latent_dim) for config in (made, options))
+            same = repr(now) == repr(new) and now.prior_samples == new.prior_samples
+            if same and (new.alpha, new.lambda_) == (weights["alpha"], weights["lambda_"]):
+                return made if (old.alpha, old.lambda_) == (new.alpha, new.lambda_) else options
+        except (AttributeError, TypeError, ValueError):  # another kind of objective, or weights that no preset takes
+            pass
+        warnings.warn(f"save_pretrained: config.json has the objective {made!r}, which this no longer is", stacklevel=3)
+        return made
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "InfoVAE":

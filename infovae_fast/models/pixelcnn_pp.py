@@ -142,7 +142,8 @@ class PixelCNNPlusPlus(nn.Module):
         """The first pass of training: sets g and biases, unless they come from another object that was trained."""
         given = not all(isinstance(p, nn.Parameter) for p in self.parameters())  # by torch.func.functional_call
         blind = torch.compiler.is_compiling() or transforms() is not None
-        shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # every rank has other images
+        ranks = torch.distributed
+        shared = ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1  # each has other images
         if blind or ((given or shared) and self._untouched()):
             raise RuntimeError(
                 "PixelCNNPlusPlus sets its weights in its first pass of training, which compilers, torch.func, weights "

@@ -53,6 +53,10 @@ class Prior(nn.Module):
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self._like.dtype, torch.float32)
 
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
     def sample(self, n: int) -> Tensor:
         """n points, [n, D], on the module's device, in its dtype or float32 where that is better."""
         raise TypeError(f"{type(self).__name__} gives no samples")
