@@ -156,15 +156,17 @@ class InfoVAETraining(pl.LightningModule):
 
     def _gradients(self, x: Tensor) -> tuple[Terms, list[Tensor | None]]:
         """The terms of a batch, and the gradient to each of the model's parameters."""
-        objective = self.model.objective
-        objective.strength = self._strength
-        try:
-            terms = self.model.loss(x)
-        finally:
-            objective.strength = None
+        terms = self._loss_in_warmup(x) if self._strength is not None else self.model.loss(x)
         self.zero_grad()
         self._backward(terms.loss)
         return replace(terms, loss=terms.loss.detach()), [p.grad for p in self.model.parameters()]
+
+    def _loss_in_warmup(self, x: Tensor) -> Terms:
+        self.model.objective.strength = self._strength
+        try:
+            return self.model.loss(x)
+        finally:
+            self.model.objective.strength = None
 
     def on_train_epoch_end(self) -> None:
         self._check(self._last)  # before the checkpoint of this epoch is written
