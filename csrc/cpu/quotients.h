@@ -9,8 +9,8 @@
 
 namespace infovae_fast {
 
-constexpr int kMostOfQuotient = 3;  // scales; of more the rounding errors would show, as they would where there are
-constexpr int kFewestScales = 4;    // fewer in all, which do not average them out
+constexpr int kMostOfQuotient = 7;  // scales: m of them take some 4 m + 3 operations
+constexpr int kFewestScales = 4;    // of fewer in all rounding errors would show, as nothing averages them out
 
 // IMQ scales over a common denominator, in s = -t >= 0: their phi = P / Q and g = G / Q^2 with
 //
