@@ -423,7 +423,7 @@ private:
         const bool wide = finite && double(widest) * units > most;
         too_wide = wide && !by_median, far = wide && d > kFewest;
         if (too_wide) return;
-        if (kind == Radial::imq) quotients = Quotients<T>(rate, weight, 4 * double(farthest));
+        if (kind == Radial::imq) quotients = Quotients<T>(rate, weight, 4 * double(farthest), d);
         mixture = {int(rate.size()), rate.data(), weight.data(), weighted_rate.data(), T(q.radial.alpha),
                    int(quotients.sizes.size()), quotients.sizes.data(), quotients.coefficients.data()};
         const bool alike = coordinates_are_alike();

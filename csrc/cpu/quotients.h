@@ -9,8 +9,10 @@
 
 namespace infovae_fast {
 
-constexpr int kMostOfQuotient = 7;  // scales: m of them take some 4 m + 3 operations
-constexpr int kFewestScales = 4;    // of fewer in all rounding errors would show, as nothing averages them out
+constexpr int kMostOfQuotient = 7;       // scales: m of them take some 4 m + 3 operations;
+constexpr int kMostOfSmallQuotient = 3;  // where there are more coordinates than
+constexpr int kFewCoordinates = 16;      // these, whose products take most of the time and whose distances are alike
+constexpr int kFewestScales = 4;         // of fewer in all rounding errors would show, as nothing averages them out
 
 // IMQ scales over a common denominator, in s = -t >= 0: their phi = P / Q and g = G / Q^2 with
 //
@@ -23,11 +25,11 @@ struct Quotients {
     std::vector<T> coefficients;  // by falling powers of s: P, Q, G, G of each; then of the next; Q ends with 1
 
     Quotients() = default;
-    // s is at most `farthest`.
-    Quotients(const std::vector<T>& rate, const std::vector<T>& weight, double farthest) {
+    // s is at most `farthest`, of points of d coordinates.
+    Quotients(const std::vector<T>& rate, const std::vector<T>& weight, double farthest, int64_t d) {
         const int scales = int(rate.size());
         const bool share = sizeof(T) == 4 && kUnit != Unit::baseline && scales >= kFewestScales;
-        const int most = share ? kMostOfQuotient : 1;
+        const int most = !share ? 1 : d <= kFewCoordinates ? kMostOfQuotient : kMostOfSmallQuotient;
         for (int k = 0; k < scales;) {
             const int groups = (scales - k + most - 1) / most;
             int size = (scales - k + groups - 1) / groups;
