@@ -511,3 +511,18 @@ def test_adversarial_construction_errors(call, error, message):
 def test_adversarial_errors(method, kind, x, y, error, message):
     with pytest.raises(error, match=message):
         getattr(AdversarialLoss(2, kind=kind), method)(x, y)
+
+
+@pytest.mark.parametrize("kind", ["js", "wgan-gp"])
+def test_a_critic_that_is_forgotten_is_told(kind, recwarn):
+    """Of backward passes alone: values that are looked at, and steps of the critic in between, tell nothing."""
+    loss, x, y = AdversarialLoss(2, kind=kind), torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+    for _ in range(99):
+        loss(x, y)
+        loss(x, y).backward()
+    loss.critic_loss(x, y)
+    for _ in range(99):
+        loss(x, y).backward()
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="100 backward passes without a step of the critic"):
+        loss(x, y).backward()

@@ -730,6 +730,13 @@ def test_values_that_overflow():
         mmd(huge, -huge, backend="reference")
 
 
+def test_the_module_takes_weights_of_points():
+    x, y = samples(6, 5, 2, torch.float32)
+    a, b = torch.rand(6), torch.rand(5)
+    module, function = MMDLoss(IMQ(1.0)), mmd(x, y, IMQ(1.0), x_weights=a, y_weights=b)
+    assert module(x, y, x_weights=a, y_weights=b) == function != module(x, y)
+
+
 def test_a_bandwidth_that_has_become_no_length_is_found():
     b = nn.Parameter(torch.tensor(1.0))
     loss = MMDLoss(RBF(b))

@@ -593,3 +593,16 @@ def test_inputs_that_do_not_fit():
         InfoVAE.from_config((3, 4, 5), 2, decoder=SMALL)
     with pytest.raises(ValueError, match=r"decoder 'pixelcnn_pp': unknown options \['layers'\]; accepted: \['blocks'"):
         InfoVAE.from_config((1, 4, 5), 2, decoder=SMALL | {"layers": 3})
+
+
+def test_ranks_do_not_start_from_images_of_their_own(monkeypatch):
+    """Where several processes train, each would set its weights; a single one may."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for ranks in (1, 2):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+        model, x = PixelCNNPlusPlus(0, (1, 4, 4), blocks=1, maps=4), torch.rand(2, 1, 4, 4)
+        if ranks > 1:
+            with pytest.raises(RuntimeError, match=r"several processes do not allow: call initialise\(z, x\) before"):
+                model(None, x)
+            model.initialise(None, x)
+        model(None, x)
